@@ -1,0 +1,217 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace elbowroom {
+namespace {
+
+constexpr int kItemVectors = 64;      // query vectors of an item: packing a strip pays from some dozens on
+constexpr int64_t kPieceStrips = 16;  // strips of a piece of a long sequence; fixed, so results do not depend on threads
+constexpr int kFewRows = 8;           // query vectors up to which a sequence is always cut into pieces
+constexpr int64_t kAppendRows = 32;   // rows of an append item
+
+void check_strip(const Strips& strips, int64_t sequence, int64_t block) {
+    const int64_t start = strips.table[sequence * strips.num_blocks + block] * kUnitBytes;
+    if (start + strips.strip_bytes() > strips.num_bytes) {
+        throw std::invalid_argument("strip at byte " + std::to_string(start) + " ends after the " +
+                                    std::to_string(strips.num_bytes) + " bytes of its range");
+    }
+}
+
+// Pieces of one (rows, head) that are merged by whoever finishes last.
+struct Group {
+    int32_t first_item, num_items;
+    std::atomic<int32_t> unfinished;
+};
+
+// The work items of a call; buffers live as long as the calling thread, so a steady state allocates nothing.
+class Plan {
+   public:
+    void build(const AttendArgs& args, int num_threads) {
+        items_.clear(), splits_.clear();
+        partial_vectors_ = 0;
+        const int rows_per_item = std::max(1, kItemVectors / args.group_size());
+        const int64_t heads = args.strips.num_kv_heads;
+        const int64_t rows = args.step.row_starts[args.step.num_sequences];
+        // Large items are cut only when there are too few for the threads: their partial results are large as well.
+        may_cut_ = heads * ((rows + rows_per_item - 1) / rows_per_item) < 2 * num_threads;
+        for (int64_t s = 0; s < args.step.num_sequences; ++s) {
+            const int32_t start = args.step.row_starts[s], end = args.step.row_starts[s + 1];
+            for (int32_t row = start; row < end; row += rows_per_item) {
+                add_rows(args, int32_t(s), row, std::min(rows_per_item, end - row));
+            }
+        }
+        make_groups();
+        partials_.resize(size_t(partial_vectors_ * (args.strips.v_head_dim + 2)));
+    }
+
+    const std::vector<Item>& items() const { return items_; }
+    Group& group(int32_t index) { return groups_[size_t(index)]; }
+    float* partials() { return partials_.data(); }
+
+   private:
+    void add_rows(const AttendArgs& args, int32_t sequence, int32_t row, int32_t num_rows) {
+        const int64_t* positions = args.step.positions + row;
+        const auto [least, most] = std::minmax_element(positions, positions + num_rows);
+        int64_t low = args.step.first_slots[sequence];
+        if (args.spec.window > 0) low = std::max(low, *least - args.spec.window + 1);
+        const int64_t high = std::min(*most, args.step.lengths[sequence] - 1);
+        const int64_t first = low / kStripTokens, end = high / kStripTokens + 1;
+        for (int64_t block = first; block < end; ++block) check_strip(args.strips, sequence, block);
+        const int64_t vectors = int64_t{num_rows} * args.group_size();
+        const bool cut = (vectors <= kFewRows || may_cut_) && end / kPieceStrips > first / kPieceStrips;
+        for (int32_t head = 0; head < args.strips.num_kv_heads; ++head) {
+            Item item{sequence, head, row, num_rows, first, end, -1, -1};
+            if (cut) {
+                add_pieces(item, vectors);
+            } else {
+                items_.push_back(item);
+            }
+        }
+    }
+
+    // Cuts at multiples of kPieceStrips: where a sum is cut depends on positions only.
+    void add_pieces(Item item, int64_t vectors) {
+        const int64_t end = item.end_block;
+        item.group = int32_t(splits_.size());
+        const int32_t first_item = int32_t(items_.size());
+        for (int64_t block = item.first_block; block < end; block = item.end_block) {
+            item.first_block = block;
+            item.end_block = std::min(end, (block / kPieceStrips + 1) * kPieceStrips);
+            item.partial = partial_vectors_;
+            partial_vectors_ += vectors;
+            items_.push_back(item);
+        }
+        splits_.emplace_back(first_item, int32_t(items_.size()) - first_item);
+    }
+
+    void make_groups() {
+        if (splits_.size() > num_groups_) {
+            num_groups_ = splits_.size();
+            groups_ = std::make_unique<Group[]>(num_groups_);
+        }
+        for (size_t i = 0; i < splits_.size(); ++i) {
+            groups_[i].first_item = splits_[i].first;
+            groups_[i].num_items = splits_[i].second;
+            groups_[i].unfinished.store(splits_[i].second, std::memory_order_relaxed);
+        }
+    }
+
+    bool may_cut_ = false;
+    int64_t partial_vectors_ = 0;
+    std::vector<Item> items_;
+    std::vector<std::pair<int32_t, int32_t>> splits_;  // first item, number of items
+    size_t num_groups_ = 0;
+    std::unique_ptr<Group[]> groups_;
+    std::vector<float> partials_;
+};
+
+struct AttendJob {
+    AttendArgs args;
+    const KernelTable& kernels;
+    Plan& plan;
+};
+
+// Merges the pieces of query vector m of a group, always in the order of the strips.
+void merge_vector(const AttendJob& job, const Group& group, int64_t m, float* sum) {
+    const int64_t width = job.args.strips.v_head_dim;
+    const Item* items = job.plan.items().data() + group.first_item;
+    const auto piece = [&](int i) { return job.args.partials + (items[i].partial + m) * (width + 2); };
+    float top = -std::numeric_limits<float>::infinity(), denominator = 0;
+    for (int i = 0; i < group.num_items; ++i) top = std::max(top, piece(i)[width]);
+    std::fill(sum, sum + width, 0.0f);
+    for (int i = 0; i < group.num_items; ++i) {
+        const float* partial = piece(i);
+        if (partial[width + 1] == 0) continue;  // this piece held nothing that the row may read
+        const float weight = std::exp(partial[width] - top);
+        denominator += weight * partial[width + 1];
+        for (int64_t d = 0; d < width; ++d) sum[d] += weight * partial[d];
+    }
+    const float inverse = denominator > 0 ? 1.0f / denominator : denominator;
+    for (int64_t d = 0; d < width; ++d) sum[d] *= inverse;
+    const AttendArgs& args = job.args;
+    const int64_t row = items->first_row + m / args.group_size();
+    const int64_t head = int64_t{items->head} * args.group_size() + m % args.group_size();
+    const char* source = reinterpret_cast<const char*>(sum);
+    job.kernels.convert(source, DType::float32, args.out.at(row, head), args.out.dtype, width);
+    args.lse[row * args.spec.num_q_heads + head] = top + std::log(denominator);
+}
+
+void attend_item(void* context, int64_t index, float* scratch) {
+    AttendJob& job = *static_cast<AttendJob*>(context);
+    const Item& item = job.plan.items()[size_t(index)];
+    job.kernels.attend(job.args, item, scratch);
+    if (item.group < 0) return;
+    Group& group = job.plan.group(item.group);
+    if (group.unfinished.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    const int64_t vectors = int64_t{item.num_rows} * job.args.group_size();
+    for (int64_t m = 0; m < vectors; ++m) merge_vector(job, group, m, scratch);
+}
+
+struct AppendJob {
+    const Step& step;
+    const Strips& strips;
+    const Rows &k, &v;
+    const KernelTable& kernels;
+    int64_t num_rows;
+};
+
+void append_row(const AppendJob& job, int64_t sequence, int64_t row) {
+    const Strips& strips = job.strips;
+    const int64_t position = job.step.positions[row], slot = position % kStripTokens;
+    const int64_t size = size_of(strips.dtype);
+    char* strip = strips.strip(sequence, position / kStripTokens);
+    for (int head = 0; head < strips.num_kv_heads; ++head) {
+        char* key = strips.keys(strip, head) + slot * strips.head_dim * size;
+        char* value = strips.values(strip, head) + slot * strips.v_head_dim * size;
+        job.kernels.convert(job.k.at(row, head), job.k.dtype, key, strips.dtype, strips.head_dim);
+        job.kernels.convert(job.v.at(row, head), job.v.dtype, value, strips.dtype, strips.v_head_dim);
+    }
+}
+
+void append_item(void* context, int64_t index, float*) {
+    const AppendJob& job = *static_cast<AppendJob*>(context);
+    const int32_t* starts = job.step.row_starts;
+    const int64_t end = std::min(job.num_rows, (index + 1) * kAppendRows);
+    for (int64_t row = index * kAppendRows; row < end; ++row) {
+        const int64_t sequence = std::upper_bound(starts, starts + job.step.num_sequences + 1, int32_t(row)) - starts - 1;
+        append_row(job, sequence, row);
+    }
+}
+
+}  // namespace
+
+void append(const Step& step, const Strips& strips, const Rows& k, const Rows& v) {
+    const int64_t rows = step.row_starts[step.num_sequences];
+    for (int64_t s = 0; s < step.num_sequences; ++s) {
+        for (int64_t row = step.row_starts[s]; row < step.row_starts[s + 1]; ++row) {
+            check_strip(strips, s, step.positions[row] / kStripTokens);
+        }
+    }
+    AppendJob job{step, strips, k, v, kernels(), rows};
+    Pool::instance().run((rows + kAppendRows - 1) / kAppendRows, 0, append_item, &job);
+}
+
+void attend(const Step& step, const Strips& strips, const Spec& spec, const Rows& q, const Rows& out, float* lse) {
+    thread_local Plan plan;
+    Pool& pool = Pool::instance();
+    AttendJob job{{step, strips, spec, q, out, lse, nullptr}, kernels(), plan};
+    plan.build(job.args, pool.num_threads());
+    job.args.partials = plan.partials();
+    const int64_t vectors = std::max(kItemVectors, job.args.group_size());
+    const int64_t scratch = scratch_floats(vectors, strips.head_dim, strips.v_head_dim);
+    pool.run(int64_t(plan.items().size()), scratch, attend_item, &job);
+}
+
+}  // namespace elbowroom

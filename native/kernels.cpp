@@ -1,0 +1,374 @@
+// Attention of one work item, compiled once for each instruction set (ELBOWROOM_KERNELS names the table).
+//
+// An item is M query vectors (a few rows x the query heads of one KV head) against consecutive strips; each strip is
+// read once. Up to kFewVectors vectors, keys are dotted where they lie: the item is bound by bytes. Above, K and V are
+// packed into panels and both products run in register tiles: the item is bound by arithmetic.
+// Legend: G query heads of a KV head, M = rows * G, W lanes of a vector, Dk/Dv widths.
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using namespace elbowroom;
+
+constexpr int kFewVectors = 8;
+constexpr int kPanel = 2 * W;                   // columns of a register tile
+constexpr int kTileRows = W == 16 ? 12 : 6;     // rows of a register tile: what 32 or 16 registers hold
+constexpr int kChunk = 16;                      // slots between two prefetches of the next strip
+constexpr float kNegInf = -__builtin_inff();
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+inline void prefetch(const char* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// C[MR, NV * W] = (accumulate ? C : 0) + A[MR, depth] B[depth, NV * W].
+template <int MR, int NV>
+inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
+                 bool accumulate) {
+    vf sum[MR][NV];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) sum[m][n] = accumulate ? load<vf>(c + m * ldc + n * W) : vf{};
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        vf row[NV];
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) row[n] = load<vf>(b + k * ldb + n * W);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+            const vf scalar = splat(a[m * lda + k]);
+#pragma GCC unroll 2
+            for (int n = 0; n < NV; ++n) sum[m][n] += scalar * row[n];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) store(c + m * ldc + n * W, sum[m][n]);
+    }
+}
+
+// The same for any number of rows up to kTileRows.
+template <int NV, int MR = kTileRows>
+inline void tile_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                      int64_t depth, bool accumulate) {
+    if constexpr (MR > 1) {
+        if (rows < MR) return tile_rows<NV, MR - 1>(rows, a, lda, b, ldb, c, ldc, depth, accumulate);
+    }
+    tile<MR, NV>(a, lda, b, ldb, c, ldc, depth, accumulate);
+}
+
+// All M rows against one panel of NV vectors.
+template <int NV>
+inline void panel(int64_t M, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                  int64_t depth, bool accumulate) {
+    for (int64_t m = 0; m < M; m += kTileRows) {
+        tile_rows<NV>(min(kTileRows, M - m), a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth, accumulate);
+    }
+}
+
+// One item being worked on; T is the storage type of the strips.
+template <class T>
+class Attention {
+   public:
+    Attention(const AttendArgs& args, const Item& item, float* scratch)
+        : args_(args),
+          item_(item),
+          group_(args.group_size()),
+          M_(int64_t{item.num_rows} * group_),
+          Dk_(args.strips.head_dim),
+          Dv_(args.strips.v_head_dim),
+          ldk_(round_up(Dk_, kPanel)),
+          ldv_(round_up(Dv_, kPanel)) {
+        q_ = scratch;
+        out_ = q_ + M_ * ldk_;
+        scores_ = out_ + M_ * ldv_;
+        keys_ = scores_ + M_ * kStripTokens;
+        values_ = keys_ + kStripTokens * ldk_;
+        max_ = values_ + kStripTokens * ldv_;
+        sum_ = max_ + M_;
+    }
+
+    void run() {
+        begin();
+        for (int64_t block = item_.first_block; block < item_.end_block; ++block) {
+            const int64_t start = block * kStripTokens;
+            const int64_t low = max(0, low_ - start), high = min(kStripTokens, high_ + 1 - start);
+            if (low >= high) continue;
+            char* strip = args_.strips.strip(item_.sequence, block);
+            const T* keys = reinterpret_cast<const T*>(args_.strips.keys(strip, item_.head));
+            const T* values = reinterpret_cast<const T*>(args_.strips.values(strip, item_.head));
+            const char* next = nullptr;
+            if (block + 1 < item_.end_block) {
+                next = args_.strips.keys(args_.strips.strip(item_.sequence, block + 1), item_.head);
+            }
+            if (M_ <= kFewVectors) {
+                score_few(keys, values, low, high);
+                softmax(start);
+                weigh_few(values, next, low, high);
+            } else {
+                score_many(keys, low, high);
+                softmax(start);
+                weigh_many(values, low, high);
+            }
+        }
+        if (item_.partial >= 0) {
+            write_partials();
+        } else {
+            write_rows();
+        }
+    }
+
+   private:
+    // Query vectors in float32, scaled, padded with zeros; the slots that any row of the item reads.
+    void begin() {
+        low_ = INT64_MAX, high_ = -1;
+        for (int r = 0; r < item_.num_rows; ++r) {
+            low_ = min(low_, first_visible(r));
+            high_ = max(high_, last_visible(r));
+            for (int g = 0; g < group_; ++g) {
+                const char* row = args_.q.at(item_.first_row + r, int64_t{item_.head} * group_ + g);
+                load_query(row, q_ + (r * group_ + g) * ldk_);
+            }
+        }
+        for (int64_t i = 0; i < M_ * ldv_; ++i) out_[i] = 0;
+        for (int64_t m = 0; m < M_; ++m) max_[m] = kNegInf, sum_[m] = 0;
+    }
+
+    void load_query(const char* row, float* target) const {
+        switch (args_.q.dtype) {
+            case DType::float32: return load_query_of<float>(row, target);
+            case DType::bfloat16: return load_query_of<bf16>(row, target);
+            case DType::float16: return load_query_of<f16>(row, target);
+        }
+    }
+
+    template <class Q>
+    void load_query_of(const char* row, float* target) const {
+        for (int64_t d = 0; d < ldk_; d += W) {
+            store(target + d, widen_padded(reinterpret_cast<const Q*>(row), d, Dk_) * args_.spec.scale);
+        }
+    }
+
+    int64_t position(int r) const { return args_.step.positions[item_.first_row + r]; }
+
+    int64_t first_visible(int r) const {
+        const int64_t first = args_.step.first_slots[item_.sequence];
+        return args_.spec.window > 0 ? max(first, position(r) - args_.spec.window + 1) : first;
+    }
+
+    int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - 1); }
+
+    // Scores of W keys at a time, dotted where they lie (float32 of whole vectors) or from a widened copy.
+    void score_few(const T* keys, const T* values, int64_t low, int64_t high) {
+        for (int64_t key = low / W * W; key < high; key += W) {
+            prefetch(reinterpret_cast<const char*>(values + key * Dv_), W * Dv_ * int64_t{sizeof(T)});
+            const float* rows = widen_rows(keys + key * Dk_, Dk_, ldk_, keys_, W);
+            const int64_t stride = rows == keys_ ? ldk_ : Dk_;
+            for (int64_t m = 0; m < M_; ++m) {
+                vf dots[W] = {};
+                for (int64_t d = 0; d < Dk_; d += W) {
+                    const vf q = load<vf>(q_ + m * ldk_ + d);
+#pragma GCC unroll 16
+                    for (int i = 0; i < W; ++i) dots[i] += q * load<vf>(rows + i * stride + d);
+                }
+                store(scores_ + m * kStripTokens + key, sum_each(dots));
+            }
+        }
+    }
+
+    // Float32 rows of a multiple of W wide are used in place; others are widened into `copy`.
+    static const float* widen_rows(const T* rows, int64_t width, int64_t stride, float* copy, int64_t count) {
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (width % W == 0) return reinterpret_cast<const float*>(rows);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t d = 0; d < width; d += W) {
+                store(copy + i * stride + d, widen_padded(rows + i * width, d, width));
+            }
+        }
+        return copy;
+    }
+
+    void weigh_few(const T* values, const char* next, int64_t low, int64_t high) {
+        for (int64_t slot = low; slot < high; slot += kChunk) {
+            const int64_t count = min(kChunk, high - slot);
+            if (next != nullptr) {
+                const int64_t bytes = kChunk * Dk_ * int64_t{sizeof(T)};
+                prefetch(next + (slot - low) / kChunk * bytes, bytes);
+            }
+            const float* rows = widen_rows(values + slot * Dv_, Dv_, ldv_, values_, count);
+            const int64_t stride = rows == values_ ? ldv_ : Dv_;
+            int64_t d = 0;
+            for (; d + kPanel <= Dv_; d += kPanel) {
+                panel<2>(M_, scores_ + slot, kStripTokens, rows + d, stride, out_ + d, ldv_, count, true);
+            }
+            for (; d < Dv_; d += W) {
+                panel<1>(M_, scores_ + slot, kStripTokens, rows + d, stride, out_ + d, ldv_, count, true);
+            }
+        }
+    }
+
+    // Keys transposed into panels [64 / kPanel][Dk][kPanel], then one register tile after the other.
+    void score_many(const T* keys, int64_t low, int64_t high) {
+        for (int64_t column = low / kPanel * kPanel; column < high; column += kPanel) {
+            float* packed = keys_ + column * ldk_;
+            for (int64_t half = 0; half < kPanel; half += W) pack_keys(keys + (column + half) * Dk_, packed + half);
+            panel<2>(M_, q_, ldk_, packed, kPanel, scores_ + column, kStripTokens, Dk_, false);
+        }
+    }
+
+    void pack_keys(const T* keys, float* packed) const {
+        for (int64_t d = 0; d < Dk_; d += W) {
+            vf rows[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) rows[i] = widen_padded(keys + i * Dk_, d, Dk_);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) store(packed + (d + i) * kPanel, rows[i]);
+        }
+    }
+
+    // Values in panels [Dv / kPanel][64][kPanel].
+    void weigh_many(const T* values, int64_t low, int64_t high) {
+        for (int64_t d = 0; d < Dv_; d += kPanel) {
+            float* packed = values_ + d * kStripTokens;
+            for (int64_t slot = low; slot < high; ++slot) {
+                store(packed + slot * kPanel, widen_padded(values + slot * Dv_, d, Dv_));
+                store(packed + slot * kPanel + W, widen_padded(values + slot * Dv_, d + W, Dv_));
+            }
+            panel<2>(M_, scores_ + low, kStripTokens, packed + low * kPanel, kPanel, out_ + d, ldv_, high - low, true);
+        }
+    }
+
+    // Scores become weights exp(score - maximum); what a row may not read becomes 0, whatever was there.
+    void softmax(int64_t start) {
+        for (int64_t m = 0; m < M_; ++m) {
+            const int r = int(m / group_);
+            float* scores = scores_ + m * kStripTokens;
+            const int64_t low = max(0, first_visible(r) - start);
+            const int64_t high = min(kStripTokens, last_visible(r) + 1 - start);
+            if (low >= high) {
+                for (int i = 0; i < kStripTokens; ++i) scores[i] = 0;
+                continue;
+            }
+            cap(scores);
+            for (int64_t i = 0; i < low; ++i) scores[i] = kNegInf;
+            for (int64_t i = high; i < kStripTokens; ++i) scores[i] = kNegInf;
+            merge_row(m, scores);
+        }
+    }
+
+    void cap(float* scores) const {
+        const float softcap = args_.spec.softcap;
+        if (softcap <= 0) return;
+        for (int i = 0; i < kStripTokens; i += W) store(scores + i, vtanh(load<vf>(scores + i) / softcap) * softcap);
+    }
+
+    void merge_row(int64_t m, float* scores) {
+        vf tops = load<vf>(scores);
+        for (int i = W; i < kStripTokens; i += W) tops = vmax(tops, load<vf>(scores + i));
+        const float top = max_lane(tops);
+        if (top > max_[m]) {
+            const float rescale = exp_one(max_[m] - top);
+            for (int64_t d = 0; d < ldv_; d += W) store(out_ + m * ldv_ + d, load<vf>(out_ + m * ldv_ + d) * rescale);
+            sum_[m] *= rescale;
+            max_[m] = top;
+        }
+        vf sums{};
+        for (int i = 0; i < kStripTokens; i += W) {
+            const vf weights = vexp(load<vf>(scores + i) - max_[m]);
+            sums += weights;
+            store(scores + i, weights);
+        }
+        sum_[m] += sum_lanes(sums);
+    }
+
+    void write_partials() const {
+        for (int64_t m = 0; m < M_; ++m) {
+            float* target = args_.partials + (item_.partial + m) * (Dv_ + 2);
+            for (int64_t d = 0; d < Dv_; ++d) target[d] = out_[m * ldv_ + d];
+            target[Dv_] = max_[m];
+            target[Dv_ + 1] = sum_[m];
+        }
+    }
+
+    void write_rows() const {
+        for (int64_t m = 0; m < M_; ++m) {
+            const int64_t row = item_.first_row + m / group_, head = int64_t{item_.head} * group_ + m % group_;
+            const float inverse = sum_[m] > 0 ? 1.0f / sum_[m] : sum_[m];
+            float* result = out_ + m * ldv_;
+            for (int64_t d = 0; d < ldv_; d += W) store(result + d, load<vf>(result + d) * inverse);
+            store_row(result, args_.out.at(row, head));
+            args_.lse[row * args_.spec.num_q_heads + head] = max_[m] + __builtin_logf(sum_[m]);
+        }
+    }
+
+    void store_row(const float* row, char* target) const;
+
+    const AttendArgs& args_;
+    const Item& item_;
+    const int group_;
+    const int64_t M_, Dk_, Dv_, ldk_, ldv_;
+    int64_t low_, high_;
+    float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_;
+};
+
+template <class From, class To>
+void convert_rows(const char* source, char* target, int64_t count) {
+    const From* from = reinterpret_cast<const From*>(source);
+    To* to = reinterpret_cast<To*>(target);
+    for (int64_t i = 0; i < count; ++i) narrow(widen_one(from[i]), to + i);
+}
+
+template <class From>
+void convert_from(const char* source, char* target, DType to, int64_t count) {
+    switch (to) {
+        case DType::float32: return convert_rows<From, float>(source, target, count);
+        case DType::bfloat16: return convert_rows<From, bf16>(source, target, count);
+        case DType::float16: return convert_rows<From, f16>(source, target, count);
+    }
+}
+
+void convert(const char* source, DType from, char* target, DType to, int64_t count) {
+    if (from == to) {
+        __builtin_memcpy(target, source, count * size_of(from));
+        return;
+    }
+    switch (from) {
+        case DType::float32: return convert_from<float>(source, target, to, count);
+        case DType::bfloat16: return convert_from<bf16>(source, target, to, count);
+        case DType::float16: return convert_from<f16>(source, target, to, count);
+    }
+}
+
+template <class T>
+void Attention<T>::store_row(const float* row, char* target) const {
+    convert(reinterpret_cast<const char*>(row), DType::float32, target, args_.out.dtype, Dv_);
+}
+
+void attend(const AttendArgs& args, const Item& item, float* scratch) {
+    switch (args.strips.dtype) {
+        case DType::float32: return Attention<float>(args, item, scratch).run();
+        case DType::bfloat16: return Attention<bf16>(args, item, scratch).run();
+        case DType::float16: return Attention<f16>(args, item, scratch).run();
+    }
+}
+
+#define ELBOWROOM_TEXT(x) #x
+#define ELBOWROOM_NAME(x) ELBOWROOM_TEXT(x)
+
+}  // namespace
+
+namespace elbowroom {
+
+extern const KernelTable ELBOWROOM_TABLE;
+const KernelTable ELBOWROOM_TABLE = {ELBOWROOM_NAME(ELBOWROOM_ISA), attend, convert};
+
+}  // namespace elbowroom

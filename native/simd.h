@@ -1,0 +1,201 @@
+// Vectors as wide as the instruction set that this file is compiled for, by the compilers' vector extensions.
+//
+// Everything has internal linkage and no standard function is used: a function compiled for AVX-512 must never be the
+// copy that the linker keeps for all.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "types.h"
+
+namespace {
+
+using elbowroom::DType;
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+template <class V, class T>
+inline V load(const T* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V, class T>
+inline void store(T* p, V v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+inline vf splat(float x) { return vf{} + x; }
+
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// --- conversions -----------------------------------------------------------------------------------------------------
+
+inline vf widen(const float* p) { return load<vf>(p); }
+
+inline vf widen(const bf16* p) { return bit_cast<vf>(__builtin_convertvector(load<vh>(p), vu) << 16); }
+
+inline vf widen(const f16* p) {
+#if defined(__AVX512F__)
+    return bit_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return bit_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    // Moving exponent and mantissa into place and multiplying by 2^112 is exact, subnormals included.
+    const vu h = __builtin_convertvector(load<vh>(p), vu);
+    const vf small = bit_cast<vf>((h & 0x7fffu) << 13) * 0x1p112f;
+    const vu special = bit_cast<vu>((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+    return bit_cast<vf>(bit_cast<vu>(small) | special | ((h & 0x8000u) << 16));
+#endif
+}
+
+inline float widen_one(float x) { return x; }
+
+inline float widen_one(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+
+inline float widen_one(f16 x) {
+    const uint32_t h = x.bits;
+    const uint32_t bits = bit_cast<uint32_t>(bit_cast<float>((h & 0x7fffu) << 13) * 0x1p112f);
+    return bit_cast<float>(bits | ((h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u) | ((h & 0x8000u) << 16));
+}
+
+inline void narrow(float x, float* p) { *p = x; }
+
+inline void narrow(float x, bf16* p) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    p->bits = uint16_t(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline void narrow(float x, f16* p) {
+#if defined(__F16C__)
+    p->bits = uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t half;
+    if (magnitude > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (magnitude >= 0x47800000u) {  // 65536 and above; 65520 .. 65536 round up to infinity below
+        half = 0x7c00u;
+    } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded half in the last bits
+        half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    } else {
+        half = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+    }
+    p->bits = uint16_t(sign | half);
+#endif
+}
+
+// Elements offset .. offset + W - 1 of a row of `count`; zeros beyond its end.
+template <class T>
+inline vf widen_padded(const T* row, int64_t offset, int64_t count) {
+    if (offset + W <= count) return widen(row + offset);
+    float lanes[W] = {};
+    for (int64_t i = offset; i < count; ++i) lanes[i - offset] = widen_one(row[i]);
+    return load<vf>(lanes);
+}
+
+// --- lanes -----------------------------------------------------------------------------------------------------------
+
+using Lanes = std::make_integer_sequence<int, W>;
+
+template <int Step, int... I>
+inline vf even_blocks(vf a, vf b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, ((I & Step) ? W + I - Step : I)...);
+}
+
+template <int Step, int... I>
+inline vf odd_blocks(vf a, vf b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, ((I & Step) ? W + I : I + Step)...);
+}
+
+// Transposes W x W in place: each stage swaps the off-diagonal blocks of size Step.
+template <int Step = W / 2>
+inline void transpose(vf (&rows)[W]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+        if (i & Step) continue;
+        const vf low = even_blocks<Step>(rows[i], rows[i + Step], Lanes{});
+        rows[i + Step] = odd_blocks<Step>(rows[i], rows[i + Step], Lanes{});
+        rows[i] = low;
+    }
+    if constexpr (Step > 1) transpose<Step / 2>(rows);
+}
+
+// Lane j of the result is the sum of the lanes of rows[j]: a transposition that adds instead of swapping.
+template <int Step = W / 2>
+inline vf sum_each(vf (&rows)[W]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Step; ++i) {
+        rows[i] = even_blocks<Step>(rows[i], rows[i + Step], Lanes{}) +
+                  odd_blocks<Step>(rows[i], rows[i + Step], Lanes{});
+    }
+    if constexpr (Step > 1) return sum_each<Step / 2>(rows);
+    return rows[0];
+}
+
+inline float max_lane(vf v) {
+    float top = v[0];
+    for (int i = 1; i < W; ++i) top = v[i] > top ? v[i] : top;
+    return top;
+}
+
+inline float sum_lanes(vf v) {
+    float sum = 0;
+    for (int i = 0; i < W; ++i) sum += v[i];
+    return sum;
+}
+
+// --- exponential -----------------------------------------------------------------------------------------------------
+
+// e^x to about 1e-7 relative for x <= 88; exactly 0 below -87.3 (where results would be subnormal) and for -inf.
+inline vf vexp(vf x) {
+    const vf clamped = x < -87.3f ? splat(-87.3f) : x;
+    const vf shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold round(x / ln 2)
+    const vf n = shifted - 12582912.0f;
+    const vf r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+    vf y = r * 1.98756915e-4f + 1.39819995e-3f;
+    y = y * r + 8.33345191e-3f;
+    y = y * r + 4.16657960e-2f;
+    y = y * r + 1.66666655e-1f;
+    y = y * r + 5.00000012e-1f;
+    y = y * (r * r) + (r + 1.0f);
+    const vf power = bit_cast<vf>((bit_cast<vu>(shifted) + 127u) << 23);
+    return x < -87.3f ? vf{} : y * power;
+}
+
+inline float exp_one(float x) { return vexp(splat(x))[0]; }
+
+inline vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(vmax(splat(-20.0f), -vmax(splat(-20.0f), -x)) * 2.0f) + 1.0f); }
+
+}  // namespace

@@ -1,0 +1,66 @@
+// The plain descriptors that cross the seam: what Python says about a step, its strips, a layer and row tensors.
+#pragma once
+
+#include <cstdint>
+
+namespace elbowroom {
+
+inline constexpr int kStripTokens = 64;
+inline constexpr int64_t kUnitBytes = 64;  // strip tables count in these
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+inline constexpr int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// Which rows belong to which sequence, and what they may read (see kernels/base.py: StripStep).
+struct Step {
+    int64_t num_sequences;
+    const int32_t* row_starts;   // [R + 1]
+    const int64_t* positions;    // [N]
+    const int64_t* lengths;      // [R]
+    const int64_t* first_slots;  // [R]
+};
+
+// Strips of one layer: K [Hkv, 64, Dk] then V [Hkv, 64, Dv] at base + 64 * table[sequence][block].
+struct Strips {
+    const uint32_t* table;  // [R, num_blocks]
+    int64_t num_blocks;
+    char* base;
+    int64_t num_bytes;
+    DType dtype;
+    int num_kv_heads, head_dim, v_head_dim;
+
+    int64_t strip_bytes() const {
+        return int64_t{num_kv_heads} * kStripTokens * (head_dim + v_head_dim) * size_of(dtype);
+    }
+    char* strip(int64_t sequence, int64_t block) const {
+        return base + table[sequence * num_blocks + block] * kUnitBytes;
+    }
+    char* keys(char* strip, int head) const {
+        return strip + int64_t{head} * kStripTokens * head_dim * size_of(dtype);
+    }
+    char* values(char* strip, int head) const {
+        return strip + int64_t{kStripTokens} * (num_kv_heads * head_dim + head * v_head_dim) * size_of(dtype);
+    }
+};
+
+// Attention of one layer.
+struct Spec {
+    int num_q_heads;
+    int64_t window;  // tokens; 0: everything
+    float scale;
+    float softcap;  // 0: none
+};
+
+// A tensor [rows, heads, width] whose last stride is 1; strides in elements.
+struct Rows {
+    char* data;
+    DType dtype;
+    int64_t row_stride, head_stride;
+
+    char* at(int64_t row, int64_t head) const {
+        return data + (row * row_stride + head * head_stride) * size_of(dtype);
+    }
+};
+
+}  // namespace elbowroom

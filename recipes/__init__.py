@@ -1,0 +1,1 @@
+"""Recipes that build the models and data shipped with elbowroom."""

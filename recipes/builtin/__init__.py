@@ -1,0 +1,1 @@
+"""Recipe of the built-in model: tokenizer, data, training tasks, training, export, evaluation."""

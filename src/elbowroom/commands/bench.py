@@ -1,0 +1,7 @@
+"""``elbowroom bench``: measure against a rival, and say which claims hold."""
+
+from __future__ import annotations
+
+
+def bench() -> None:
+    """Bench."""

@@ -1,0 +1,80 @@
+"""RunReport: what a run took from its memory budget, as JSON and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from elbowroom.units import format_bytes
+
+if TYPE_CHECKING:
+    from elbowroom.engine.engine import Engine
+    from elbowroom.memory.ledger import Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """Bytes by owner, what the process really held, and speeds."""
+
+    budget_bytes: int
+    baseline_bytes: int
+    """VmRSS before the model was loaded, everything imported and warm."""
+    peak_over_baseline_bytes: int
+    """Peak RSS of the process since then, minus the baseline: what the budget bounds."""
+    ledger: dict[str, dict[str, Usage]]
+    ttft_s: float | None
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+
+    @classmethod
+    def of(cls, engine: Engine, ttft_s: float | None = None) -> RunReport:
+        """Return the report of a running engine."""
+        parts = engine.parts
+        times = parts.core.times
+        return cls(
+            budget_bytes=parts.memory.budget_bytes,
+            baseline_bytes=parts.meter.baseline_bytes,
+            peak_over_baseline_bytes=parts.meter.peak_over_baseline_bytes,
+            ledger=engine.ledger(),
+            ttft_s=ttft_s,
+            prefill_tokens_per_s=_rate(times.prefill_tokens, times.prefill_s),
+            decode_tokens_per_s=_rate(times.decode_tokens, times.decode_s),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers and dicts."""
+        return asdict(self)
+
+    def print(self) -> None:
+        """Print the table on stdout."""
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE, pad_edge=False)
+        for name in ("memory", "now", "peak"):
+            table.add_column(name, justify="left" if name == "memory" else "right", no_wrap=True)
+        for owner, tiers in self.ledger.items():
+            for tier, usage in tiers.items():
+                label = owner if tier == "host" else f"{owner} ({tier})"
+                table.add_row(label, format_bytes(usage["current_bytes"]), format_bytes(usage["peak_bytes"]))
+        table.add_section()
+        table.add_row("budget", "", format_bytes(self.budget_bytes))
+        table.add_row("process over baseline", "", format_bytes(self.peak_over_baseline_bytes))
+        console = Console()
+        console.print(table)
+        console.print(self._speeds(), highlight=False, soft_wrap=True)
+
+    def _speeds(self) -> str:
+        first = "none" if self.ttft_s is None else f"{self.ttft_s:.2f} s"
+        prefill, decode = _speed(self.prefill_tokens_per_s), _speed(self.decode_tokens_per_s)
+        baseline = format_bytes(self.baseline_bytes)
+        return f"first token after {first}; prefill {prefill}; decode {decode}; baseline {baseline}"
+
+
+def _rate(tokens: int, seconds: float) -> float | None:
+    return tokens / seconds if tokens and seconds > 0 else None
+
+
+def _speed(rate: float | None) -> str:
+    return "none" if rate is None else f"{rate:,.0f} tokens/s"

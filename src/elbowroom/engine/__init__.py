@@ -1,0 +1,1 @@
+"""The engine: scheduler, executors, sampling, and the Python interfaces LLM and AsyncLLM."""

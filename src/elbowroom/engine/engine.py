@@ -1,0 +1,226 @@
+"""Engine: one loaded model inside one memory budget, on a thread of its own; what LLM, AsyncLLM and servers share.
+
+Every public method may be called from any thread; the work happens on the engine's thread, between steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from elbowroom.engine.core import EngineCore, Sink
+from elbowroom.engine.output import OutputDelta, RequestOutput, TextDecoder
+from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.sizing import MemoryPlan
+from elbowroom.engine.types import Request, SchedulerStats, SessionRef
+from elbowroom.errors import EngineClosed, Overloaded
+from elbowroom.kv.base import KVReport, KVStore
+from elbowroom.kv.plan import BoundPlan
+from elbowroom.memory.ledger import Ledger, Usage
+from elbowroom.memory.meter import Meter
+from elbowroom.models.config import ModelConfig
+from elbowroom.models.tokenizer import Tokenizer
+
+T = TypeVar("T")
+IDLE_POLL_S = 0.25
+"""While free pages wait to be given back, the idle engine looks this often."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """What ``build_engine`` puts together."""
+
+    model_name: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    memory: MemoryPlan
+    plan: BoundPlan
+    ledger: Ledger
+    store: KVStore
+    core: EngineCore
+    meter: Meter
+    close: Callable[[], None]
+    """Gives all memory back."""
+
+
+class Engine:
+    """Runs requests of one model on its own thread.
+
+    Args:
+        parts: model, memory and step loop.
+        max_queue: most requests that may be live at once; more are refused.
+    """
+
+    def __init__(self, parts: EngineParts, max_queue: int = 4096) -> None:
+        self.parts = parts
+        self._core = parts.core
+        self._max_queue = max_queue
+        self._ids = itertools.count(1)
+        self._session_keys = itertools.count(1)
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="elbowroom-engine", daemon=True)
+        self._thread.start()
+
+    # Requests
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        sink: Sink,
+        *,
+        session: SessionRef | None = None,
+        priority: int = 0,
+        salt: bytes = b"",
+    ) -> int:
+        """Queue a request and return its id; ``sink`` gets every delta on the engine's thread.
+
+        Raises:
+            RequestError: malformed, too long for the context, or too large for the budget.
+            Overloaded: too many requests are live.
+            EngineClosed: the engine was shut down.
+        """
+        request = Request(
+            id=next(self._ids),
+            prompt_token_ids=tuple(prompt_token_ids),
+            sampling=sampling,
+            arrival_s=time.monotonic(),
+            priority=priority,
+            salt=salt,
+            session=session,
+        )
+        tokenizer = self.parts.tokenizer
+        tokenizer.check_ids(request.prompt_token_ids, self.parts.config.vocab_size)
+        decoders = [tokenizer.stream_decoder() for _ in range(sampling.n)]
+        self.call(lambda: self._add(request, decoders, sink)).result()
+        return request.id
+
+    def _add(self, request: Request, decoders: Sequence[TextDecoder | None], sink: Sink) -> None:
+        if self._core.num_live >= self._max_queue:
+            raise Overloaded(f"{self._max_queue} requests are waiting or running", "retry later")
+        self._core.add(request, decoders, sink)
+
+    def generate(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, session: SessionRef | None = None
+    ) -> Future[RequestOutput]:
+        """Queue a request and return a future of its whole output; errors as in ``submit``."""
+        done: Future[RequestOutput] = Future()
+
+        def sink(delta: OutputDelta, output: RequestOutput) -> None:
+            if done.done():
+                return
+            if delta.error is not None:
+                done.set_exception(delta.error)
+            elif output.finished:
+                done.set_result(output)
+
+        self.submit(prompt_token_ids, sampling, sink, session=session)
+        return done
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request; returns at once."""
+        self._post(lambda: self._core.abort(request_id))
+
+    def new_session_key(self) -> int:
+        """Return a key for a parked sequence."""
+        return next(self._session_keys)
+
+    def close_session(self, key: int) -> None:
+        """Forget a parked sequence; returns at once."""
+        self._post(lambda: self._core.scheduler.close_session(key))
+
+    # Memory and state
+
+    def clear_cache(self) -> int:
+        """Forget all cached prefixes and parked sessions and return the bytes given back."""
+        return self.call(self._core.clear_cache).result()
+
+    def set_budget(self, num_bytes: int) -> None:
+        """Change the memory budget of the running engine.
+
+        Raises:
+            OutOfBudget: weights, workspace and reserve alone need more.
+        """
+        self.call(lambda: self._core.set_budget("host", num_bytes)).result()
+
+    def ledger(self) -> dict[str, dict[str, Usage]]:
+        """Return bytes by owner and tier."""
+        return self.parts.ledger.snapshot()
+
+    def stats(self) -> SchedulerStats:
+        """Return the scheduler's counters and gauges."""
+        return self._core.scheduler.stats()
+
+    def kv_report(self) -> KVReport:
+        """Return what the KV store holds."""
+        return self.call(self.parts.store.report).result()
+
+    def check_integrity(self) -> None:
+        """Raise unless the books of scheduler and store agree."""
+
+        def check() -> None:
+            self._core.scheduler.check()
+            self.parts.store.check_integrity()
+
+        self.call(check).result()
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run ``function`` on the engine's thread between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # noqa: BLE001  it belongs to the caller, who gets it from the future
+                future.set_exception(error)
+
+        self._post(run)
+        return future
+
+    def close(self) -> None:
+        """Stop the thread, ending live requests, and give all memory back; later calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._commands.put(None)
+        self._thread.join()
+        self.parts.close()
+
+    # The thread
+
+    def _post(self, command: Callable[[], object]) -> None:
+        if self._closed:
+            raise EngineClosed("the engine was shut down")
+        self._commands.put(lambda: (command(), None)[1])
+
+    def _run(self) -> None:
+        while self._run_commands():
+            try:
+                if self._core.has_work():
+                    self._core.step()
+                else:
+                    self._core.idle()
+            except Exception as error:  # noqa: BLE001  a bug here must end requests with its text, not hang them
+                self._core.fail(error)
+        self._core.fail(EngineClosed("the engine was shut down"))
+
+    def _run_commands(self) -> bool:
+        """Run what has arrived, waiting for something when there is no other work; False at the end."""
+        block = not self._core.has_work()
+        while True:
+            timeout = IDLE_POLL_S if self._core.arena.free_bytes() else None
+            try:
+                command = self._commands.get(block, timeout)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            block = False

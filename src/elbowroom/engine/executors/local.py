@@ -1,0 +1,142 @@
+"""TorchExecutor: computes steps in this process, with the decoder and the KV store."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elbowroom.engine.sampler import SlotSampler, sample
+from elbowroom.engine.types import KVOp, Row, SampledToken, StepPlan, StepResult
+from elbowroom.errors import IntegrityError
+from elbowroom.kv.base import KVHandle, KVStep, KVStore, Want
+from elbowroom.models.base import Scratch
+from elbowroom.models.decoder import Decoder
+from elbowroom.weights.base import StepInfo
+
+_NO_STATISTICS = Want()
+
+
+class StoreContext:
+    """The AttentionContext of an engine step: keys and values live in the store."""
+
+    def __init__(self, store: KVStore, step: KVStep) -> None:
+        self._store, self._step = store, step
+        self._positions = torch.from_numpy(step.positions)
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 ``[N]``."""
+        return self._positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return attention ``[N, Hq, Dv]`` over everything stored."""
+        return self._store.attend(layer, q, k, v, self._step, _NO_STATISTICS).out
+
+    def end_layer(self, layer: int) -> None:
+        """Let the store compact the layer."""
+        self._store.end_layer(layer, self._step)
+
+
+class TorchExecutor:
+    """Runs each step at once in ``submit``.
+
+    Args:
+        decoder: the model.
+        store: its keys and values.
+        scratch: where large activations live.
+    """
+
+    def __init__(self, decoder: Decoder, store: KVStore, scratch: Scratch) -> None:
+        self._decoder, self.store, self._scratch = decoder, store, scratch
+        self._handles: dict[int, KVHandle] = {}
+        self._samplers: dict[int, SlotSampler] = {}
+        self._results: dict[int, StepResult] = {}
+        self._next_ticket = 0
+
+    def submit(self, plan: StepPlan) -> int:
+        """Apply the plan's changes and compute its rows.
+
+        Raises:
+            ModelError: the model gives logits that are not finite.
+        """
+        started = time.perf_counter()
+        for op in plan.ops:
+            self._apply(op)
+        tokens, shortfall = self._run(plan.rows) if plan.rows else ({}, 0)
+        self._next_ticket += 1
+        self._results[self._next_ticket] = StepResult(tokens, 1, time.perf_counter() - started, shortfall)
+        return self._next_ticket
+
+    def collect(self, ticket: int) -> StepResult:
+        """Return the finished step."""
+        return self._results.pop(ticket)
+
+    def reset(self) -> None:
+        """Close every sequence (after a failed step)."""
+        for handle in self._handles.values():
+            self.store.close(handle)
+        self._handles.clear()
+        self._samplers.clear()
+
+    def _apply(self, op: KVOp) -> None:
+        if op.kind == "open":
+            self._handles[op.slot] = self.store.open()
+        elif op.kind == "fork":
+            self._handles[op.slot] = self.store.fork(self._handles[op.source], op.num_tokens)
+        elif op.kind == "truncate":
+            self.store.truncate(self._handles[op.slot], op.num_tokens)
+        else:
+            self.store.close(self._handles.pop(op.slot))
+            self._samplers.pop(op.slot, None)
+
+    @torch.inference_mode()
+    def _run(self, rows: tuple[Row, ...]) -> tuple[dict[int, list[SampledToken]], int]:
+        step = self._kv_step(rows)
+        shortfall = self.store.reserve(step)
+        if shortfall is not None:
+            return {}, max(shortfall.needed_bytes - shortfall.available_bytes, 1)
+        weights = self._decoder.weights
+        is_decode = all(row.kind == "decode" for row in rows)
+        weights.begin(StepInfo(num_tokens=len(step.positions), phase="decode" if is_decode else "prefill"))
+        hidden = self._decoder(self._tokens(rows), StoreContext(self.store, step), self._scratch)
+        self.store.end_step(step)
+        tokens = self._sample(rows, hidden, step)
+        weights.end()
+        return tokens, 0
+
+    def _kv_step(self, rows: tuple[Row, ...]) -> KVStep:
+        starts = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([row.num_tokens for row in rows], out=starts[1:])
+        pieces = [np.arange(row.start, row.start + row.num_tokens, dtype=np.int64) for row in rows]
+        return KVStep(tuple(self._handles[row.slot] for row in rows), starts, np.concatenate(pieces))
+
+    def _tokens(self, rows: tuple[Row, ...]) -> Tensor:
+        ids: list[int] = []
+        for row in rows:
+            if row.tokens is None:
+                ids.append(self._samplers[row.slot].last_token)
+            else:
+                ids.extend(row.tokens)
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _sample(self, rows: tuple[Row, ...], hidden: Tensor, step: KVStep) -> dict[int, list[SampledToken]]:
+        chosen = [index for index, row in enumerate(rows) if row.sample is not None]
+        if not chosen:
+            return {}
+        last = torch.from_numpy(step.row_starts[1:].astype(np.int64))[chosen] - 1
+        states = [self._sampler(rows[index]) for index in chosen]
+        picked = hidden[last]
+        buffer = self._scratch.take("logits", (len(chosen), self._decoder.config.vocab_size), picked.dtype)
+        results = sample(self._decoder.logits(picked, buffer), states)
+        return {rows[index].slot: [result] for index, result in zip(chosen, results, strict=True)}
+
+    def _sampler(self, row: Row) -> SlotSampler:
+        spec = row.sample
+        if spec is None:
+            raise IntegrityError("a row without sampling has no sampler")
+        if spec.history is not None:
+            self._samplers[row.slot] = SlotSampler.start(spec)
+        return self._samplers[row.slot]

@@ -1,0 +1,241 @@
+"""KVAccount: who holds which slots and bytes, in integers; the memory half of the scheduler's state.
+
+Private blocks of running and parked sequences are counted in ``used_bytes``; cached prefix blocks are paid by the
+index, once, however many sequences share them. Every change is also written down as a ``KVOp`` for the executor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from elbowroom.core import STRIP_TOKENS
+from elbowroom.engine.accounting import KVPricing, num_blocks
+from elbowroom.engine.prefix import Node, PrefixIndex, block_keys, root_key
+from elbowroom.engine.sequence import Parked, SeqState
+from elbowroom.engine.types import KVOp, Request
+
+
+@dataclass(slots=True)
+class KVAccount:
+    """Slots, bytes, cached prefixes and parked sessions."""
+
+    pricing: KVPricing
+    capacity_bytes: int
+    namespace: bytes
+    """Fingerprint of model and plan: prefix keys of different ones never meet."""
+    caches_prefixes: bool
+    index: PrefixIndex = field(default_factory=PrefixIndex)
+    parked: dict[int, Parked] = field(default_factory=dict)
+    used_bytes: int = 0
+    ops: list[KVOp] = field(default_factory=list)
+    evicted_blocks: int = 0
+    next_slot: int = 0
+    _clock: int = 0
+
+    # Bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of cached prefix blocks."""
+        return self.index.num_blocks * self.pricing.block_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that nothing holds; negative after the capacity was lowered."""
+        return self.capacity_bytes - self.pricing.transient_bytes - self.used_bytes - self.cached_bytes
+
+    @property
+    def reclaimable_bytes(self) -> int:
+        """Bytes of unused cached prefixes and of parked sessions."""
+        parked = sum(self.private_bytes(each.num_blocks, each.shared) for each in self.parked.values())
+        return self.index.num_evictable * self.pricing.block_bytes + parked
+
+    def private_bytes(self, blocks: int, shared: Node | None) -> int:
+        """Return what a sequence of ``blocks`` pays itself."""
+        return self.pricing.price(blocks, 0 if shared is None else shared.depth)
+
+    def evict_one(self, keep: Parked | None = None) -> bool:
+        """Give up the least recently used cached block, else the least recently used parked session."""
+        op = self.index.evict()
+        if op is not None:
+            self.ops.append(op)
+            self.evicted_blocks += 1
+            return True
+        candidates = [(each.last_used, key) for key, each in self.parked.items() if each is not keep]
+        if candidates:
+            self.drop_parked(min(candidates)[1])
+        return bool(candidates)
+
+    def reclaim(self, num_bytes: int) -> int:
+        """Give up caches and parked sessions until ``num_bytes`` came free; return the bytes."""
+        before = self.free_bytes
+        while self.free_bytes - before < num_bytes and self.evict_one():
+            pass
+        return self.free_bytes - before
+
+    # Sequences
+
+    def open(self, seq: SeqState, node: Node | None, blocks: int) -> None:
+        """Give ``seq`` a slot that shares the prefix down to ``node`` (pinned by the caller) and pay ``blocks``."""
+        seq.slot, seq.shared, seq.num_blocks = self._new_slot(), node, blocks
+        seq.num_computed = 0 if node is None else node.depth * STRIP_TOKENS
+        self.used_bytes += self.private_bytes(blocks, node)
+        if node is None:
+            self.ops.append(KVOp("open", seq.slot))
+        else:
+            self.ops.append(KVOp("fork", seq.slot, node.slot, seq.num_computed))
+
+    def branch(self, seq: SeqState, parent: Parked, node: Node | None, keep: int, blocks: int) -> None:
+        """Give ``seq`` a slot that shares the first ``keep`` tokens of a parked sequence; ``node`` is pinned."""
+        # Blocks that the parent holds privately are paid again here: an upper bound, exact once one is written.
+        seq.slot, seq.shared, seq.num_blocks, seq.num_computed = self._new_slot(), node, blocks, keep
+        self.used_bytes += self.private_bytes(blocks, node)
+        self.ops.append(KVOp("fork", seq.slot, parent.slot, keep))
+
+    def grow(self, seq: SeqState, blocks: int) -> None:
+        """Pay for ``seq`` to have ``blocks`` in all."""
+        self.used_bytes += self.growth_bytes(seq, blocks)
+        seq.num_blocks = max(seq.num_blocks, blocks)
+
+    def growth_bytes(self, seq: SeqState, blocks: int) -> int:
+        """Return what ``grow`` would add."""
+        if blocks <= seq.num_blocks:
+            return 0
+        return self.pricing.by_blocks[blocks] - self.pricing.by_blocks[seq.num_blocks]
+
+    def give_back(self, seq: SeqState) -> None:
+        """Close the sequence's slot."""
+        self.used_bytes -= self.private_bytes(seq.num_blocks, seq.shared)
+        if seq.shared is not None:
+            self.index.unpin(seq.shared)
+        self.ops.append(KVOp("close", seq.slot))
+        seq.slot, seq.shared, seq.num_blocks, seq.num_computed = -1, None, 0, 0
+
+    # Parked sessions
+
+    def park(self, seq: SeqState, key: int) -> None:
+        """Keep the sequence's slot for the next request of its session."""
+        if key in self.parked:
+            self.drop_parked(key)
+        blocks = num_blocks(seq.num_computed)
+        self.used_bytes += self.private_bytes(blocks, seq.shared) - self.private_bytes(seq.num_blocks, seq.shared)
+        self._clock += 1
+        self.parked[key] = Parked(seq.slot, seq.tokens[: seq.num_computed], seq.shared, blocks, self._clock)
+        seq.slot, seq.shared, seq.num_blocks = -1, None, 0
+
+    def drop_parked(self, key: int) -> None:
+        """Forget a parked session; it is prefilled again if it ever goes on."""
+        parked = self.parked.pop(key)
+        self.used_bytes -= self.private_bytes(parked.num_blocks, parked.shared)
+        if parked.shared is not None:
+            self.index.unpin(parked.shared)
+        self.ops.append(KVOp("close", parked.slot))
+
+    def use_parked(self, key: int | None) -> Parked | None:
+        """Return a parked session, marked as used now."""
+        parked = None if key is None else self.parked.get(key)
+        if parked is not None:
+            self._clock += 1
+            parked.last_used = self._clock
+        return parked
+
+    def take_over(self, seq: SeqState, key: int) -> None:
+        """Let ``seq`` go on in the slot of its parked session, cut back to the tokens they have in common."""
+        parked = self.parked.pop(key)
+        seq.slot, seq.shared, seq.num_blocks = parked.slot, parked.shared, parked.num_blocks
+        keep = min(common_prefix(parked.tokens, seq.tokens), len(seq.tokens) - 1)
+        if keep == len(parked.tokens):
+            seq.num_computed = keep
+        elif self.pricing.can_share:
+            self._cut(seq, keep)
+        else:
+            # A sliding window may have dropped what an earlier position needs: start over.
+            self.used_bytes -= self.private_bytes(seq.num_blocks, None)
+            self.ops += [KVOp("close", seq.slot), KVOp("open", seq.slot)]
+            seq.num_blocks = 0
+
+    def ancestor(self, node: Node | None, num_tokens: int) -> Node | None:
+        """Return the deepest node at or above ``node`` whose blocks lie within ``num_tokens``."""
+        while node is not None and node.depth * STRIP_TOKENS > num_tokens:
+            node = node.parent
+        return node
+
+    def _cut(self, seq: SeqState, num_tokens: int) -> None:
+        self.used_bytes -= self.private_bytes(seq.num_blocks, seq.shared)
+        node = self.ancestor(seq.shared, num_tokens)
+        if node is not seq.shared:
+            if node is not None:
+                self.index.pin(node)
+            if seq.shared is not None:
+                self.index.unpin(seq.shared)
+        seq.shared, seq.num_blocks, seq.num_computed = node, num_blocks(num_tokens), num_tokens
+        self.used_bytes += self.private_bytes(seq.num_blocks, node)
+        self.ops.append(KVOp("truncate", seq.slot, num_tokens=num_tokens))
+
+    # Cached prefixes
+
+    def keys(self, request: Request) -> list[bytes]:
+        """Return the block keys of a prompt; empty where prefixes are not shared."""
+        if not self.caches_prefixes:
+            return []
+        if request.block_keys is not None:
+            return list(request.block_keys)
+        tokens = request.prompt_token_ids
+        return block_keys(self._root(request), tokens, len(tokens) // STRIP_TOKENS)
+
+    def match(self, seq: SeqState) -> Node | None:
+        """Return the deepest cached node that ``seq`` can share; one token at least is left to compute."""
+        return self.index.match(seq.keys[: (len(seq.tokens) - 1) // STRIP_TOKENS])
+
+    def cache(self, seq: SeqState, count: int) -> None:
+        """Hand the first ``count`` blocks of a running sequence to the index, unless somebody else brought them."""
+        if not self.caches_prefixes or count <= seq.shared_blocks:
+            return
+        self._extend_keys(seq, count)
+        new = seq.keys[seq.shared_blocks : count]
+        if len(new) < count - seq.shared_blocks or new[0] in self.index.nodes:
+            return
+        slot = self._new_slot()
+        self.ops.append(KVOp("fork", slot, seq.slot, count * STRIP_TOKENS))
+        node = self.index.insert(seq.shared, new, slot, seq.request.tags)
+        assert node is not None, "at least one block is new"
+        self.used_bytes -= self.private_bytes(seq.num_blocks, seq.shared)
+        self.index.pin(node)
+        if seq.shared is not None:
+            self.index.unpin(seq.shared)
+        seq.shared = node
+        self.used_bytes += self.private_bytes(seq.num_blocks, node)
+
+    def explain(self, tokens: Sequence[int], salt: bytes = b"") -> str:
+        """Return one line on how far a prompt is cached."""
+        keys = block_keys(root_key(self.namespace, salt), tokens, len(tokens) // STRIP_TOKENS)
+        return self.index.explain(keys)
+
+    def check(self, running: Iterable[SeqState]) -> None:
+        """Assert that the books agree (tests, and when idle)."""
+        held = sum(self.private_bytes(seq.num_blocks, seq.shared) for seq in running)
+        held += sum(self.private_bytes(each.num_blocks, each.shared) for each in self.parked.values())
+        assert held == self.used_bytes, f"used {self.used_bytes}, sequences hold {held}"
+        self.index.check()
+
+    def _extend_keys(self, seq: SeqState, count: int) -> None:
+        known = len(seq.keys)
+        if known < count and seq.request.block_keys is None:
+            parent = seq.keys[-1] if known else self._root(seq.request)
+            seq.keys += block_keys(parent, seq.tokens[known * STRIP_TOKENS :], count - known)
+
+    def _root(self, request: Request) -> bytes:
+        return root_key(self.namespace, request.salt, request.adapter)
+
+    def _new_slot(self) -> int:
+        self.next_slot += 1
+        return self.next_slot
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
+    limit = min(len(a), len(b))
+    if list(a[:limit]) == list(b[:limit]):
+        return limit
+    return next(i for i in range(limit) if a[i] != b[i])

@@ -1,0 +1,149 @@
+"""From token ids to text: incremental detokenisation, stop strings, and the results that users see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from elbowroom.engine.types import FinishReason, Request, SampledToken, SequenceUpdate
+
+
+class TextDecoder(Protocol):
+    """Turns a stream of token ids into text piece by piece."""
+
+    def push(self, token_id: int) -> str:
+        """Return the text that ``token_id`` completes, which may be empty."""
+
+    def flush(self) -> str:
+        """Return what is left at the end."""
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """Log-probability (natural log) of a chosen token and of the most likely ones at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True)
+class SampleOutput:
+    """One sample of a request, complete or so far."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All samples of one request."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[SampleOutput]
+    cached_tokens: int = 0
+    """Prompt tokens that a cached prefix saved."""
+    ttft_s: float | None = None
+    """Seconds from arrival to the first token."""
+    duration_s: float = 0.0
+    """Seconds from arrival to the newest token."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return all(sample.finish_reason is not None for sample in self.outputs)
+
+
+@dataclass(slots=True)
+class OutputDelta:
+    """What one step added to one sample."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: FinishReason | None
+    error: Exception | None = None
+
+
+class SampleProcessor:
+    """Detokenises one sample and watches for stop strings.
+
+    Text that could be the beginning of a stop string is held back until it is decided.
+    """
+
+    def __init__(self, index: int, request: Request, decoder: TextDecoder | None) -> None:
+        sampling = request.sampling
+        self.output = SampleOutput(index, logprobs=None if sampling.logprobs is None else [])
+        self._decoder, self._stops = decoder, sampling.stop
+        self._hold = max((len(stop) for stop in sampling.stop), default=1) - 1
+        self._pending = ""
+
+    def push(self, update: SequenceUpdate) -> tuple[OutputDelta, bool]:
+        """Take in an update; return what to send, and whether a stop string ended the sample just now."""
+        delta = OutputDelta(self.output.index, "", [], [], update.finish_reason, update.error)
+        hit = False
+        for token in update.tokens:
+            self._add_token(token, delta)
+            hit = self._push_text(token.token_id, delta)
+            if hit:
+                delta.finish_reason = "stop"
+                break
+        if delta.finish_reason is not None and not hit:
+            self._flush(delta)
+        self.output.text += delta.text
+        self.output.finish_reason = delta.finish_reason
+        return delta, hit
+
+    def _add_token(self, token: SampledToken, delta: OutputDelta) -> None:
+        self.output.token_ids.append(token.token_id)
+        delta.token_ids.append(token.token_id)
+        if self.output.logprobs is not None and token.logprob is not None:
+            entry = TokenLogprob(token.token_id, token.logprob, token.top_logprobs)
+            self.output.logprobs.append(entry)
+            delta.logprobs.append(entry)
+
+    def _push_text(self, token_id: int, delta: OutputDelta) -> bool:
+        """Decode one token; True when a stop string is complete (its text is cut off)."""
+        if self._decoder is None:
+            return False
+        self._pending += self._decoder.push(token_id)
+        return self._emit(delta, self._hold)
+
+    def _flush(self, delta: OutputDelta) -> None:
+        if self._decoder is not None:
+            self._pending += self._decoder.flush()
+            self._emit(delta, 0)
+
+    def _emit(self, delta: OutputDelta, hold: int) -> bool:
+        found = [at for at in (self._pending.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            delta.text += self._pending[: min(found)]
+            self._pending = ""
+            return True
+        cut = max(len(self._pending) - hold, 0)
+        delta.text += self._pending[:cut]
+        self._pending = self._pending[cut:]
+        return False
+
+
+class RequestProcessor:
+    """All samples of one request: turns updates into deltas and keeps the whole output."""
+
+    def __init__(self, request: Request, decoders: Sequence[TextDecoder | None]) -> None:
+        self.request = request
+        self._samples = [SampleProcessor(index, request, decoder) for index, decoder in enumerate(decoders)]
+        self.output = RequestOutput(request.id, request.prompt_token_ids, [each.output for each in self._samples])
+
+    def push(self, update: SequenceUpdate, now: float) -> tuple[OutputDelta, bool]:
+        """Take in an update of one sample at ``now`` (clock of ``Request.arrival_s``)."""
+        self.output.duration_s = now - self.request.arrival_s
+        if self.output.ttft_s is None and update.tokens:
+            self.output.ttft_s = self.output.duration_s
+        self.output.cached_tokens = max(self.output.cached_tokens, update.cached_tokens)
+        return self._samples[update.sample].push(update)

@@ -1,0 +1,144 @@
+"""Sampling: from logits to tokens, one row a sequence.
+
+Randomness is keyed by (seed, sample, position), so a token depends on its own request only: never on the batch, the
+chunking, a preemption or a cache hit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.types import SampledToken, SampleSpec
+from elbowroom.errors import ModelError
+
+_MASK = 2**64 - 1
+
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """Return a number in [0, 1) that depends on the three keys only (SplitMix64 finaliser over their mix)."""
+    x = (seed ^ (sample * 0xD1342543DE82EF95) ^ (position * 0x9E3779B97F4A7C15)) & _MASK
+    for _ in range(2):
+        x = (x + 0x9E3779B97F4A7C15) & _MASK
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        x ^= x >> 31
+    return (x >> 11) / 2.0**53
+
+
+@dataclass(slots=True)
+class SlotSampler:
+    """Sampling state of one slot: its parameters and, for penalties, the tokens seen."""
+
+    params: SamplingParams
+    seed: int
+    sample: int
+    position: int
+    """Tokens before the next one: its position."""
+    last_token: int = 0
+    prompt: frozenset[int] = frozenset()
+    output: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def start(cls, spec: SampleSpec) -> SlotSampler:
+        """Return the state for a slot whose tokens so far are ``spec.history``."""
+        assert spec.history is not None
+        history = spec.history
+        made = cls(spec.params, spec.seed, spec.sample, len(history))
+        if spec.params.has_penalties:
+            made.prompt = frozenset(history[: spec.num_prompt_tokens])
+            made.output = Counter(history[spec.num_prompt_tokens :])
+        return made
+
+    def accept(self, token: int) -> None:
+        """Take in a chosen token."""
+        self.last_token = token
+        self.position += 1
+        if self.params.has_penalties:
+            self.output[token] += 1
+
+
+def sample(logits: Tensor, slots: Sequence[SlotSampler]) -> list[SampledToken]:
+    """Choose one token for every row and take it into the slot's state.
+
+    Args:
+        logits: ``[R, V]``, any float dtype; may be overwritten.
+        slots: R states.
+
+    Raises:
+        ModelError: a row has no finite logit (the weights are broken).
+    """
+    rows = logits.float()
+    best = rows.argmax(dim=-1).tolist()
+    results = []
+    for row, (slot, likely) in enumerate(zip(slots, best, strict=True)):
+        params = slot.params
+        plain = not (params.has_penalties or params.logit_bias)
+        token = likely if plain and params.is_greedy else _choose(rows[row], slot)
+        if not torch.isfinite(rows[row, token]):
+            raise ModelError(
+                f"the model gave the logit {rows[row, token].item()}", "its weights are broken: reload them"
+            )
+        slot.accept(token)
+        results.append(_with_logprobs(rows[row], token, params.logprobs))
+    return results
+
+
+def _choose(row: Tensor, slot: SlotSampler) -> int:
+    scores = _penalised(row, slot)
+    params = slot.params
+    if params.is_greedy:
+        return int(scores.argmax())
+    probs, ids = _truncated(torch.softmax(scores / params.temperature, dim=-1), params)
+    cumulative = probs.double().cumsum(dim=-1)
+    point = uniform(slot.seed, slot.sample, slot.position) * float(cumulative[-1])
+    index = min(int(torch.searchsorted(cumulative, point, right=True)), len(probs) - 1)
+    return index if ids is None else int(ids[index])
+
+
+def _penalised(row: Tensor, slot: SlotSampler) -> Tensor:
+    """Return the logits with bias and penalties; a copy when anything changes."""
+    params = slot.params
+    if not (params.has_penalties or params.logit_bias):
+        return row
+    row = row.clone()
+    seen = list(slot.prompt | slot.output.keys())
+    if params.repetition_penalty != 1.0 and seen:
+        picked = row[seen]
+        row[seen] = torch.where(picked > 0, picked / params.repetition_penalty, picked * params.repetition_penalty)
+    if slot.output:
+        ids, counts = list(slot.output), torch.tensor(list(slot.output.values()), dtype=row.dtype)
+        row[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    for token, bias in params.logit_bias.items():
+        if 0 <= token < row.numel():
+            row[token] += bias
+    return row
+
+
+def _truncated(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """Return the probabilities that top-k, top-p and min-p leave, most likely first, and their token ids."""
+    if params.top_k <= 0 and params.top_p >= 1.0 and params.min_p <= 0.0:
+        return probs, None
+    count = probs.numel() if params.top_k <= 0 else min(params.top_k, probs.numel())
+    kept, ids = probs.topk(count)
+    if params.top_p < 1.0:
+        kept = kept / kept.sum()
+        before = kept.cumsum(dim=-1) - kept
+        kept = kept[before < params.top_p]
+    if params.min_p > 0.0:
+        kept = kept[kept >= params.min_p * kept[0]]
+    return kept, ids[: kept.numel()]
+
+
+def _with_logprobs(row: Tensor, token: int, top: int | None) -> SampledToken:
+    if top is None:
+        return SampledToken(token)
+    logprobs = torch.log_softmax(row, dim=-1)
+    values, ids = logprobs.topk(min(top, row.numel()))
+    pairs = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return SampledToken(token, float(logprobs[token]), pairs)

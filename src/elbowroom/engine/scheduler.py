@@ -1,0 +1,450 @@
+"""Scheduler: decides, step by step, which tokens of which sequences are computed. Deterministic and pure.
+
+No tensors, no clock (``now`` is passed in), no I/O, seeded randomness only: the same code serves requests, replays
+traces and runs in the planner's simulation. Bytes are counted by ``KVAccount``; the store is told what to do and
+never asked.
+
+Admission is by bytes: a waiting request enters when its whole prompt fits beside what is running. Running sequences
+grow one block at a time; when a block does not fit, room is made in this order: cached prefixes nobody uses, parked
+sessions, then the youngest running sequence (it is recomputed later). No sequence is preempted for a younger one, and
+what could not run alone is refused at ``add``, so there is always progress.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+from elbowroom.core import STRIP_TOKENS
+from elbowroom.engine.accounting import KVPricing, num_blocks
+from elbowroom.engine.kv_account import KVAccount, common_prefix
+from elbowroom.engine.sequence import Parked, SeqState
+from elbowroom.engine.types import (
+    FinishReason,
+    Request,
+    Row,
+    SampledToken,
+    SchedulerStats,
+    SequenceUpdate,
+    StepPlan,
+    StepResult,
+)
+from elbowroom.errors import BudgetError, ContextTooLong, RequestError, RequestTooLarge
+from elbowroom.units import format_bytes
+
+Rows = list[tuple[SeqState, Row]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of a scheduler."""
+
+    max_positions: int
+    """Longest context in tokens."""
+    max_step_tokens: int = 512
+    """Tokens of one forward pass; long prompts are cut into chunks of this."""
+    max_sequences: int = 64
+    """Sequences that run at once."""
+    eos_token_ids: tuple[int, ...] = ()
+    prefix_cache: bool = True
+    namespace: bytes = b""
+    """Fingerprint of model and plan."""
+    seed: int = 0
+    """Seeds requests that bring none."""
+
+
+@dataclass(slots=True)
+class _State:
+    """Everything that changes; copied whole by snapshot."""
+
+    account: KVAccount
+    waiting: list[SeqState] = field(default_factory=list)
+    running: list[SeqState] = field(default_factory=list)
+    next_order: int = 0
+    in_flight: Rows = field(default_factory=list)
+    updates: list[SequenceUpdate] = field(default_factory=list)
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
+
+
+class Scheduler:
+    """See the module's text.
+
+    Args:
+        config: limits.
+        pricing: what sequences cost.
+        capacity_bytes: bytes that the KV store may hold.
+    """
+
+    def __init__(self, config: SchedulerConfig, pricing: KVPricing, capacity_bytes: int) -> None:
+        self.config, self.pricing = config, pricing
+        caches = config.prefix_cache and pricing.can_share
+        self._state = _State(KVAccount(pricing, capacity_bytes, config.namespace, caches))
+
+    # Requests
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: the prompt is empty.
+            ContextTooLong: prompt and max_tokens exceed the context.
+            RequestTooLarge: it could not run even alone in the KV budget.
+        """
+        limit = self._max_new_tokens(request)
+        state, order = self._state, self._state.next_order
+        state.next_order += 1
+        seed = request.sampling.seed
+        keys = state.account.keys(request)
+        for sample in range(request.sampling.n):
+            seq = SeqState(
+                request=request,
+                sample=sample,
+                order=order,
+                seed=seed if seed is not None else _fresh_seed(self.config.seed, order),
+                max_new_tokens=limit,
+                tokens=list(request.prompt_token_ids),
+                keys=list(keys),
+            )
+            state.waiting.append(seq)
+        state.waiting.sort(key=lambda each: each.rank)
+
+    def abort(self, request_id: int) -> bool:
+        """Drop all samples of a request; its blocks are free from the next step on. False if it is unknown."""
+        hit = [seq for seq in self._live() if seq.request.id == request_id]
+        for seq in hit:
+            self._finish(seq, "abort")
+        return bool(hit)
+
+    def fail_all(self, error: Exception) -> list[SequenceUpdate]:
+        """End every request with ``error`` and forget all slots (the executor lost its store); return the news."""
+        state, account = self._state, self.account
+        updates = [SequenceUpdate(seq.request.id, seq.sample, [], "error", error) for seq in self._live()]
+        state.waiting.clear()
+        state.running.clear()
+        state.in_flight = []
+        state.updates = []
+        stats = state.stats
+        stats.finished["error"] = stats.finished.get("error", 0) + len(updates)
+        state.account = KVAccount(
+            self.pricing,
+            account.capacity_bytes,
+            account.namespace,
+            account.caches_prefixes,
+            next_slot=account.next_slot,
+        )
+        return updates
+
+    def finish_sample(self, request_id: int, sample: int) -> None:
+        """End one sample from outside (a stop string was found in its text)."""
+        for seq in self._live():
+            if seq.request.id == request_id and seq.sample == sample:
+                self._finish(seq, "stop", report=False)
+
+    def close_session(self, key: int) -> None:
+        """Forget a parked sequence."""
+        if key in self.account.parked:
+            self.account.drop_parked(key)
+
+    def has_work(self) -> bool:
+        """Return whether a step would do something."""
+        state = self._state
+        return bool(state.waiting or state.running or state.account.ops or state.updates)
+
+    @property
+    def account(self) -> KVAccount:
+        """The books: bytes, cached prefixes, parked sessions."""
+        return self._state.account
+
+    # Steps
+
+    def schedule(self, now: float) -> StepPlan:
+        """Return the next step: decodes first, then prompts under way, then admissions into what is left.
+
+        Args:
+            now: seconds on the caller's clock; kept for policies that need time.
+        """
+        state, account = self._state, self.account
+        if account.free_bytes < 0:
+            self._make_room(0, None)
+        rows: Rows = []
+        budget = self.config.max_step_tokens
+        for seq in sorted(state.running, key=lambda each: (each.num_left > 1, each.rank)):
+            row = self._extend(seq, min(seq.num_left, budget)) if seq.slot >= 0 else None
+            if row is not None:
+                rows.append((seq, row))
+                budget -= row.num_tokens
+        while budget > 0 and state.waiting and len(state.running) < self.config.max_sequences:
+            seq = state.waiting[0]
+            if not self._admit(seq):
+                break
+            row = self._extend(seq, min(seq.num_left, budget))
+            if row is not None:
+                rows.append((seq, row))
+                budget -= row.num_tokens
+        # A sequence may have been preempted for an older one after its row was made.
+        rows = [(seq, row) for seq, row in rows if seq.slot == row.slot]
+        state.in_flight = rows
+        ops, account.ops = tuple(account.ops), []
+        return StepPlan(ops, tuple(row for _, row in rows), self._valid_for_steps(rows))
+
+    def update(self, result: StepResult) -> list[SequenceUpdate]:
+        """Take in what the executor did; return the news for every sample that got tokens or ended."""
+        state = self._state
+        rows, state.in_flight = state.in_flight, []
+        if result.shortfall_bytes > 0:
+            self._retreat(rows, result.shortfall_bytes)
+            rows = []
+        for seq, row in rows:
+            if seq.slot != row.slot:
+                continue  # ended while the step ran
+            seq.num_computed += row.num_tokens + result.num_steps - 1
+            if seq.num_computed >= seq.num_prompt:
+                self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
+            if row.sample is not None:
+                self._append_tokens(seq, result.tokens[row.slot])
+            elif seq.num_left == 0:
+                self._finish(seq, "length")  # a request that only prefills
+        updates, state.updates = state.updates, []
+        return updates
+
+    def snapshot(self) -> object:
+        """Return a copy of the whole state, to be given to ``restore``."""
+        return copy.deepcopy(self._state)
+
+    def restore(self, snapshot: object) -> None:
+        """Go back to a snapshot."""
+        assert isinstance(snapshot, _State)
+        self._state = copy.deepcopy(snapshot)
+
+    def stats(self) -> SchedulerStats:
+        """Return counters and gauges."""
+        state, account = self._state, self.account
+        stats = state.stats
+        stats.num_waiting, stats.num_running = len(state.waiting), len(state.running)
+        stats.num_parked = len(account.parked)
+        stats.kv_used_bytes = account.used_bytes + account.cached_bytes
+        stats.kv_capacity_bytes = account.capacity_bytes
+        stats.cached_blocks, stats.evicted_blocks = account.index.num_blocks, account.evicted_blocks
+        return stats
+
+    def check(self) -> None:
+        """Assert that the books agree (tests, and when idle)."""
+        state = self._state
+        assert all(seq.slot < 0 and seq.num_blocks == 0 for seq in state.waiting), "a waiting sequence holds blocks"
+        assert all(seq.slot >= 0 and seq.num_left > 0 for seq in state.running), "a running sequence has no next row"
+        self.account.check(state.running)
+
+    # Admission
+
+    def _max_new_tokens(self, request: Request) -> int:
+        prompt, context = len(request.prompt_token_ids), self.config.max_positions
+        asked = request.sampling.max_tokens
+        if prompt == 0:
+            raise RequestError("the prompt is empty", "give at least one token")
+        wanted = 1 if asked is None else asked
+        if prompt + wanted > context:
+            raise ContextTooLong(
+                f"{prompt} prompt tokens and {wanted} new ones exceed the context of {context}",
+                f"shorten the prompt or lower max_tokens to {max(context - prompt, 0)}",
+            )
+        capacity = self.account.capacity_bytes
+        room = self.pricing.largest(capacity)
+        if prompt + wanted > room:
+            need = self.pricing.price(num_blocks(prompt + wanted)) + self.pricing.transient_bytes
+            raise RequestTooLarge(
+                f"{prompt} prompt tokens and {wanted} new ones need {format_bytes(need)} of KV cache; "
+                f"{format_bytes(capacity)} are there, enough for {room} tokens in all",
+                "raise memory= (--memory), lower max_tokens, or choose a smaller kv= format such as plain(bf16)",
+            )
+        return min(context, room) - prompt if asked is None else asked
+
+    def _admit(self, seq: SeqState) -> bool:
+        """Start a waiting sequence if all its tokens fit beside what runs; True when it runs now."""
+        if seq.sample > 0 and self._sibling_prefills(seq):
+            return False
+        if not (self._resume(seq) or self._enter(seq)):
+            return False
+        state = self._state
+        if seq.num_generated == 0:
+            seq.num_cached_tokens = seq.num_computed
+            state.stats.prompt_tokens += seq.num_prompt
+            state.stats.cached_prompt_tokens += seq.num_computed
+        seq.is_new_to_executor = True
+        state.waiting.remove(seq)
+        state.running.append(seq)
+        return True
+
+    def _enter(self, seq: SeqState) -> bool:
+        """Open a slot behind the longest cached prefix, with all blocks of the known tokens paid."""
+        account = self.account
+        node = account.match(seq)
+        blocks = num_blocks(len(seq.tokens))
+        if node is not None:
+            account.index.pin(node)
+        if self._fits(account.private_bytes(blocks, node)):
+            account.open(seq, node, blocks)
+            return True
+        if node is not None:
+            account.index.unpin(node)
+        return False
+
+    def _resume(self, seq: SeqState) -> bool:
+        """Go on in the session's own parked slot, or branch from its parent's, where one is still stored."""
+        session, account = seq.request.session, self.account
+        if session is None or seq.num_generated:
+            return False
+        own = account.use_parked(session.key)
+        if own is not None:
+            extra = self.pricing.by_blocks[num_blocks(len(seq.tokens))] - self.pricing.by_blocks[own.num_blocks]
+            if not self._fits(max(extra, 0), own):
+                return False
+            account.take_over(seq, session.key)
+            account.grow(seq, num_blocks(len(seq.tokens)))
+            return True
+        parent = account.use_parked(session.parent)
+        return parent is not None and self._branch(seq, parent)
+
+    def _branch(self, seq: SeqState, parent: Parked) -> bool:
+        account = self.account
+        keep = min(common_prefix(parent.tokens, seq.tokens), len(seq.tokens) - 1)
+        if keep < len(parent.tokens) and not self.pricing.can_share:
+            return False
+        node, blocks = account.ancestor(parent.shared, keep), num_blocks(len(seq.tokens))
+        if node is not None:
+            account.index.pin(node)
+        if self._fits(account.private_bytes(blocks, node), parent):
+            account.branch(seq, parent, node, keep, blocks)
+            return True
+        if node is not None:
+            account.index.unpin(node)
+        return False
+
+    def _fits(self, need: int, keep: Parked | None = None) -> bool:
+        """Make room for an admission; one free block for every running sequence must remain, and none is preempted."""
+        account = self.account
+        headroom = self.pricing.block_bytes * len(self._state.running)
+        kept = 0 if keep is None else account.private_bytes(keep.num_blocks, keep.shared)
+        if account.free_bytes + account.reclaimable_bytes - kept < need + headroom:
+            return False
+        while account.free_bytes < need:
+            if not account.evict_one(keep):
+                return False
+        return True
+
+    def _sibling_prefills(self, seq: SeqState) -> bool:
+        """Whether the first sample of the same request is computing the prompt that this one will share."""
+        return self.pricing.can_share and any(
+            other.request.id == seq.request.id and other.sample == 0 and other.num_computed < other.num_prompt
+            for other in self._state.running
+        )
+
+    # Growth and preemption
+
+    def _extend(self, seq: SeqState, num_tokens: int) -> Row | None:
+        """Pay for the next ``num_tokens`` of a running sequence and return its row; None if it had to give way."""
+        if num_tokens <= 0:
+            return None
+        start = seq.num_computed
+        blocks = num_blocks(start + num_tokens)
+        if not self._make_room(self.account.growth_bytes(seq, blocks), seq):
+            self._preempt(seq)
+            return None
+        self.account.grow(seq, blocks)
+        is_last = start + num_tokens == len(seq.tokens)
+        is_decode = is_last and num_tokens == 1 and seq.num_generated > 0 and not seq.is_new_to_executor
+        return Row(
+            slot=seq.slot,
+            kind="decode" if is_decode else "chunk",
+            start=start,
+            num_tokens=num_tokens,
+            tokens=None if is_decode else seq.tokens[start : start + num_tokens],
+            sample=seq.sample_spec() if is_last and seq.max_new_tokens > 0 else None,
+        )
+
+    def _make_room(self, need: int, seq: SeqState | None) -> bool:
+        """Free bytes until ``need`` fits, preempting only what is younger than ``seq`` (anything when it is None)."""
+        account = self.account
+        while account.free_bytes < need:
+            if account.evict_one():
+                continue
+            youngest = max(self._state.running, key=lambda each: each.rank, default=None)
+            if youngest is None or youngest is seq:
+                return False
+            self._preempt(youngest)
+        return True
+
+    def _preempt(self, seq: SeqState) -> None:
+        """Take a running sequence's blocks away; they will be recomputed."""
+        state = self._state
+        self.account.give_back(seq)
+        state.running.remove(seq)
+        state.waiting.append(seq)
+        state.waiting.sort(key=lambda each: each.rank)
+        state.stats.preemptions += 1
+
+    def _retreat(self, rows: Rows, shortfall_bytes: int) -> None:
+        """The store had less than was counted on: give up caches, else the youngest sequence, else fail the last."""
+        running = self._state.running
+        if self.account.reclaim(shortfall_bytes) == 0 and running:
+            if len(running) > 1:
+                self._preempt(max(running, key=lambda each: each.rank))
+            else:
+                error = BudgetError(f"the KV store lacks {format_bytes(shortfall_bytes)}", "raise memory= (--memory)")
+                self._finish(running[0], "error", error=error)
+        for seq, _ in rows:
+            seq.is_new_to_executor = True
+
+    # Progress
+
+    def _append_tokens(self, seq: SeqState, tokens: list[SampledToken]) -> None:
+        update = SequenceUpdate(seq.request.id, seq.sample, [], cached_tokens=seq.num_cached_tokens)
+        self._state.updates.append(update)
+        for token in tokens:
+            seq.tokens.append(token.token_id)
+            update.tokens.append(token)
+            self._state.stats.generated_tokens += 1
+            update.finish_reason = self._finish_reason(seq, token.token_id)
+            if update.finish_reason is not None:
+                seq.num_computed = min(seq.num_computed, len(seq.tokens) - 1)
+                self._finish(seq, update.finish_reason, report=False)
+                break
+
+    def _finish_reason(self, seq: SeqState, token: int) -> FinishReason | None:
+        sampling = seq.request.sampling
+        if token in sampling.stop_token_ids or (token in self.config.eos_token_ids and not sampling.ignore_eos):
+            return "stop"
+        return "length" if seq.num_generated >= seq.max_new_tokens else None
+
+    def _finish(self, seq: SeqState, reason: FinishReason, report: bool = True, error: Exception | None = None) -> None:
+        state, session = self._state, seq.request.session
+        if seq in state.waiting:
+            state.waiting.remove(seq)
+        else:
+            state.running.remove(seq)
+            self.account.cache(seq, seq.num_computed // STRIP_TOKENS)
+            if session is not None and reason in ("stop", "length"):
+                self.account.park(seq, session.key)
+            else:
+                self.account.give_back(seq)
+        state.stats.finished[reason] = state.stats.finished.get(reason, 0) + 1
+        if report:
+            update = SequenceUpdate(seq.request.id, seq.sample, [], reason, error, seq.num_cached_tokens)
+            state.updates.append(update)
+
+    def _valid_for_steps(self, rows: Rows) -> int:
+        """Return how often pure decode rows may be repeated before a block, a limit or a waiting request matters."""
+        if self._state.waiting or not rows or any(row.kind != "decode" for _, row in rows):
+            return 1
+        return max(1, min(self._steps_left(seq, row) for seq, row in rows))
+
+    def _steps_left(self, seq: SeqState, row: Row) -> int:
+        return min(seq.num_blocks * STRIP_TOKENS - row.start, seq.max_new_tokens - seq.num_generated)
+
+    def _live(self) -> list[SeqState]:
+        return [*self._state.running, *self._state.waiting]
+
+
+def _fresh_seed(seed: int, order: int) -> int:
+    """Return a reproducible seed for a request that brings none."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + (order + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    return mixed ^ (mixed >> 31)

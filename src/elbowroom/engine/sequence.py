@@ -1,0 +1,78 @@
+"""SeqState: one sample of a request while the scheduler works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elbowroom.engine.prefix import Node
+from elbowroom.engine.types import Request, SampleSpec
+
+
+@dataclass(slots=True, eq=False)
+class SeqState:
+    """Tokens, progress and KV bookkeeping of one sample.
+
+    ``tokens`` holds prompt and output; the first ``num_computed`` of them are in the store. A running sequence always
+    has at least one token left to compute: the next row.
+    """
+
+    request: Request
+    sample: int
+    order: int
+    """Arrival number; ties of priority are settled by it, and the youngest is preempted first."""
+    seed: int
+    max_new_tokens: int
+    tokens: list[int]
+    keys: list[bytes]
+    """Block keys of the prompt's full blocks, then of generated ones as they fill."""
+    num_computed: int = 0
+    slot: int = -1
+    shared: Node | None = None
+    """Deepest cached node that this sequence shares; its blocks are paid by the index."""
+    num_blocks: int = 0
+    """Blocks paid for, shared ones included."""
+    num_cached_tokens: int = 0
+    is_new_to_executor: bool = True
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Output tokens so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Tokens not yet computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def shared_blocks(self) -> int:
+        """Leading blocks that the prefix index pays for."""
+        return 0 if self.shared is None else self.shared.depth
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Order of service: priority, then arrival, then sample."""
+        return (self.request.priority, self.order, self.sample)
+
+    def sample_spec(self) -> SampleSpec:
+        """Return what the executor needs for choosing the next token."""
+        history = tuple(self.tokens) if self.is_new_to_executor else None
+        self.is_new_to_executor = False
+        return SampleSpec(self.request.sampling, self.seed, self.sample, self.num_prompt, history)
+
+
+@dataclass(slots=True, eq=False)
+class Parked:
+    """The stored sequence of a session between two requests."""
+
+    slot: int
+    tokens: list[int]
+    """Exactly the tokens in the store."""
+    shared: Node | None
+    num_blocks: int
+    last_used: int

@@ -1,0 +1,151 @@
+"""What scheduler, executors and the engine tell each other. Plain data: no tensors, no clocks, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from elbowroom.engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRef:
+    """The parked sequence that a request continues, and the one it branches from when its own is new."""
+
+    key: int
+    parent: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request as the scheduler sees it; token ids only."""
+
+    id: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    arrival_s: float = 0.0
+    tenant: str = ""
+    priority: int = 0
+    """Lower runs first."""
+    deadline_s: float | None = None
+    salt: bytes = b""
+    """Requests share cached prefixes only with equal salts (tenant isolation)."""
+    adapter: str = ""
+    tags: tuple[str, ...] = ()
+    block_keys: tuple[bytes, ...] | None = None
+    """Keys of the prompt's blocks where the tokens are unknown (some traces have only hashes)."""
+    session: SessionRef | None = None
+
+
+RowKind = Literal["chunk", "decode", "verify", "repair"]
+OpKind = Literal["open", "fork", "truncate", "close"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVOp:
+    """One change of stored sequences, applied in order before the rows of a step.
+
+    ``open`` makes ``slot`` empty; ``fork`` makes ``slot`` share the first ``num_tokens`` of ``source``;
+    ``truncate`` keeps the first ``num_tokens`` of ``slot``; ``close`` forgets it.
+    """
+
+    kind: OpKind
+    slot: int
+    source: int = -1
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """What sampling needs to know of the sequence behind a row."""
+
+    params: SamplingParams
+    seed: int
+    sample: int
+    num_prompt_tokens: int
+    history: Sequence[int] | None
+    """Tokens before the new one (prompt and output), given when the slot is new to the executor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Work for one slot in one step: compute positions ``start .. start + num_tokens - 1``."""
+
+    slot: int
+    kind: RowKind
+    start: int
+    num_tokens: int
+    tokens: Sequence[int] | None
+    """Their token ids; None means the last token sampled for this slot."""
+    sample: SampleSpec | None
+    """Set when a token is to be sampled behind the last position."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: changes of stored sequences, then one forward pass over the rows."""
+
+    ops: tuple[KVOp, ...]
+    rows: tuple[Row, ...]
+    valid_for_steps: int = 1
+    """The rows may be repeated this often (each time one token further) before the scheduler must decide again."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the forward pass."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A chosen token and, when asked for, log-probabilities (natural log, of the unchanged distribution)."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an executor made of a plan."""
+
+    tokens: dict[int, list[SampledToken]]
+    """Slot -> sampled tokens, one for each step done."""
+    num_steps: int = 1
+    duration_s: float = 0.0
+    shortfall_bytes: int = 0
+    """Above zero: the store lacked this many bytes and no row was computed."""
+
+
+@dataclass(slots=True)
+class SequenceUpdate:
+    """News of one sample of a request after a step."""
+
+    request_id: int
+    sample: int
+    tokens: list[SampledToken]
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    cached_tokens: int = 0
+    """Prompt tokens that were not computed because a cached prefix held them."""
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters and gauges; counters only grow."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_parked: int = 0
+    kv_used_bytes: int = 0
+    kv_capacity_bytes: int = 0
+    cached_blocks: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    evicted_blocks: int = 0
+    finished: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Evaluation tasks, the targets they run against, and what they measure."""

@@ -1,0 +1,92 @@
+"""Distractor text for the context tasks: runs of held-out source lines of a wanted number of tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elbowroom.evals.base import TextTokenizer
+from elbowroom.evals.heldout import heldout_texts
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A context and where each inserted line begins."""
+
+    context: str
+    depths: tuple[float, ...]
+    """Per inserted line: tokens before it as a share of the context's tokens."""
+    num_tokens: int
+
+
+class Distractors:
+    """Held-out text cut into lines (each with the blank lines behind it), with their token counts.
+
+    Args:
+        tokenizer: the tokenizer in whose tokens lengths are given.
+        texts: documents; the held-out standard library files by default.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, texts: Sequence[str] | None = None) -> None:
+        self._tokenizer = tokenizer
+        chosen = heldout_texts() if texts is None else texts
+        self._lines = [line for text in chosen for line in re.findall(r"[^\n]+\n+", text.rstrip("\n") + "\n\n")]
+        self._counts = np.array([self.count(line) for line in self._lines], dtype=np.int64)
+        self._ends = np.cumsum(self._counts)
+
+    def count(self, text: str) -> int:
+        """Return the number of tokens of ``text``."""
+        return len(self._tokenizer.encode(text))
+
+    def place(self, rng: np.random.Generator, lines: Sequence[str], depths: Sequence[float], budget: int) -> Placed:
+        """Return a context of at most ``budget`` tokens (less than a line below it) with ``lines`` inside, in order.
+
+        Args:
+            rng: chooses where in the held-out text the context begins.
+            lines: lines to insert, without line breaks.
+            depths: rising wanted depth of each line in [0, 1].
+            budget: tokens.
+
+        Raises:
+            ValueError: the inserted lines alone exceed the budget.
+        """
+        inserts = [line + "\n" for line in lines]
+        filler_budget = budget - sum(self.count(line) for line in inserts)
+        if filler_budget < 0:
+            raise ValueError(f"{len(lines)} facts do not fit into {budget} tokens; ask for a longer context")
+        first, stop = self._span(rng, filler_budget)
+        while True:
+            context, starts = self._join(first, stop, inserts, depths)
+            total = self.count(context)
+            if total <= budget or stop == first:
+                break
+            stop -= 1
+        return Placed(context, tuple(self.count(context[:start]) / total for start in starts), total)
+
+    def _span(self, rng: np.random.Generator, budget: int) -> tuple[int, int]:
+        """Return a random run of lines ``[first, stop)`` of at most ``budget`` tokens."""
+        last = int(np.searchsorted(self._ends, self._ends[-1] - budget))
+        if last == 0:
+            raise ValueError(f"the held-out text has {self._ends[-1]} tokens, {budget} were asked for")
+        first = int(rng.integers(last))
+        before = self._ends[first] - self._counts[first]
+        return first, int(np.searchsorted(self._ends, before + budget, side="right"))
+
+    def _join(self, first: int, stop: int, inserts: Sequence[str], depths: Sequence[float]) -> tuple[str, list[int]]:
+        """Return the text of the run with the inserts, and the character offset of each insert."""
+        before = self._ends[first:stop] - self._counts[first:stop] - (self._ends[first] - self._counts[first])
+        length = float(self._counts[first:stop].sum())
+        parts: list[str] = []
+        starts: list[int] = []
+        done = first
+        for insert, depth in zip(inserts, depths, strict=True):
+            line = first + int(np.searchsorted(before, depth * length)) if stop > first else first
+            parts += self._lines[done:line]
+            done = max(done, line)
+            starts.append(sum(map(len, parts)))
+            parts.append(insert)
+        parts += self._lines[done:stop]
+        return "".join(parts), starts

@@ -1,0 +1,115 @@
+"""An engine as the target of evaluations: contexts become sessions, questions become forks, decoding is greedy."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from elbowroom.engine.llm import LLM
+from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.session import Session
+from elbowroom.evals.base import Reply, Sample
+from elbowroom.evals.retrieval import Outcome, RetrievalResult, run, summarize
+from elbowroom.models.tokenizer import Tokenizer
+
+MAX_CONTEXTS = 8
+"""Contexts that are worked on at once, if the KV cache holds them."""
+
+
+class EngineSession:
+    """A session of the engine, seen through the protocol of evaluations."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def ask(self, prompt: str, max_tokens: int) -> Reply:
+        """Append ``prompt``, generate greedily and keep both."""
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        sample = self._session.ask(prompt, sampling).outputs[0]
+        return Reply(sample.text, tuple(sample.token_ids))
+
+    def push(self, text: str) -> None:
+        """Append ``text`` without generating."""
+        self._session.push(text)
+
+    def fork(self) -> EngineSession:
+        """Return a copy that shares what has been read."""
+        return EngineSession(self._session.fork())
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session.close()
+
+
+class EngineTarget:
+    """A loaded model under evaluation.
+
+    Args:
+        llm: its memory budget decides how many contexts fit at once.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def open(self, context: str) -> EngineSession:
+        """Read ``context`` into a new session."""
+        return EngineSession(self._llm.session(context))
+
+    def num_parallel(self, context_tokens: int) -> int:
+        """Return how many contexts of ``context_tokens`` the KV cache holds at once, 1 to ``MAX_CONTEXTS``."""
+        parts = self._llm.engine.parts
+        curve = parts.plan.curve(context_tokens, np.array([context_tokens + 64]), parts.memory.max_step_tokens)
+        each = int(curve.resident_bytes[0]) + curve.transient_bytes + 2 * parts.plan.block_bytes
+        return max(1, min(MAX_CONTEXTS, self._llm.engine.stats().kv_capacity_bytes // each))
+
+
+class PlainTokenizer:
+    """A model's tokenizer that adds no special tokens: what the generators of tasks count with."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Return token ids without adding any."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of token ids."""
+        return self._tokenizer.decode(token_ids)
+
+
+def run_parallel(
+    target: EngineTarget, samples: Iterable[Sample], num_parallel: int, advance: Callable[[int], None]
+) -> RetrievalResult:
+    """Ask every question of ``samples``, several contexts at a time, and return the summary.
+
+    Args:
+        target: who is asked.
+        samples: made one by one, as they are needed.
+        num_parallel: contexts at a time.
+        advance: called with the number of questions answered so far.
+    """
+    outcomes: list[Outcome] = []
+    pending: deque[Future[tuple[RetrievalResult, list[Outcome]]]] = deque()
+    longest = 0
+
+    def collect(most: int) -> None:
+        nonlocal longest
+        while len(pending) > most:
+            result, asked = pending.popleft().result()
+            longest = max(longest, result.max_tokens)
+            outcomes.extend(asked)
+            advance(len(outcomes))
+
+    pool = ThreadPoolExecutor(num_parallel)
+    try:
+        for sample in samples:
+            pending.append(pool.submit(run, target, [sample]))
+            collect(num_parallel)
+        collect(0)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return summarize(outcomes, longest)

@@ -1,0 +1,5 @@
+"""Kernels: attention over KV strips, as readable torch (the oracle) and as native code."""
+
+from elbowroom.kernels.attention import StripStep, StripTable, append, attend, backend_name
+
+__all__ = ["StripStep", "StripTable", "append", "attend", "backend_name"]

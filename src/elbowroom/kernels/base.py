@@ -1,0 +1,153 @@
+"""The seam of attention over strips: what a backend gets (StripStep, a strip table, the range) and must do.
+
+A strip holds 64 consecutive tokens of all KV heads of one layer: K as ``[Hkv, 64, Dk]``, then V as ``[Hkv, 64, Dv]``,
+contiguous, in the dtype of its PageFormat. All strips live in one 1-D uint8 tensor ``base`` that is only partly
+resident: a backend touches the strips that a step needs and no other byte. A strip table is a numpy uint32 array
+``[R, num_blocks]``; entry ``[r, b]`` is the place of tokens ``64 b .. 64 b + 63`` of sequence r, in units of 64 bytes.
+Entries of blocks that a sequence does not store may hold anything.
+
+Shape letters: N token rows of the step, R sequences, Hq/Hkv query/KV heads, Dk/Dv widths of keys/values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from elbowroom.core import DTYPE_BYTES, STRIP_TOKENS, LayerSpec, PageFormat
+
+StripTable = npt.NDArray[np.uint32]
+
+UNIT_BYTES = 64
+"""Bytes of one unit of a strip table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StripStep:
+    """Which token rows of a step belong to which sequence, and what each row may read.
+
+    Made once a step and used for every layer. Rows of a sequence are adjacent; their positions may come in any order.
+
+    Raises:
+        ValueError: a field has a wrong dtype, shape or device, or the fields contradict each other.
+    """
+
+    row_starts: Tensor
+    """int32 ``[R + 1]``: rows ``row_starts[r] .. row_starts[r + 1] - 1`` belong to sequence r."""
+    positions: Tensor
+    """int64 ``[N]``: position of each row in its sequence, which is also its slot; block = position // 64."""
+    lengths: Tensor
+    """int64 ``[R]``: tokens of each sequence once this step is appended; no row reads a slot at or past it."""
+    first_slots: Tensor
+    """int64 ``[R]``: first slot that is still stored (sliding windows let whole strips expire)."""
+
+    def __post_init__(self) -> None:
+        """Check the fields against each other."""
+        _check_vector("row_starts", self.row_starts, torch.int32)
+        for name in ("positions", "lengths", "first_slots"):
+            _check_vector(name, getattr(self, name), torch.int64)
+        sequences = self.lengths.numel()
+        if self.row_starts.numel() != sequences + 1 or self.first_slots.numel() != sequences:
+            raise ValueError(f"row_starts, lengths and first_slots disagree on the number of sequences ({sequences})")
+        starts, positions = self.row_starts.numpy(), self.positions.numpy()
+        counts = np.diff(starts)
+        if starts[0] != 0 or starts[-1] != positions.size or (counts < 0).any():
+            raise ValueError(f"row_starts must rise from 0 to the number of rows ({positions.size})")
+        lengths, first_slots = self.lengths.numpy(), self.first_slots.numpy()
+        if (first_slots < 0).any() or (first_slots > lengths).any():
+            raise ValueError("first_slots must lie in 0 .. lengths")
+        if (positions < np.repeat(first_slots, counts)).any() or (positions >= np.repeat(lengths, counts)).any():
+            raise ValueError("positions must lie in first_slots .. lengths - 1 of their sequence")
+
+    @classmethod
+    def of_runs(cls, runs: Sequence[tuple[int, int]], first_slots: Sequence[int] | None = None) -> StripStep:
+        """Return the step in which sequence r appends ``runs[r] = (first position, tokens)`` at its end.
+
+        Args:
+            runs: first position and number of tokens of each sequence; the length becomes their sum.
+            first_slots: first stored slot of each sequence; 0 when left out.
+        """
+        counts = [count for _, count in runs]
+        pieces = [np.arange(start, start + count) for start, count in runs]
+        return cls(
+            row_starts=torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32),
+            positions=torch.tensor(np.concatenate([np.empty(0), *pieces]), dtype=torch.int64),
+            lengths=torch.tensor([start + count for start, count in runs], dtype=torch.int64),
+            first_slots=torch.tensor(first_slots or [0] * len(runs), dtype=torch.int64),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Token rows N."""
+        return self.positions.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences R."""
+        return self.lengths.numel()
+
+
+class AttentionKernels(Protocol):
+    """A backend; arguments were checked by ``kernels.attention``, so it only refuses strips outside ``base``."""
+
+    def append(self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, k: Tensor, v: Tensor) -> None:
+        """Write rows ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]`` to their slots, converted to the strips' dtype."""
+
+    def attend(
+        self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, spec: LayerSpec, q: Tensor, out: Tensor
+    ) -> Tensor:
+        """Write attention of ``q [N, Hq, Dk]`` to ``out [N, Hq, Dv]`` and return lse, float32 ``[N, Hq]``."""
+
+
+def head_bytes(fmt: PageFormat) -> int:
+    """Return the bytes of one slot of one KV head, K and V together, in a plain strip."""
+    return (fmt.head_dim + fmt.v_head_dim) * DTYPE_BYTES[fmt.dtype]
+
+
+def dtype_of(fmt: PageFormat) -> torch.dtype:
+    """Return the torch dtype of plain strips of ``fmt``."""
+    dtype: torch.dtype = getattr(torch, fmt.dtype)
+    return dtype
+
+
+def check_strips(step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat) -> None:
+    """Refuse a table, range or format that does not fit the step.
+
+    Raises:
+        ValueError: names the argument and what was expected.
+    """
+    if table.dtype != np.uint32 or table.ndim != 2 or not table.flags.c_contiguous:
+        raise ValueError(f"table must be a contiguous uint32 array [R, blocks], got {table.dtype} {table.shape}")
+    if table.shape[0] != step.num_sequences:
+        raise ValueError(f"table has {table.shape[0]} rows for {step.num_sequences} sequences")
+    if step.num_sequences and int(step.lengths.numpy().max()) > table.shape[1] * STRIP_TOKENS:
+        raise ValueError(f"a sequence is longer than the {table.shape[1]} blocks of the table")
+    if base.dtype != torch.uint8 or base.dim() != 1 or not base.is_contiguous():
+        raise ValueError(f"base must be a contiguous 1-D uint8 tensor, got {base.dtype} {tuple(base.shape)}")
+    if fmt.num_slots != STRIP_TOKENS:
+        raise ValueError(f"strips hold {STRIP_TOKENS} slots, the format says {fmt.num_slots}")
+
+
+def check_rows(name: str, x: Tensor, shape: tuple[int, int, int]) -> None:
+    """Refuse rows that are not a float CPU tensor of ``shape`` with adjacent elements in each head.
+
+    Raises:
+        ValueError: names the tensor, its shape and dtype, and what was expected.
+    """
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.device.type != "cpu" or (x.stride(2) != 1 and x.shape[2] > 1):
+        raise ValueError(f"{name} must lie on the CPU with a stride of 1 in its last dimension")
+
+
+def _check_vector(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    if x.dtype != dtype or x.dim() != 1 or not x.is_contiguous() or x.device.type != "cpu":
+        raise ValueError(f"{name} must be a contiguous 1-D {dtype} CPU tensor, got {x.dtype} {tuple(x.shape)}")

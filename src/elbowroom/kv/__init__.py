@@ -1,0 +1,19 @@
+"""Keys and values: the plan, the store, its codecs."""
+
+from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, KVStore, Shortfall, Want
+from elbowroom.kv.paged import PagedStore
+from elbowroom.kv.plan import BoundPlan, KVCurve, KVPlan
+
+__all__ = [
+    "AttnOut",
+    "BoundPlan",
+    "KVCurve",
+    "KVHandle",
+    "KVPlan",
+    "KVReport",
+    "KVStep",
+    "KVStore",
+    "PagedStore",
+    "Shortfall",
+    "Want",
+]

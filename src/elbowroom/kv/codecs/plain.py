@@ -1,0 +1,81 @@
+"""Codec ``plain``: keys and values as they are, in float32, bfloat16 or float16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from elbowroom.core import DTYPE_BYTES, STRIP_TOKENS, LayerSpec, PageFormat
+from elbowroom.errors import PlanError
+from elbowroom.kernels import attention
+from elbowroom.kernels.base import StripStep
+from elbowroom.kv.codecs.base import Table
+
+_LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SHORT = {long: short for short, long in _LONG.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class PlainCodec:
+    """Stores what the model computed.
+
+    Args:
+        dtype: ``fp32``, ``bf16``, ``fp16`` (or the long names, kept as the short ones); ``auto`` takes the model's
+            dtype and is lossless.
+    """
+
+    dtype: str = "auto"
+    name: ClassVar[str] = "plain"
+    coupling: ClassVar[Literal["token", "strip"]] = "token"
+
+    def __post_init__(self) -> None:
+        """Take one spelling of the dtype, and refuse one that no kernel reads."""
+        object.__setattr__(self, "dtype", _SHORT.get(self.dtype, self.dtype))
+        if self.dtype != "auto" and self.dtype not in _LONG:
+            raise PlanError(
+                f"plain KV cannot be stored as {self.dtype!r}", "use plain(fp32), plain(bf16) or plain(fp16)"
+            )
+
+    @property
+    def lossless(self) -> bool:
+        """Whether reading gives back every bit that the model wrote, whatever the model's dtype."""
+        return self.dtype in ("auto", "fp32")
+
+    def page_format(self, layer: LayerSpec, dtype: str) -> PageFormat:
+        """Return K ``[Hkv, 64, D]`` then V ``[Hkv, 64, Dv]``.
+
+        Raises:
+            PlanError: the model's dtype is not one that KV can be stored in.
+        """
+        stored = _LONG.get(self.dtype, dtype)
+        if stored not in DTYPE_BYTES:
+            raise PlanError(f"plain KV cannot be stored as {stored!r}", "use plain(fp32), plain(bf16) or plain(fp16)")
+        width = layer.num_kv_heads * (layer.head_dim + layer.v_head_dim)
+        return PageFormat(
+            codec=self.name,
+            dtype=stored,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            v_head_dim=layer.v_head_dim,
+            payload_bytes=width * STRIP_TOKENS * DTYPE_BYTES[stored],
+        )
+
+    def write(self, step: StripStep, table: Table, base: Tensor, fmt: PageFormat, k: Tensor, v: Tensor) -> None:
+        """Store the tokens in their slots."""
+        attention.append(step, table, base, fmt, k, v)
+
+    def attend(
+        self, step: StripStep, table: Table, base: Tensor, fmt: PageFormat, layer: LayerSpec, q: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return attention over the strips in place."""
+        return attention.attend(step, table, base, fmt, layer, q)
+
+    def open(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return views of the strip's keys and values."""
+        flat = strip[: fmt.payload_bytes].view(getattr(torch, fmt.dtype))
+        split = fmt.num_kv_heads * fmt.num_slots * fmt.head_dim
+        k = flat[:split].view(fmt.num_kv_heads, fmt.num_slots, fmt.head_dim)
+        return k, flat[split:].view(fmt.num_kv_heads, fmt.num_slots, fmt.v_head_dim)

@@ -1,0 +1,176 @@
+"""KVPlan: how a sequence's keys and values are kept, written as text and priced in bytes.
+
+``KVPlan.parse("plain(bf16)")`` reads a plan; ``plan.bind(layers, dtype)`` fixes it to a model and gives ``curve``,
+the bytes that admission and planning count with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
+from elbowroom.errors import ConfigError, PlanError
+from elbowroom.kv.codecs import CODECS, Codec
+
+ROLLBACK_TOKENS = 64
+"""Tokens at the end of the last step that can be taken back: sliding windows do not move on for them."""
+
+_PART = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
+_HINT = 'a plan is parts joined by "|", e.g. "plain" or "plain(bf16)"'
+
+
+@dataclass(frozen=True, slots=True)
+class KVCurve:
+    """Bytes of one sequence: resident after each length, and on top while a step runs."""
+
+    resident_bytes: npt.NDArray[np.int64]
+    """One value for every asked length."""
+    transient_bytes: int
+    """Extra bytes while a step appends ``step_tokens`` at once (sliding windows expire behind the step)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlan:
+    """A parsed plan; immutable, comparable, printable."""
+
+    codec: Codec
+
+    @property
+    def text(self) -> str:
+        """The plan as text, one spelling for equal plans; ``parse`` reads it back."""
+        return _canonical(self.codec)
+
+    def __str__(self) -> str:
+        """Return ``text``."""
+        return self.text
+
+    @classmethod
+    def parse(cls, text: str | KVPlan | None) -> KVPlan:
+        """Return the plan that ``text`` describes; None means ``plain``.
+
+        Raises:
+            PlanError: unknown part or parameter; the message names what there is.
+        """
+        if isinstance(text, KVPlan):
+            return text
+        codec: Codec | None = None
+        for part in (text or "plain").split("|"):
+            match = _PART.fullmatch(part)
+            if match is None:
+                raise PlanError(f"cannot read {part.strip()!r} in KV plan {text!r}", _HINT)
+            if codec is not None:
+                raise PlanError(f"KV plan {text!r} names two codecs", _HINT)
+            codec = _make_codec(match[1], match[2] or "")
+        assert codec is not None
+        return cls(codec)
+
+    def bind(self, layers: Sequence[LayerSpec], dtype: str) -> BoundPlan:
+        """Fix the plan to a model's layers and activation dtype (``float32``, ``bfloat16``, ``float16``).
+
+        Raises:
+            ConfigError: a layer reads keys and values of another one that does not hold them.
+        """
+        for index in range(len(layers)):
+            _check_source(layers, index)
+        return BoundPlan(self, tuple(layers), tuple(self.codec.page_format(layer, dtype) for layer in layers))
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPlan:
+    """A plan and the model it is for."""
+
+    plan: KVPlan
+    layers: tuple[LayerSpec, ...]
+    formats: tuple[PageFormat, ...]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one token block (64 tokens) over all layers."""
+        return sum(fmt.strip_bytes for layer, fmt in zip(self.layers, self.formats, strict=True) if _owns(layer))
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layer forgets tokens behind a sliding window."""
+        return any(layer.window is not None for layer in self.layers)
+
+    def curve(self, prompt_tokens: int, total_tokens: npt.NDArray[np.int64], step_tokens: int = 1) -> KVCurve:
+        """Return the bytes of a sequence at each of ``total_tokens``.
+
+        Args:
+            prompt_tokens: length of its prompt (plans that compress at the prompt's end depend on it).
+            total_tokens: int64 ``[n]``, prompt and generated tokens.
+            step_tokens: most tokens that one step appends.
+        """
+        blocks = -(-np.asarray(total_tokens, dtype=np.int64) // STRIP_TOKENS)
+        resident = np.zeros_like(blocks)
+        transient = 0
+        for layer, fmt in zip(self.layers, self.formats, strict=True):
+            if not _owns(layer):
+                continue
+            kept = blocks
+            if layer.window is not None:
+                # A step that ends at n leaves blocks from (n - ROLLBACK_TOKENS - window + 1) // 64 on.
+                window_blocks = (layer.window + ROLLBACK_TOKENS + STRIP_TOKENS - 3) // STRIP_TOKENS + 1
+                kept = np.minimum(blocks, window_blocks)
+                transient += fmt.strip_bytes * -(-step_tokens // STRIP_TOKENS)
+            resident = resident + kept * fmt.strip_bytes
+        return KVCurve(resident, transient)
+
+    def fingerprint(self) -> bytes:
+        """Return 16 bytes that differ whenever stored strips would not be interchangeable."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"v1|{self.plan.text}|{self.formats}|{self.layers}".encode())
+        return digest.digest()
+
+
+def _owns(layer: LayerSpec) -> bool:
+    """Whether ``layer`` stores keys and values of its own."""
+    return layer.kv_source is None
+
+
+def _check_source(layers: Sequence[LayerSpec], index: int) -> None:
+    """A layer that shares KV must read an earlier owner of the same shape, whose window keeps all that it reads."""
+    layer, number = layers[index], layers[index].kv_source
+    if number is None:
+        return
+    source = layers[number] if 0 <= number < index else None
+    if source is None or not _owns(source):
+        raise ConfigError(f"layer {index} reads the keys of layer {number}, which is no earlier layer with its own")
+    shapes = [(each.num_kv_heads, each.head_dim, each.v_head_dim) for each in (layer, source)]
+    windows = [math.inf if each.window is None else each.window for each in (layer, source)]
+    if shapes[0] != shapes[1] or windows[0] > windows[1]:
+        raise ConfigError(
+            f"layer {index} (KV heads, head_dim, v_head_dim, window) {(*shapes[0], layer.window)} cannot read the keys "
+            f"of layer {number} {(*shapes[1], source.window)}"
+        )
+
+
+def _make_codec(name: str, arguments: str) -> Codec:
+    positional: list[str] = []
+    named: dict[str, str] = {}
+    for argument in filter(None, (each.strip() for each in arguments.split(","))):
+        key, equals, value = argument.partition("=")
+        if equals and key.strip() in named:
+            raise PlanError(f"codec {name!r} is given {key.strip()!r} twice", _HINT)
+        if equals:
+            named[key.strip()] = value.strip()
+        else:
+            positional.append(argument)
+    try:
+        return CODECS.get(name)(*positional, **named)
+    except TypeError as error:
+        raise PlanError(f"codec {name!r} does not take ({arguments})", _HINT) from error
+
+
+def _canonical(codec: Codec) -> str:
+    """Return one spelling for equal plans."""
+    names = [each.name for each in fields(codec)] if is_dataclass(codec) else []
+    inner = ",".join(f"{name}={getattr(codec, name)}" for name in names)
+    return f"{codec.name}({inner})"

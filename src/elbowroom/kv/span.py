@@ -1,0 +1,62 @@
+"""The byte format of an exported span of tokens: the one way for swap, tiers, restart and disaggregation.
+
+``magic | u32 header length | header JSON | strips, layer by layer | 32-byte BLAKE2b of all before``
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from elbowroom.errors import IntegrityError
+
+_MAGIC = b"ELBKV\x00\x00\x01"
+_DIGEST_BYTES = 32
+
+
+def pack_span(fingerprint: bytes, start: int, stop: int, strips: Sequence[npt.NDArray[np.uint8]]) -> bytes:
+    """Return the object for tokens ``[start, stop)``; ``fingerprint`` names model and plan."""
+    header = json.dumps({"fingerprint": fingerprint.hex(), "start": start, "stop": stop}).encode()
+    views: list[memoryview] = [strip.data for strip in strips]  # no copy before the one that joins them
+    parts: list[bytes | memoryview] = [_MAGIC, struct.pack("<I", len(header)), header, *views]
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for part in parts:
+        digest.update(part)
+    return b"".join((*parts, digest.digest()))
+
+
+def unpack_span(span: bytes, fingerprint: bytes) -> tuple[int, int, memoryview]:
+    """Return start, stop and the strips of a span.
+
+    Raises:
+        IntegrityError: truncated, damaged, or of another model, plan or version.
+    """
+    view = memoryview(span)
+    if len(span) < len(_MAGIC) + 4 + _DIGEST_BYTES or bytes(view[: len(_MAGIC)]) != _MAGIC:
+        raise IntegrityError("not an exported KV span, or one of another version")
+    body = view[:-_DIGEST_BYTES]
+    if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != bytes(view[-_DIGEST_BYTES:]):
+        raise IntegrityError("the KV span fails its checksum", "prefill those tokens again")
+    (length,) = struct.unpack_from("<I", body, len(_MAGIC))
+    begin = len(_MAGIC) + 4
+    made_with, start, stop = _read_header(bytes(body[begin : begin + length]))
+    if made_with != fingerprint.hex():
+        raise IntegrityError("the KV span is of another model or KV plan", "use the model and kv= it was made with")
+    return start, stop, body[begin + length :]
+
+
+def _read_header(header: bytes) -> tuple[str, int, int]:
+    """Return fingerprint, start and stop."""
+    try:
+        fields = json.loads(header)
+        made_with, start, stop = fields["fingerprint"], fields["start"], fields["stop"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError("the KV span has no readable header") from error
+    if type(start) is not int or type(stop) is not int or not 0 <= start < stop:
+        raise IntegrityError(f"the KV span names the tokens {start!r}..{stop!r}")
+    return str(made_with), start, stop

@@ -1,0 +1,1 @@
+"""Models: decoder families, their files, tokenizers and chat templates."""

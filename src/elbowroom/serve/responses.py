@@ -1,0 +1,154 @@
+"""What the server sends, as the OpenAI API defines it. Written with ``exclude_unset``: what is not set is not sent."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot hold."""
+
+
+class Schema(BaseModel):
+    """Base of all responses."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    def json_bytes(self) -> bytes:
+        """Return the JSON of all fields that were set."""
+        return self.model_dump_json(exclude_unset=True).encode()
+
+
+class PromptTokensDetails(Schema):
+    """Where prompt tokens came from."""
+
+    cached_tokens: int
+
+
+class Usage(Schema):
+    """Tokens of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+        """Return the usage with its sums."""
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+        )
+
+
+class Answer(Schema):
+    """What every answer and every chunk begins with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(Schema):
+    """Log-probabilities of a completion, one entry a token in each list."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(Schema):
+    """One completion, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Completion(Answer):
+    """Answer, or chunk, of /v1/completions."""
+
+    choices: list[CompletionChoice]
+
+
+class TopLogprob(Schema):
+    """A likely token."""
+
+    token: str
+    bytes: list[int] | None
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    """The chosen token and the most likely ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Schema):
+    """Log-probabilities of a message."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class Message(Schema):
+    """A message, or a piece of it; ``role`` comes with the first piece only."""
+
+    role: str | None = None
+    content: str | None = None
+    refusal: str | None = None
+
+
+class ChatChoice(Schema):
+    """One answer."""
+
+    index: int
+    message: Message
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatCompletion(Answer):
+    """Answer of /v1/chat/completions."""
+
+    choices: list[ChatChoice]
+
+
+class ChatChunkChoice(Schema):
+    """A piece of one answer."""
+
+    index: int
+    delta: Message
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunk(Answer):
+    """Chunk of a streamed /v1/chat/completions."""
+
+    choices: list[ChatChunkChoice]
+
+
+class ModelCard(Schema):
+    """A served model; ``max_model_len`` is the context in tokens (an extension)."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(Schema):
+    """Answer of /v1/models."""
+
+    object: str
+    data: list[ModelCard]

@@ -1,0 +1,1 @@
+"""Weight formats and the providers that serve them to the decoder."""

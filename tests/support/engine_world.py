@@ -1,0 +1,211 @@
+"""A world for the scheduler without a model: every step is executed on a real PagedStore whose tokens are followed.
+
+The "model" is a hash: the next token is a function of the tokens stored in the slot, so a request's output is known
+in advance whatever the schedule, and one misplaced fork, truncation or stale slot changes it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from elbowroom.core import LayerSpec
+from elbowroom.engine.accounting import KVPricing
+from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
+from elbowroom.engine.types import KVOp, Request, Row, SampledToken, SequenceUpdate, StepPlan, StepResult
+from elbowroom.kv.base import KVHandle, KVStep
+from elbowroom.kv.paged import PagedStore
+from elbowroom.kv.plan import BoundPlan, KVPlan
+from elbowroom.memory.arena import Arena
+from elbowroom.memory.ledger import Budget, Ledger
+from elbowroom.memory.tiers import HostTier
+
+VOCAB = 50
+EOS = 7
+
+
+def layer(window: int | None = None, kv_heads: int = 1, width: int = 16) -> LayerSpec:
+    """Return a tiny layer: a strip of the default one is 8 KiB in float32."""
+    return LayerSpec(
+        num_q_heads=kv_heads,
+        num_kv_heads=kv_heads,
+        head_dim=width,
+        v_head_dim=width,
+        scale=1.0,
+        rope=None,
+        window=window,
+    )
+
+
+def bound(*layers: LayerSpec, dtype: str = "float32") -> BoundPlan:
+    """Return the plain plan for ``layers``."""
+    return KVPlan.parse("plain").bind(layers, dtype)
+
+
+def next_token(tokens: list[int], seed: int, sample: int) -> int:
+    """Return the token behind ``tokens``."""
+    return zlib.crc32(np.asarray([seed % 2**31, sample, *tokens], dtype="<i4").tobytes()) % VOCAB
+
+
+def expected_output(prompt: list[int], seed: int, sample: int, limit: int, ignore_eos: bool) -> list[int]:
+    """Return what a request must generate."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < limit:
+        tokens.append(next_token(tokens, seed, sample))
+        if tokens[-1] == EOS and not ignore_eos:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class StoreExecutor:
+    """Executes plans on a PagedStore (bytes are real, attention is not) and on token lists."""
+
+    store: PagedStore
+    handles: dict[int, KVHandle] = field(default_factory=dict)
+    content: dict[int, list[int]] = field(default_factory=dict)
+    specs: dict[int, tuple[int, int]] = field(default_factory=dict)
+    last: dict[int, int] = field(default_factory=dict)
+
+    def apply(self, op: KVOp) -> None:
+        """Apply one change; slots must be used as KVOp says."""
+        if op.kind == "open":
+            assert op.slot not in self.content, "a slot is opened twice"
+            self.handles[op.slot], self.content[op.slot] = self.store.open(), []
+        elif op.kind == "fork":
+            assert op.slot not in self.content, "a slot is opened twice"
+            assert len(self.content[op.source]) >= op.num_tokens, "a fork's source is too short"
+            self.handles[op.slot] = self.store.fork(self.handles[op.source], op.num_tokens)
+            self.content[op.slot] = self.content[op.source][: op.num_tokens]
+        elif op.kind == "truncate":
+            self.store.truncate(self.handles[op.slot], op.num_tokens)
+            del self.content[op.slot][op.num_tokens :]
+        else:
+            self.store.close(self.handles.pop(op.slot))
+            del self.content[op.slot]
+            self.specs.pop(op.slot, None)
+            self.last.pop(op.slot, None)
+
+    def run(self, plan: StepPlan, num_steps: int = 1) -> StepResult:
+        """Apply the plan's changes and run its rows ``num_steps`` times; report a shortfall as executors do."""
+        for op in plan.ops:
+            self.apply(op)
+        made: dict[int, list[SampledToken]] = {}
+        for repeat in range(num_steps if plan.rows else 0):
+            step = self._step(plan.rows, repeat)
+            shortfall = self.store.reserve(step)
+            if shortfall is not None:
+                assert repeat == 0, "a repetition that the plan allows does not fit"
+                return StepResult({}, shortfall_bytes=shortfall.needed_bytes - shortfall.available_bytes)
+            self.store.end_step(step)
+            for row in plan.rows:
+                self._advance(row, repeat, made)
+        return StepResult(made, num_steps if plan.rows else 1)
+
+    def _step(self, rows: tuple[Row, ...], repeat: int) -> KVStep:
+        starts = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([row.num_tokens for row in rows], out=starts[1:])
+        pieces = [np.arange(row.start + repeat, row.start + repeat + row.num_tokens) for row in rows]
+        return KVStep(tuple(self.handles[row.slot] for row in rows), starts, np.concatenate(pieces))
+
+    def _advance(self, row: Row, repeat: int, made: dict[int, list[SampledToken]]) -> None:
+        content = self.content[row.slot]
+        assert len(content) == row.start + repeat, "a row starts where its slot does not end"
+        assert row.num_tokens > 0
+        tokens = [self.last[row.slot]] if row.tokens is None or repeat else list(row.tokens)
+        assert len(tokens) == row.num_tokens
+        content += tokens
+        if row.sample is None:
+            return
+        if row.sample.history is not None:
+            assert list(row.sample.history) == content[: len(row.sample.history)]
+            assert len(row.sample.history) == len(content) or repeat, "the sampler's position would be wrong"
+            self.specs[row.slot] = row.sample.seed, row.sample.sample
+        assert self.specs[row.slot] == (row.sample.seed, row.sample.sample), "the slot samples for another sequence"
+        token = next_token(content, *self.specs[row.slot])
+        self.last[row.slot] = token
+        made.setdefault(row.slot, []).append(SampledToken(token))
+
+
+class World:
+    """Scheduler, pricing and store of one tiny model, stepped by hand."""
+
+    def __init__(self, plan: BoundPlan, capacity_bytes: int, **config: object) -> None:
+        settings = SchedulerConfig(**{"max_positions": 4096, "max_step_tokens": 128, "eos_token_ids": (EOS,), **config})
+        tier = HostTier()
+        self.pricing = KVPricing.of(plan, settings.max_positions, settings.max_step_tokens, tier.page_bytes)
+        self.scheduler = Scheduler(settings, self.pricing, capacity_bytes)
+        self.store = PagedStore(plan, Arena(tier, Ledger(Budget({}))), capacity_bytes)
+        self.executor = StoreExecutor(self.store)
+        self.shortfalls = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Capacity as the scheduler counts."""
+        return self.scheduler.account.capacity_bytes
+
+    def set_capacity(self, num_bytes: int) -> None:
+        """Change what scheduler and store may hold."""
+        self.scheduler.account.capacity_bytes = num_bytes
+        self.store.resize(num_bytes)
+
+    def step(self, repeats: int = 1) -> list[SequenceUpdate]:
+        """Run one step (repeated up to ``repeats`` times if the plan allows) and check every book."""
+        running = {seq.rank: seq for seq in self.scheduler._state.running}
+        plan = self.scheduler.schedule(0.0)
+        self._check_plan(plan, running)
+        result = self.executor.run(plan, min(repeats, plan.valid_for_steps))
+        self.shortfalls += result.shortfall_bytes > 0
+        updates = self.scheduler.update(result)
+        self.scheduler.check()
+        self._check_content()
+        return updates
+
+    def _check_plan(self, plan: StepPlan, before: dict[tuple[int, int, int], object]) -> None:
+        account, state = self.scheduler.account, self.scheduler._state
+        held = account.used_bytes + account.cached_bytes
+        if held:
+            assert held + self.pricing.transient_bytes <= self.capacity_bytes, "more is held than there is"
+        assert plan.num_tokens <= self.scheduler.config.max_step_tokens
+        assert len({row.slot for row in plan.rows}) == len(plan.rows) <= self.scheduler.config.max_sequences
+        assert len(state.running) <= self.scheduler.config.max_sequences
+        waiting = {seq.rank for seq in state.waiting}
+        for rank in before.keys() & waiting:
+            assert all(other.rank < rank for other in state.running), "an older sequence gave way to a younger one"
+
+    def _check_content(self) -> None:
+        """A slot holds the tokens that its sequence or parked session says, but for changes still to be applied."""
+        state = self.scheduler._state
+        changed = {op.slot for op in state.account.ops}
+        for seq in state.running:
+            if seq.slot not in changed:
+                assert self.executor.content[seq.slot] == seq.tokens[: seq.num_computed]
+        for parked in state.account.parked.values():
+            if parked.slot not in changed:
+                assert self.executor.content[parked.slot] == parked.tokens
+
+    def check_empty(self) -> None:
+        """After the cache is cleared nothing is held anywhere."""
+        account = self.scheduler.account
+        account.reclaim(2**62)
+        self.step()
+        assert (account.used_bytes, account.cached_bytes, account.ops) == (0, 0, [])
+        assert not self.executor.content
+        assert self.store.report().num_strips == 0
+        self.store.check_integrity()
+
+    def run_all(self, requests: list[Request], limit: int = 10_000) -> dict[tuple[int, int], list[int]]:
+        """Add the requests, run them to their end and return their tokens by (request, sample)."""
+        for request in requests:
+            self.scheduler.add(request)
+        tokens: dict[tuple[int, int], list[int]] = {}
+        for _ in range(limit):
+            if not self.scheduler.has_work():
+                return tokens
+            for update in self.step():
+                tokens.setdefault((update.request_id, update.sample), []).extend(
+                    each.token_id for each in update.tokens
+                )
+        raise AssertionError(f"no end after {limit} steps")
