@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.llama2c import STORIES, convert, vocabulary
 
 from elbowroom.models.dense import DenseContext
 from elbowroom.models.loader import load_model
-from tests.support.llama2c import STORIES, convert, vocabulary
 
 pytestmark = pytest.mark.skipif(not STORIES.exists(), reason=f"no checkpoint at {STORIES} (set ELBOWROOM_DATA)")
 

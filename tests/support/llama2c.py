@@ -34,7 +34,7 @@ def half_split(matrix: torch.Tensor, num_heads: int) -> torch.Tensor:
 def _restored(flat: torch.Tensor, rounds: int) -> torch.Tensor:
     """Return the matrix behind ``rounds`` transposes that each took the result for one of the same shape again."""
     for _ in range(rounds):
-        flat = flat.t().reshape(flat.shape)
+        flat = flat.t().reshape(flat.shape).contiguous()
     return flat
 
 

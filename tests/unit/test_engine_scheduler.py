@@ -129,13 +129,13 @@ class Driver:
         if session is not None and reason in ("length", "stop"):
             session.tokens = [*request.prompt_token_ids, *made]
 
-    def submit(self, prompt: list[int], session: SessionRef | None, **options: Any) -> int | None:
+    def submit(self, prompt: list[int], ref: SessionRef | None, options: dict[str, Any]) -> int | None:
         self.next_id += 1
         names = ("n", "max_tokens", "ignore_eos")
         sampling = SamplingParams(seed=5, **{name: options[name] for name in names})
         extra = {name: options[name] for name in ("priority", "salt") if name in options}
         request = Request(
-            id=self.next_id, prompt_token_ids=tuple(prompt), sampling=sampling, session=session, **extra
+            id=self.next_id, prompt_token_ids=tuple(prompt), sampling=sampling, session=ref, **extra
         )
         try:
             self.world.scheduler.add(request)
@@ -147,7 +147,7 @@ class Driver:
 
     def do_add(self, options: dict[str, Any]) -> None:
         prompt = PREFIXES[options["prefix"]][: options["shared"]] + [11] * options["own"]
-        self.submit(prompt, None, **options)
+        self.submit(prompt, None, options)
 
     def do_ask(self, options: dict[str, Any]) -> None:
         session = self.sessions[options["session"]]
@@ -155,7 +155,7 @@ class Driver:
             return
         del session.tokens[max(len(session.tokens) - options["back"], 0) :]
         prompt = session.tokens + PREFIXES[0][: options["own"]]
-        made = self.submit(prompt, SessionRef(session.key, session.parent), **options)
+        made = self.submit(prompt, SessionRef(session.key, session.parent), options)
         if made is not None:
             self.asking[made] = session
 
@@ -168,8 +168,9 @@ class Driver:
             self.world.scheduler.abort(sorted(self.open)[number % len(self.open)][0])
 
     def do_stop(self, number: int) -> None:
-        if self.open:
-            key = sorted(self.open)[number % len(self.open)]
+        live = sorted((seq.request.id, seq.sample) for seq in self.world.scheduler._live())
+        if live:
+            key = live[number % len(live)]
             self.world.scheduler.finish_sample(*key)
             self.end(key, "stop")
 

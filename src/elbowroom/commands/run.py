@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads stdin.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One or more prompts; - reads stdin.")],
     model: Model = None,
     memory: Memory = "80%",
     kv: KV = "plain",

@@ -171,6 +171,6 @@ def _make_codec(name: str, arguments: str) -> Codec:
 
 def _canonical(codec: Codec) -> str:
     """Return one spelling for equal plans."""
-    names = [each.name for each in fields(codec)] if is_dataclass(codec) else []
+    names: list[str] = [each.name for each in fields(codec)] if is_dataclass(codec) else []
     inner = ",".join(f"{name}={getattr(codec, name)}" for name in names)
     return f"{codec.name}({inner})"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -12,7 +14,7 @@ from elbowroom.errors import ElbowroomError
 from elbowroom.serve.body import until_disconnect
 from elbowroom.serve.errors import error_json
 
-DONE = b"[DONE]"
+_LOG = logging.getLogger(__name__)
 
 
 class EventStream(Response):
@@ -30,31 +32,27 @@ class EventStream(Response):
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
-    def init_headers(self, headers: dict[str, str] | None = None) -> None:  # type: ignore[override]
-        """Set the headers; there is no length to tell."""
-        self.body = b""
-        super().init_headers(headers)
-        self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything; a client that hangs up ends it silently."""
         try:
-            await until_disconnect(receive, self._send(send))
-        except (ClientDisconnect, OSError):
-            pass
+            with contextlib.suppress(ClientDisconnect, OSError):
+                await until_disconnect(receive, self._send(send))
         finally:
             await self._events.aclose()
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async for event in self._events:
-                await _send_event(send, event)
-            await _send_event(send, DONE)
-        except ElbowroomError as error:
-            await _send_event(send, error_json(error))
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._data():
+            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-
-async def _send_event(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+    async def _data(self) -> AsyncIterator[bytes]:
+        try:
+            async for event in self._events:
+                yield event
+        except Exception as error:  # noqa: BLE001  the status is sent already: whatever it is, the client must see it
+            if not isinstance(error, ElbowroomError):
+                _LOG.error("a stream failed", exc_info=error)
+            yield error_json(error)
+        else:
+            yield b"[DONE]"

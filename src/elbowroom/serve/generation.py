@@ -1,0 +1,95 @@
+"""Generation: everything one HTTP request lets an engine generate, with its usage and timings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from elbowroom.engine.output import OutputDelta, TokenLogprob
+from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.serve.errors import InvalidField
+from elbowroom.serve.metrics import ServerMetrics
+from elbowroom.serve.responses import Usage
+from elbowroom.serve.served import ServedModel
+
+
+@dataclass(slots=True)
+class Choice:
+    """One of the asked-for texts: complete, or as far as it was generated."""
+
+    index: int
+    prompt_index: int
+    text: str = ""
+    num_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    first_s: float = 0.0
+    last_s: float = 0.0
+
+
+class Generation:
+    """Runs ``n`` samples of each prompt; choices are numbered prompt by prompt.
+
+    Args:
+        model: who generates.
+        prompts: token ids of each prompt.
+        sampling: for all of them.
+        metrics: gets the timings at the end.
+
+    Raises:
+        InvalidField: prompts times ``n`` exceed the server's limit.
+    """
+
+    def __init__(
+        self, model: ServedModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams, metrics: ServerMetrics
+    ) -> None:
+        most = model.limits.max_sequences_per_request
+        if len(prompts) * sampling.n > most:
+            asked = f"{len(prompts)} prompts with {sampling.n} samples each exceed {most} in one request"
+            raise InvalidField("prompt", asked, "send several requests")
+        self.model, self.prompts, self.sampling, self._metrics = model, prompts, sampling, metrics
+        self.choices = [Choice(index, index // sampling.n) for index in range(len(prompts) * sampling.n)]
+        self._cached = [0] * len(prompts)
+        self._started = time.perf_counter()
+
+    async def deltas(self) -> AsyncGenerator[tuple[Choice, OutputDelta] | None]:
+        """Yield None once everything is queued, then every delta with the choice it went to; closing it aborts.
+
+        Raises:
+            RequestError: a prompt is malformed or can never fit; nothing is generated then.
+            Overloaded: too many requests are live.
+            ElbowroomError: the engine failed.
+        """
+        with self.model.admit(), await self.model.llm.start(self.prompts, self.sampling) as stream:
+            try:
+                yield None
+                async for prompt, delta, output in stream:
+                    self._cached[prompt] = output.cached_tokens
+                    yield self._take(prompt, delta), delta
+            finally:
+                self._metrics.observe(self.model.name, self._started, self.choices)
+
+    async def run(self) -> None:
+        """Generate everything; errors as in ``deltas``."""
+        async with aclosing(self.deltas()) as deltas:
+            async for _ in deltas:
+                pass
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        generated = sum(choice.num_tokens for choice in self.choices)
+        return Usage.of(sum(map(len, self.prompts)), generated, sum(self._cached))
+
+    def _take(self, prompt: int, delta: OutputDelta) -> Choice:
+        choice = self.choices[prompt * self.sampling.n + delta.index]
+        if delta.token_ids:
+            choice.last_s = time.perf_counter()
+            choice.first_s = choice.first_s or choice.last_s
+        choice.text += delta.text
+        choice.num_tokens += len(delta.token_ids)
+        choice.logprobs += delta.logprobs
+        choice.finish_reason = delta.finish_reason
+        return choice

@@ -1,0 +1,71 @@
+"""Prometheus metrics: what the server measures itself. Names follow those of other engines where they exist."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+
+
+class Timed(Protocol):
+    """One generated text and when its tokens came."""
+
+    num_tokens: int
+    first_s: float
+    last_s: float
+    finish_reason: str | None
+
+
+class ServerMetrics:
+    """Counters and histograms of one app, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "elbowroom_http_requests", "HTTP requests by route and status.", ["route", "code"], registry=self.registry
+        )
+        self._ttft = self._histogram("time_to_first_token", "Seconds from request to first token.", _SECONDS)
+        self._tpot = self._histogram("time_per_output_token", "Mean seconds between tokens of a text.", _TOKEN_SECONDS)
+        self._e2e = self._histogram("e2e_request_latency", "Seconds from request to last token.", _SECONDS)
+
+    def observe(self, model: str, started: float, texts: Sequence[Timed]) -> None:
+        """Record an ended request: its first token, the pace of each text and, if it was not aborted, its length."""
+        begun = [text for text in texts if text.num_tokens]
+        if begun:
+            self._ttft.labels(model).observe(min(text.first_s for text in begun) - started)
+        for text in begun:
+            if text.num_tokens > 1:
+                self._tpot.labels(model).observe((text.last_s - text.first_s) / (text.num_tokens - 1))
+        if all(text.finish_reason is not None for text in texts):
+            self._e2e.labels(model).observe(time.perf_counter() - started)
+
+    def count_request(self, route: str, status: int) -> None:
+        """Count an HTTP response."""
+        self._requests.labels(route, str(status)).inc()
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"elbowroom_{name}_seconds", text, ["model"], buckets=buckets, registry=self.registry)
+
+
+class CountRequests:
+    """ASGI middleware that counts responses by route."""
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on and count the status that comes back."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "unmatched")
+                self._metrics.count_request(route, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted if scope["type"] == "http" else send)
