@@ -6,7 +6,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # 0: nothing native is built, attention runs in torch.
 ELBOWROOM_NATIVE ?= 1
 # What `make demo` hands to `elbowroom run`.
-DEMO_ARGS ?= --help
+DEMO_ARGS ?= --file examples/workshop.txt --memory 96MiB \
+	"What is the code of yqrxpu?" "What is the code of usqizm?" "What is the code of vrengz?"
 BENCH_ARGS ?= --json
 PYTEST_ARGS ?=
 MODULE := $(VENV)/.native-$(ELBOWROOM_NATIVE)

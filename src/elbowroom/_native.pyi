@@ -3,13 +3,15 @@
 dtype codes: 0 float32, 1 bfloat16, 2 float16.
 """
 
-_Step = tuple[int, int, int, int, int]
+from typing import TypeAlias
+
+_Step: TypeAlias = tuple[int, int, int, int, int]
 """num_sequences, then the addresses of row_starts, positions, lengths, first_slots."""
-_Strips = tuple[int, int, int, int, int, int, int, int]
+_Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 """Address of the table, num_blocks, address of base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim."""
-_Spec = tuple[int, int, float, float]
+_Spec: TypeAlias = tuple[int, int, float, float]
 """num_q_heads, window (0: none), scale, softcap (0: none)."""
-_Rows = tuple[int, int, int, int]
+_Rows: TypeAlias = tuple[int, int, int, int]
 """Address, dtype, stride of a row, stride of a head."""
 
 def append(step: _Step, strips: _Strips, k: _Rows, v: _Rows) -> None:

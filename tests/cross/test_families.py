@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tests.support.families import CASES, Case, as_version_4
 
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.dense import DenseContext
-from elbowroom.models.hf_config import read_dtype
+from elbowroom.models.hf_config import read_config, read_dtype
 from elbowroom.models.loader import load_model
 
 transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
@@ -97,3 +98,29 @@ def test_a_sharded_checkpoint_loads_like_a_single_file(tmp_path: Path) -> None:
     tokens = torch.arange(20)[None]
     one, many = (load_model(tmp_path / name, torch.float32) for name in ("one", "many"))
     assert torch.equal(our_logits(one, tokens), our_logits(many, tokens))
+
+
+def test_omitted_keys_have_the_defaults_of_transformers(tmp_path: Path) -> None:
+    classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3_text": "Gemma3Text"}
+    for name, prefix in classes.items():
+        reference = getattr(transformers, f"{prefix}Config")()
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+        config = read_config(tmp_path)
+        layer = config.layers[0]
+        assert config.vocab_size == reference.vocab_size
+        assert config.hidden_size == reference.hidden_size
+        assert config.intermediate_size == reference.intermediate_size
+        assert config.num_layers == reference.num_hidden_layers
+        assert config.max_positions == reference.max_position_embeddings
+        assert config.norm_eps == reference.rms_norm_eps
+        assert config.tie_embeddings == reference.tie_word_embeddings
+        assert config.eos_token_ids == (() if reference.eos_token_id is None else (reference.eos_token_id,))
+        assert config.bos_token_id == reference.bos_token_id
+        assert layer.num_q_heads == reference.num_attention_heads
+        assert layer.num_kv_heads == reference.num_key_value_heads
+        assert layer.head_dim == getattr(reference, "head_dim", 128)
+        types = (
+            getattr(reference, "layer_types", None)
+            or ["sliding_attention" if name == "mistral" else "full_attention"] * config.num_layers
+        )
+        assert [each.window is not None for each in config.layers] == [kind.startswith("sliding") for kind in types]

@@ -140,6 +140,7 @@ class World:
         self.store = PagedStore(plan, Arena(tier, Ledger(Budget({}))), capacity_bytes)
         self.executor = StoreExecutor(self.store)
         self.shortfalls = 0
+        self.num_rows = 0
 
     @property
     def capacity_bytes(self) -> int:
@@ -158,6 +159,7 @@ class World:
         self._check_plan(plan, running)
         result = self.executor.run(plan, min(repeats, plan.valid_for_steps))
         self.shortfalls += result.shortfall_bytes > 0
+        self.num_rows += len(plan.rows)
         updates = self.scheduler.update(result)
         self.scheduler.check()
         self._check_content()

@@ -99,11 +99,14 @@ class Driver:
 
     def drain(self) -> None:
         """Everything ends within a bounded number of steps, and nothing is left behind."""
-        for _ in range(5000):
-            if not self.world.scheduler.has_work():
-                break
+        steps = 0
+        while self.world.scheduler.has_work():
+            seen = len(self.log), self.world.num_rows
             self.step()
-        assert not self.open, "requests never ended"
+            assert (len(self.log), self.world.num_rows) != seen or not self.open, "a step made no progress"
+            steps += 1
+            assert steps < 5000, "requests never end"
+        assert not self.open, "requests were forgotten"
         self.world.check_empty()
 
     def step(self, repeats: int = 1) -> None:
@@ -224,3 +227,104 @@ def test_whatever_happens_every_request_ends_once_with_its_own_tokens(
     driver = Driver(make_world(name, blocks, sequences))
     driver.play(actions)
     assert driver.world.shortfalls == 0, "the store had less than the scheduler counted on"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(actions=st.lists(ACTION, max_size=15), blocks=st.integers(6, 30), missing=st.integers(1, 25))
+def test_a_store_with_less_than_promised_slows_or_refuses_but_never_hangs(
+    actions: list[tuple[str, Any]], blocks: int, missing: int
+) -> None:
+    """Steps that the store refuses are tried again with less, and what cannot run at all ends with an error."""
+    world = make_world("full", blocks, 4)
+    world.store.resize(max(blocks - missing, 0) * 16384)
+    Driver(world).play([action for action in actions if action[0] != "capacity"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(actions=st.lists(ACTION, max_size=15), blocks=st.integers(3, 40))
+def test_equal_lives_give_equal_news(actions: list[tuple[str, Any]], blocks: int) -> None:
+    """The scheduler is deterministic: the same requests at the same steps give the same tokens in the same order."""
+    logs = []
+    for _ in range(2):
+        driver = Driver(make_world("full", blocks, 3))
+        driver.play(actions)
+        logs.append(driver.log)
+    assert logs[0] == logs[1]
+
+
+def request(number: int, prompt: int, max_tokens: int | None, **options: Any) -> Request:
+    return Request(
+        id=number,
+        prompt_token_ids=tuple(i % 40 + 8 for i in range(prompt)),
+        sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=5),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", ["full", "mixed"])
+def test_what_can_never_fit_is_refused_at_once_with_numbers(name: str) -> None:
+    """The largest request that the message allows runs, one token more is refused, and nothing of it stays behind."""
+    world = make_world(name, 12, 4)
+    room = world.pricing.largest(world.capacity_bytes)
+    assert 0 < room < 2048
+    with pytest.raises(RequestTooLarge, match=rf"enough for {room} tokens in all"):
+        world.scheduler.add(request(1, room - 9, 10))
+    assert not world.scheduler.has_work()
+    made = world.run_all([request(2, room - 10, 10), request(3, room - 70, None)])
+    assert [len(tokens) for tokens in made.values()] == [10, 70]
+    assert world.scheduler.stats().preemptions <= 1
+
+
+def test_malformed_requests_are_refused() -> None:
+    """An empty prompt and one that leaves no room in the context are the user's errors."""
+    world = make_world("full", 500, 4)
+    with pytest.raises(RequestError, match="prompt is empty"):
+        world.scheduler.add(request(1, 0, 1))
+    with pytest.raises(ContextTooLong, match="2040 prompt tokens and 9 new ones exceed the context of 2048"):
+        world.scheduler.add(request(1, 2040, 9))
+    assert world.scheduler.stats().num_waiting == 0
+
+
+def test_a_shared_prefix_is_stored_and_computed_once() -> None:
+    """Ten requests with the same 300 tokens pay for them once, and nine of them do not compute them."""
+    world = make_world("full", 60, 4)
+    prompts = [request(number, 300, 3, salt=b"") for number in range(10)]
+    world.run_all(prompts[:1])
+    world.run_all(prompts[1:])
+    stats = world.scheduler.stats()
+    assert stats.cached_prompt_tokens == 9 * 256
+    assert stats.cached_blocks == 4
+    assert world.store.report().num_strips == 4 * 2
+
+
+def test_prefixes_are_not_shared_across_salts() -> None:
+    """A tenant's cache is of no use to another tenant."""
+    world = make_world("full", 60, 4)
+    world.run_all([request(1, 300, 3, salt=b"a")])
+    world.run_all([request(2, 300, 3, salt=b"b")])
+    assert world.scheduler.stats().cached_prompt_tokens == 0
+
+
+def test_a_lowered_budget_ends_what_no_longer_fits_with_an_error() -> None:
+    """A request that fitted when it came and cannot run any more does not wait for ever."""
+    world = make_world("full", 20, 4)
+    world.scheduler.add(request(1, 900, 50))
+    world.scheduler.add(request(2, 60, 5))
+    world.step()
+    world.set_capacity(4 * world.pricing.block_bytes)
+    updates = [update for _ in range(20) for update in world.step()]
+    error = next(update.error for update in updates if update.request_id == 1)
+    assert isinstance(error, RequestTooLarge)
+    assert sum(len(update.tokens) for update in updates if update.request_id == 2) == 5
+    world.check_empty()
+
+
+def test_a_parked_session_pays_only_for_what_is_its_own() -> None:
+    """A parked session and the cached prefix that it shares both go when a large request needs the room."""
+    world = make_world("full", 10, 4)
+    first = request(1, 500, 2, session=SessionRef(1))
+    world.run_all([first])
+    assert world.scheduler.stats().num_parked == 1
+    made = world.run_all([Request(id=2, prompt_token_ids=(9,) * 600, sampling=first.sampling)])
+    assert len(made[2, 0]) == 2
+    assert world.scheduler.stats().num_parked == 0

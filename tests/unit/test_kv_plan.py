@@ -78,9 +78,13 @@ def test_unreadable_plans_are_refused_with_the_fix(text: str, found: str, fix: s
 def test_any_text_is_a_plan_or_a_plan_error(text: str):
     """No text crashes the parser."""
     try:
-        assert KVPlan.parse(KVPlan.parse(text).text) == KVPlan.parse(text)
+        plan = KVPlan.parse(text)
     except PlanError as error:
-        assert error.hint
+        hint = error.hint
+    else:
+        hint = "none is needed"
+        assert KVPlan.parse(plan.text) == plan
+    assert hint
 
 
 def test_format_follows_plan_then_model():

@@ -11,73 +11,78 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "elbowroom"
 MAX_LINES = 500
 
+GROUND = ("core", "units", "errors", "registry")
 FLOORS = (
-    ("core", "units", "errors", "registry", "memory"),
-    ("kernels", "_native"),
+    (*GROUND, "memory"),
+    ("kernels",),
     ("kv", "weights"),
     ("models",),
     ("engine",),
     ("planner", "train", "recall"),
     ("serve", "evals", "vision"),
     ("commands", "bench"),
+    ("__init__", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# The package's own __init__ and __main__ only re-export; they stand on the roof.
-FLOOR_OF |= {"__init__": len(FLOORS), "__main__": len(FLOORS)}
-
-MODULES = sorted(PACKAGE.rglob("*.py"))
+MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def room_of(module: str) -> str:
+    return Path(module).with_suffix("").parts[0]
 
 
-def imported_modules(path: Path) -> Iterator[str]:
+def imported_names(source: str, module: str) -> Iterator[str]:
     """Yield the full names of what a module imports, lazy imports included."""
-    package = ("elbowroom", *path.relative_to(PACKAGE).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    package = ("elbowroom", *Path(module).parts[:-1])
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*base, *([node.module] if node.module else [])))
-            # `from elbowroom import kernels` names a room only by what it imports.
-            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "elbowroom" else (module,)
+            yield from (".".join((*base, *filter(None, [node.module]), alias.name)) for alias in node.names)
 
 
-def imported_rooms(path: Path) -> set[str]:
-    parts = [name.split(".") for name in imported_modules(path)]
-    return {part[1] for part in parts if part[0] == "elbowroom" and len(part) > 1}
+def imported_rooms(source: str, module: str) -> set[str]:
+    """Return the rooms that a module imports from; ``_native`` counts as a part of kernels."""
+    names = [name.split(".") for name in imported_names(source, module)]
+    rooms = {parts[1] for parts in names if parts[0] == "elbowroom" and len(parts) > 1}
+    return {"kernels" if room == "_native" else room for room in rooms - {"__version__"}}
 
 
-def id_of(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+def forbidden_rooms(room: str, imported: set[str]) -> set[str]:
+    """Return what ``room`` may not import; what only the package's __init__ gives is for users."""
+    if room in GROUND:
+        return imported - set(GROUND)
+    floor = FLOOR_OF[room]
+    return {other for other in imported - {room} if FLOOR_OF.get(other, len(FLOORS)) >= max(floor, 1)}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=id_of)
-def test_a_room_imports_only_from_lower_floors_or_itself(path: Path) -> None:
-    room = room_of(path)
-    assert room in FLOOR_OF, f"{room} has no floor: give it one here and in the plan of the house"
-    # What is no room is a name that the package itself re-exports: that is the roof.
-    floors = {other: FLOOR_OF.get(other, len(FLOORS)) for other in imported_rooms(path) - {room}}
-    too_high = {other for other, floor in floors.items() if floor >= FLOOR_OF[room] and FLOOR_OF[room] > 0}
-    if FLOOR_OF[room] == 0:
-        # The ground floor is one room for its four modules; memory/ builds on them, never the other way round.
-        too_high = {other for other, floor in floors.items() if floor > 0 or other == "memory"}
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_only_from_lower_floors_or_itself(module: str) -> None:
+    assert room_of(module) in FLOOR_OF, f"give {room_of(module)} a floor, here and in the plan of the house"
+    imported = imported_rooms((PACKAGE / module).read_text(encoding="utf-8"), module)
 
-    assert not too_high, f"{id_of(path)} (floor {FLOOR_OF[room]}) imports {sorted(too_high)}"
+    assert not forbidden_rooms(room_of(module), imported)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=id_of)
-def test_no_file_is_long(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_is_long(module: str) -> None:
+    assert len((PACKAGE / module).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
-def test_the_checker_sees_every_form_of_import(tmp_path: Path) -> None:
-    source = PACKAGE / "kv" / "imagined.py"
-    text = "import elbowroom.serve\nfrom elbowroom import engine\nfrom elbowroom.models.base import x\nfrom .. import vision\n"
-    path = tmp_path / "imagined.py"
-    path.write_text(text)
-    tree_path = type("Fake", (), {"relative_to": source.relative_to, "read_text": path.read_text})()
+def test_the_checker_sees_every_form_of_import() -> None:
+    source = "import elbowroom.serve\nfrom elbowroom import engine, __version__\nfrom .base import x\ndef f():\n"
+    source += "    from elbowroom.models.base import x\n    from .. import vision\n"
+    source += "    from elbowroom._native import isa\n"
 
-    assert imported_rooms(tree_path) == {"serve", "engine", "models", "vision"}
+    assert imported_rooms(source, "kv/imagined.py") == {"serve", "engine", "kv", "models", "vision", "kernels"}
+
+
+def test_the_checker_refuses_neighbours_higher_floors_and_user_names() -> None:
+    assert forbidden_rooms("kv", {"core", "memory", "kernels", "kv", "weights", "models", "LLM"}) == {
+        "weights",
+        "models",
+        "LLM",
+    }
+    assert forbidden_rooms("memory", {"core", "memory", "kernels"}) == {"kernels"}
+    assert forbidden_rooms("units", {"errors", "memory"}) == {"memory"}

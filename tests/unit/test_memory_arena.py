@@ -387,5 +387,5 @@ class ArenaMachine(RuleBasedStateMachine):
         assert self.arena.ledger.total("host") == sum(expected.values())
 
 
-ArenaMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+ArenaMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
 TestArenaMachine = ArenaMachine.TestCase

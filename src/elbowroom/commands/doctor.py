@@ -23,7 +23,7 @@ def doctor(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show versions, kernels, cores and memory, and whether everything is in place."""
+    """Show versions, kernels, cores and memory of this machine."""
     from elbowroom.commands.terminal import print_json
 
     if baseline:

@@ -94,7 +94,8 @@ def _print_text(spec: TaskSpec, result: RetrievalResult) -> None:
     low, high = result.interval
     typer.echo(
         f"retrieval, {spec.context_tokens} tokens, {spec.num_facts} facts each: "
-        f"{result.num_correct} of {result.num_queries} exact ({result.accuracy:.1%}, 95% interval {low:.1%} to {high:.1%})"
+        f"{result.num_correct} of {result.num_queries} exact ({result.accuracy:.1%}; "
+        f"95% interval {low:.1%} to {high:.1%})"
     )
     for index, part in enumerate(result.by_depth):
         share = "no questions" if part.accuracy is None else f"{part.accuracy:.1%} of {part.num_queries}"

@@ -8,7 +8,9 @@ import typer
 
 Model = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Hugging Face model directory; without it, the built-in model.", show_default=False),
+    typer.Option(
+        metavar="DIR", help="Hugging Face model directory; without it, the built-in model.", show_default=False
+    ),
 ]
 Memory = Annotated[
     str,
@@ -21,5 +23,7 @@ Dtype = Annotated[str, typer.Option(metavar="TYPE", help="Weights and activation
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Progress = Annotated[
     bool | None,
-    typer.Option("--progress/--no-progress", help="Show progress on stderr; by default if it is a terminal.", show_default=False),
+    typer.Option(
+        "--progress/--no-progress", help="Show progress on stderr; by default if it is a terminal.", show_default=False
+    ),
 ]

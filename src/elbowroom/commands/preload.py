@@ -8,12 +8,8 @@ MODULES = (
     "rich.console",
     "rich.progress",
     "rich.table",
-    "fastapi",
-    "fastapi.responses",
-    "prometheus_client",
-    "uvicorn",
     "elbowroom.engine.llm",
-    "elbowroom.engine.async_llm",
+    "elbowroom.serve",
 )
 
 

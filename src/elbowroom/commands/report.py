@@ -22,6 +22,8 @@ class RunReport:
     peak_over_baseline_bytes: int
     """Peak RSS of the process since then, minus the baseline: what the budget bounds."""
     ledger: dict[str, dict[str, Usage]]
+    ledger_peak_bytes: int
+    """Most bytes that all owners together were charged at once."""
     ttft_s: float | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
@@ -36,6 +38,7 @@ class RunReport:
             baseline_bytes=parts.meter.baseline_bytes,
             peak_over_baseline_bytes=parts.meter.peak_over_baseline_bytes,
             ledger=engine.ledger(),
+            ledger_peak_bytes=parts.ledger.peak("host"),
             ttft_s=ttft_s,
             prefill_tokens_per_s=_rate(times.prefill_tokens, times.prefill_s),
             decode_tokens_per_s=_rate(times.decode_tokens, times.decode_s),
@@ -58,7 +61,9 @@ class RunReport:
             for tier, usage in tiers.items():
                 label = owner if tier == "host" else f"{owner} ({tier})"
                 table.add_row(label, format_bytes(usage["current_bytes"]), format_bytes(usage["peak_bytes"]))
+        now = sum(usage["current_bytes"] for tiers in self.ledger.values() for usage in tiers.values())
         table.add_section()
+        table.add_row("all owners", format_bytes(now), format_bytes(self.ledger_peak_bytes))
         table.add_row("budget", "", format_bytes(self.budget_bytes))
         table.add_row("process over baseline", "", format_bytes(self.peak_over_baseline_bytes))
         console = Console()

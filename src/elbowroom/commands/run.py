@@ -21,7 +21,7 @@ def run(
     dtype: Dtype = "float32",
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most new tokens of each answer.")] = 48,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the most likely token.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Repeats a sampling.", show_default=False)] = None,
     file: Annotated[
         str | None,
         typer.Option(metavar="DOC", help="Text put in front of every prompt and read once.", show_default=False),

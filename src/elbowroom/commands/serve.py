@@ -2,6 +2,164 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-def serve() -> None:
-    """Serve."""
+import typer
+
+from elbowroom.commands.options import KV, Dtype, Memory, Progress
+from elbowroom.errors import BudgetTooSmall, RequestError
+
+if TYPE_CHECKING:
+    from elbowroom.engine.async_llm import AsyncLLM
+
+FIXED_BYTES = 32 * 2**20
+"""What each of several models gets before the rest is divided in proportion to their weights."""
+
+
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Model directory and the name that clients use; repeatable. Without it, the built-in model.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Memory = "80%",
+    kv: KV = "plain",
+    dtype: Dtype = "float32",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    max_sequences: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Most sequences of a model that run at once.")
+    ] = 64,
+    max_requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Most requests of a model that wait or run; more get 429.")
+    ] = 512,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prefixes that later requests may share.")
+    ] = True,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long running requests may go on after Ctrl-C.")
+    ] = 10.0,
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", envvar="ELBOWROOM_API_KEY", help="Key that clients must send.", show_default=False),
+    ] = None,
+    progress: Progress = None,
+) -> None:
+    """Serve models over HTTP, as the OpenAI API does.
+
+    All models share the memory budget. Ctrl-C or SIGTERM ends the server once running requests have ended.
+    """
+    from elbowroom.commands.preload import preload
+
+    directories = read_models(model or [])
+    preload()
+    from elbowroom.serve import Server, ServerLimits
+
+    limits = ServerLimits(max_live_requests=max_requests, grace_s=grace, api_key=api_key)
+    check_address(host, port)
+    shares = share_memory(directories, memory, dtype)
+    engines: dict[str, AsyncLLM] = {}
+    try:
+        for name, directory in directories.items():
+            engines[name] = _load(name, directory, shares[name], kv, dtype, max_sequences, prefix_cache, progress)
+        server = Server(engines, host, port, limits, announce=typer.echo)
+    except BaseException:
+        for llm in engines.values():
+            llm.engine.close()
+        raise
+    server.run()
+
+
+def read_models(options: Sequence[str]) -> dict[str, str | None]:
+    """Return name -> directory (None: the built-in model) of what ``--model`` was given.
+
+    Raises:
+        RequestError: a name is empty or taken twice.
+    """
+    models: dict[str, str | None] = {}
+    for option in options:
+        name, equals, directory = option.partition("=")
+        if not equals or Path(option).is_dir():
+            name, directory = Path(option).resolve().name, option
+        if not name or not directory:
+            raise RequestError(f"--model {option!r} lacks a name or a directory", "write --model NAME=DIR")
+        if name in models:
+            raise RequestError(f"two models are called {name!r}", "write --model NAME=DIR with different names")
+        models[name] = directory
+    return models or {"builtin": None}
+
+
+def share_memory(directories: Mapping[str, str | None], memory: str, dtype: str) -> dict[str, int]:
+    """Return the bytes of each model: a fixed part, and the rest in proportion to its weights.
+
+    Raises:
+        BudgetTooSmall: not even the fixed parts fit.
+    """
+    import torch
+
+    from elbowroom.core import DTYPE_BYTES
+    from elbowroom.memory.meter import available_bytes
+    from elbowroom.models.hf_config import read_config
+    from elbowroom.models.loader import find_model, weights_bytes
+    from elbowroom.units import format_bytes, parse_bytes
+
+    budget = parse_bytes(memory, available_bytes())
+    if len(directories) == 1 or dtype not in DTYPE_BYTES:
+        return dict.fromkeys(directories, budget)
+    kind = getattr(torch, dtype)
+    weights = {name: weights_bytes(read_config(find_model(each)), kind) for name, each in directories.items()}
+    rest = budget - FIXED_BYTES * len(weights)
+    if rest < sum(weights.values()):
+        minimum = budget - rest + sum(weights.values())
+        raise BudgetTooSmall(
+            f"{len(weights)} models need at least {format_bytes(minimum)}, the budget is {format_bytes(budget)}",
+            minimum,
+            f"set --memory to at least {-(-minimum // 2**20)}MiB, or serve fewer models",
+        )
+    return {name: FIXED_BYTES + rest * each // sum(weights.values()) for name, each in weights.items()}
+
+
+def check_address(host: str, port: int) -> None:
+    """Find out before any model is loaded whether the address can be listened on.
+
+    Raises:
+        AddressInUse: it cannot.
+    """
+    from elbowroom.serve.server import AddressInUse
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as reason:
+            hint = "choose another one with --port, or 0 for any free one"
+            raise AddressInUse(f"cannot listen on {host}:{port}: {reason.strerror or reason}", hint) from reason
+
+
+def _load(
+    name: str,
+    directory: str | None,
+    memory_bytes: int,
+    kv: str,
+    dtype: str,
+    max_sequences: int,
+    prefix_cache: bool,
+    progress: bool | None,
+) -> AsyncLLM:
+    from elbowroom.commands.terminal import progress_bar, wants_progress
+    from elbowroom.engine.async_llm import AsyncLLM
+    from elbowroom.engine.build import build_engine
+
+    with progress_bar(f"loading {name}", wants_progress(progress), in_bytes=True) as bar:
+        engine = build_engine(
+            directory, memory_bytes, kv, dtype, max_sequences=max_sequences, prefix_cache=prefix_cache, progress=bar
+        )
+    return AsyncLLM(engine)

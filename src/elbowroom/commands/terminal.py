@@ -38,7 +38,7 @@ def progress_bar(title: str, shown: bool, in_bytes: bool = False) -> Iterator[Ba
         in_bytes: write amounts as bytes.
     """
     if not shown:
-        yield lambda done, total: None
+        yield _show_nothing
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -52,3 +52,7 @@ def progress_bar(title: str, shown: bool, in_bytes: bool = False) -> Iterator[Ba
             progress.update(task, completed=done, total=total, amount=f"{write(done)} of {write(total)}")
 
         yield move
+
+
+def _show_nothing(done: int, total: int) -> None:
+    """Stand in for a bar."""

@@ -5,11 +5,12 @@ The numbers come from the plan's curve, rounded up to whole pages, so that a sch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from elbowroom.core import STRIP_TOKENS
+from elbowroom.core import STRIP_TOKENS, PageFormat
 from elbowroom.kv.plan import BoundPlan
 
 
@@ -35,14 +36,14 @@ class KVPricing:
     def of(cls, plan: BoundPlan, max_tokens: int, step_tokens: int, page_bytes: int) -> KVPricing:
         """Return the prices of ``plan`` for sequences of up to ``max_tokens``."""
         blocks = np.arange(num_blocks(max_tokens) + 1, dtype=np.int64)
-        curve = plan.curve(0, blocks * STRIP_TOKENS, step_tokens)
-        # Strips that are no whole number of pages share pages; a block's ends may then need one page more.
-        slack = 0 if plan.block_bytes % page_bytes == 0 else page_bytes
+        curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens)
+        slack = _page_slack(plan, page_bytes)
         prices = curve.resident_bytes + blocks * slack
+        step_slack = num_blocks(step_tokens) * slack if plan.has_windows else 0
         return cls(
             by_blocks=tuple(prices.tolist()),
             block_bytes=plan.block_bytes + slack,
-            transient_bytes=curve.transient_bytes,
+            transient_bytes=curve.transient_bytes + step_slack,
             can_share=not plan.has_windows,
         )
 
@@ -55,3 +56,29 @@ class KVPricing:
         room = capacity_bytes - self.transient_bytes
         fitting = int(np.searchsorted(np.asarray(self.by_blocks), room, side="right")) - 1
         return max(fitting, 0) * STRIP_TOKENS
+
+
+def _widened(plan: BoundPlan) -> BoundPlan:
+    """Return ``plan`` with windows one block wider.
+
+    While a step runs, each of its rows may have begun a block before the one that left the window is freed. The
+    curve's transient covers the tokens of a step, not that every row may start in the middle of a block.
+    """
+    layers = (
+        layer if layer.window is None else replace(layer, window=layer.window + STRIP_TOKENS) for layer in plan.layers
+    )
+    return replace(plan, layers=tuple(layers))
+
+
+def _page_slack(plan: BoundPlan, page_bytes: int) -> int:
+    """Return the bytes that one block may take beyond its strips because its ends share pages with others."""
+    groups: dict[tuple[PageFormat, int | None], int] = {}
+    for layer, fmt in zip(plan.layers, plan.formats, strict=True):
+        if layer.kv_source is None:
+            groups[fmt, layer.window] = groups.get((fmt, layer.window), 0) + fmt.strip_bytes
+    slack = 0
+    for group_bytes in groups.values():
+        # Groups lie behind one another from a page's start, so one begins at a multiple of this in its page.
+        grain = math.gcd(group_bytes, page_bytes)
+        slack += -(-(group_bytes + page_bytes - grain) // page_bytes) * page_bytes - group_bytes
+    return slack

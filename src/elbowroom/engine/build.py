@@ -83,7 +83,8 @@ def build_engine(
     workspace = Workspace(arena, sizes.workspace)
     kv_bytes = budget_bytes - ledger.total("host")
     store = PagedStore(plan, arena, kv_bytes, model_fingerprint(directory))
-    core = _make_core(config, plan, sizes, kv_bytes, arena, store, decoder, workspace, prefix_cache, seed)
+    eos = tuple(sorted({*config.eos_token_ids, *tokenizer.eos_token_ids}))  # config.json often names one of several
+    core = _make_core(config, eos, plan, sizes, kv_bytes, arena, store, decoder, workspace, prefix_cache, seed)
     decoder.eval()
 
     def close() -> None:
@@ -109,6 +110,7 @@ def build_engine(
 
 def _make_core(
     config: ModelConfig,
+    eos_token_ids: tuple[int, ...],
     plan: BoundPlan,
     sizes: MemoryPlan,
     kv_bytes: int,
@@ -124,7 +126,7 @@ def _make_core(
         max_positions=config.max_positions,
         max_step_tokens=sizes.max_step_tokens,
         max_sequences=sizes.max_sequences,
-        eos_token_ids=config.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         prefix_cache=prefix_cache,
         namespace=store.fingerprint,
         seed=seed,
@@ -132,6 +134,7 @@ def _make_core(
     executor = TorchExecutor(decoder, store, workspace)
     core = EngineCore(Scheduler(settings, pricing, kv_bytes), executor, arena)
     core.reset_executor = executor.reset
+    core.resize_store = store.resize
     return core
 
 

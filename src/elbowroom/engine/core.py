@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from elbowroom.engine.types import Request, SequenceUpdate
 from elbowroom.errors import ElbowroomError, OutOfBudget
 from elbowroom.memory.arena import Arena
 from elbowroom.memory.reclaim import ReclaimerLadder
+
+_log = logging.getLogger(__name__)
 
 Sink = Callable[[OutputDelta, RequestOutput], None]
 """Gets every delta of a request and its output so far, on the engine's thread."""
@@ -66,6 +69,8 @@ class EngineCore:
     clock: Callable[[], float] = time.monotonic
     reset_executor: Callable[[], None] = lambda: None
     """Drops every stored sequence after a failed step."""
+    resize_store: Callable[[int], object] = lambda num_bytes: None
+    """Sets the bytes that the KV store may hold."""
     _live: dict[int, _Live] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -121,13 +126,24 @@ class EngineCore:
         return before - self.arena.ledger.total(self.arena.tier.name)
 
     def set_budget(self, tier: str, num_bytes: int) -> None:
-        """Change the memory budget while running; the KV cache takes the difference."""
+        """Change the memory budget while running; the KV cache takes the difference, at once.
+
+        Requests that cannot run in what is left end with an error.
+
+        Raises:
+            OutOfBudget: the rest alone holds more; nothing changes then.
+        """
         ledger = self.arena.ledger
         others = ledger.total(tier) - ledger.held("kv", tier) - ledger.held("arena.free", tier)
         if num_bytes < others:
             raise ledger.refusal("kv", tier, others - num_bytes)
+        capacity_bytes = num_bytes - others
+        ledger.budget.set(tier, max(num_bytes, ledger.budget.limit(tier) or 0))
+        self.resize_store(capacity_bytes)
+        self.scheduler.account.capacity_bytes = capacity_bytes
+        self.step()
+        self.arena.trim(0.0)
         ledger.budget.set(tier, num_bytes)
-        self.scheduler.account.capacity_bytes = num_bytes - others
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         now = self.clock()
@@ -142,7 +158,12 @@ class EngineCore:
                 live.open_samples -= 1
                 if live.open_samples == 0:
                     del self._live[update.request_id]
-            live.sink(delta, live.processor.output)
+            try:
+                live.sink(delta, live.processor.output)
+            except Exception:  # the caller's own code; it must not stop anybody else's request
+                _log.exception("the receiver of request %d failed; the request is dropped", update.request_id)
+                self._live.pop(update.request_id, None)
+                self.scheduler.abort(update.request_id)
 
     def fail(self, error: Exception) -> None:
         """End every request with ``error`` and start from an empty store."""

@@ -5,6 +5,7 @@ Every public method may be called from any thread; the work happens on the engin
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -19,7 +20,7 @@ from elbowroom.engine.output import OutputDelta, RequestOutput, TextDecoder
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.sizing import MemoryPlan
 from elbowroom.engine.types import Request, SchedulerStats, SessionRef
-from elbowroom.errors import EngineClosed, Overloaded
+from elbowroom.errors import EngineClosed, Overloaded, TokenizerError
 from elbowroom.kv.base import KVReport, KVStore
 from elbowroom.kv.plan import BoundPlan
 from elbowroom.memory.ledger import Ledger, Usage
@@ -65,6 +66,8 @@ class Engine:
         self._session_keys = itertools.count(1)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
+        self._posting = threading.Lock()
+        """Held while a command is queued, so that none is queued behind the end."""
         self._thread = threading.Thread(target=self._run, name="elbowroom-engine", daemon=True)
         self._thread.start()
 
@@ -86,6 +89,7 @@ class Engine:
             RequestError: malformed, too long for the context, or too large for the budget.
             Overloaded: too many requests are live.
             EngineClosed: the engine was shut down.
+            TokenizerError: stop strings are given and the model has no tokenizer.
         """
         request = Request(
             id=next(self._ids),
@@ -98,6 +102,8 @@ class Engine:
         )
         tokenizer = self.parts.tokenizer
         tokenizer.check_ids(request.prompt_token_ids, self.parts.config.vocab_size)
+        if sampling.stop and not tokenizer.available:
+            raise TokenizerError("stop strings need a tokenizer, and the model has none", "use stop_token_ids")
         decoders = [tokenizer.stream_decoder() for _ in range(sampling.n)]
         self.call(lambda: self._add(request, decoders, sink)).result()
         return request.id
@@ -110,10 +116,15 @@ class Engine:
     def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, session: SessionRef | None = None
     ) -> Future[RequestOutput]:
-        """Queue a request and return a future of its whole output; errors as in ``submit``."""
+        """Queue a request and return a future of its whole output; errors as in ``submit``.
+
+        Cancelling the future drops the request at its next token.
+        """
         done: Future[RequestOutput] = Future()
 
         def sink(delta: OutputDelta, output: RequestOutput) -> None:
+            if done.cancelled():
+                self._core.abort(output.request_id)
             if done.done():
                 return
             if delta.error is not None:
@@ -125,16 +136,16 @@ class Engine:
         return done
 
     def abort(self, request_id: int) -> None:
-        """Drop a request; returns at once."""
-        self._post(lambda: self._core.abort(request_id))
+        """Drop a request; returns at once. One that has ended, or whose engine was closed, is no error."""
+        self._tell(lambda: self._core.abort(request_id))
 
     def new_session_key(self) -> int:
         """Return a key for a parked sequence."""
         return next(self._session_keys)
 
     def close_session(self, key: int) -> None:
-        """Forget a parked sequence; returns at once."""
-        self._post(lambda: self._core.scheduler.close_session(key))
+        """Forget a parked sequence; returns at once. It is no error if the engine was closed."""
+        self._tell(lambda: self._core.scheduler.close_session(key))
 
     # Memory and state
 
@@ -186,19 +197,25 @@ class Engine:
 
     def close(self) -> None:
         """Stop the thread, ending live requests, and give all memory back; later calls do nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        self._commands.put(None)
+        with self._posting:
+            if self._closed:
+                return
+            self._closed = True
+            self._commands.put(None)
         self._thread.join()
         self.parts.close()
 
     # The thread
 
-    def _post(self, command: Callable[[], object]) -> None:
-        if self._closed:
-            raise EngineClosed("the engine was shut down")
-        self._commands.put(lambda: (command(), None)[1])
+    def _tell(self, command: Callable[[], object]) -> None:
+        with contextlib.suppress(EngineClosed):
+            self.call(command)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._posting:
+            if self._closed:
+                raise EngineClosed("the engine was shut down")
+            self._commands.put(command)
 
     def _run(self) -> None:
         while self._run_commands():

@@ -30,6 +30,8 @@ class KVAccount:
     used_bytes: int = 0
     ops: list[KVOp] = field(default_factory=list)
     evicted_blocks: int = 0
+    lacking_bytes: int = 0
+    """What the store turned out to have less than ``capacity_bytes``, for the time being."""
     next_slot: int = 0
     _clock: int = 0
 
@@ -43,13 +45,22 @@ class KVAccount:
     @property
     def free_bytes(self) -> int:
         """Bytes that nothing holds; negative after the capacity was lowered."""
-        return self.capacity_bytes - self.pricing.transient_bytes - self.used_bytes - self.cached_bytes
+        usable = self.capacity_bytes - self.lacking_bytes - self.pricing.transient_bytes
+        return usable - self.used_bytes - self.cached_bytes
 
     @property
     def reclaimable_bytes(self) -> int:
-        """Bytes of unused cached prefixes and of parked sessions."""
+        """Bytes of cached prefixes and parked sessions that no running sequence shares."""
         parked = sum(self.private_bytes(each.num_blocks, each.shared) for each in self.parked.values())
-        return self.index.num_evictable * self.pricing.block_bytes + parked
+        return self.index.num_reclaimable * self.pricing.block_bytes + parked
+
+    def attainable_bytes(self, keep: Parked | None = None) -> int:
+        """Return the bytes that would be free if all was given up but ``keep`` and what running sequences share."""
+        kept = 0
+        if keep is not None:
+            softly = self.index.num_held_softly(keep.shared) * self.pricing.block_bytes
+            kept = self.private_bytes(keep.num_blocks, keep.shared) + softly
+        return self.free_bytes + self.reclaimable_bytes - kept
 
     def private_bytes(self, blocks: int, shared: Node | None) -> int:
         """Return what a sequence of ``blocks`` pays itself."""
@@ -122,6 +133,8 @@ class KVAccount:
         self.used_bytes += self.private_bytes(blocks, seq.shared) - self.private_bytes(seq.num_blocks, seq.shared)
         self._clock += 1
         self.parked[key] = Parked(seq.slot, seq.tokens[: seq.num_computed], seq.shared, blocks, self._clock)
+        if seq.shared is not None:
+            self.index.soften(seq.shared)
         seq.slot, seq.shared, seq.num_blocks = -1, None, 0
 
     def drop_parked(self, key: int) -> None:
@@ -129,6 +142,7 @@ class KVAccount:
         parked = self.parked.pop(key)
         self.used_bytes -= self.private_bytes(parked.num_blocks, parked.shared)
         if parked.shared is not None:
+            self.index.soften(parked.shared, -1)
             self.index.unpin(parked.shared)
         self.ops.append(KVOp("close", parked.slot))
 
@@ -143,17 +157,32 @@ class KVAccount:
     def take_over(self, seq: SeqState, key: int) -> None:
         """Let ``seq`` go on in the slot of its parked session, cut back to the tokens they have in common."""
         parked = self.parked.pop(key)
+        if parked.shared is not None:
+            self.index.soften(parked.shared, -1)
         seq.slot, seq.shared, seq.num_blocks = parked.slot, parked.shared, parked.num_blocks
-        keep = min(common_prefix(parked.tokens, seq.tokens), len(seq.tokens) - 1)
+        keep = self.num_kept(parked, seq)
         if keep == len(parked.tokens):
             seq.num_computed = keep
-        elif self.pricing.can_share:
+        elif keep > 0:
             self._cut(seq, keep)
         else:
-            # A sliding window may have dropped what an earlier position needs: start over.
-            self.used_bytes -= self.private_bytes(seq.num_blocks, None)
+            self.used_bytes -= self.private_bytes(seq.num_blocks, seq.shared)
+            if seq.shared is not None:
+                self.index.unpin(seq.shared)
             self.ops += [KVOp("close", seq.slot), KVOp("open", seq.slot)]
-            seq.num_blocks = 0
+            seq.shared, seq.num_blocks, seq.num_computed = None, 0, 0
+
+    def num_kept(self, parked: Parked, seq: SeqState) -> int:
+        """Return how many tokens of a parked session ``seq`` can go on from; one at least is left to compute."""
+        keep = min(common_prefix(parked.tokens, seq.tokens), len(seq.tokens) - 1)
+        # A sliding window may have dropped what an earlier position needs.
+        return keep if keep == len(parked.tokens) or self.pricing.can_share else 0
+
+    def take_over_bytes(self, parked: Parked, seq: SeqState) -> int:
+        """Return what ``take_over`` and growing to all tokens of ``seq`` would add to ``used_bytes``."""
+        node = self.ancestor(parked.shared, self.num_kept(parked, seq))
+        after = self.private_bytes(num_blocks(len(seq.tokens)), node)
+        return after - self.private_bytes(parked.num_blocks, parked.shared)
 
     def ancestor(self, node: Node | None, num_tokens: int) -> Node | None:
         """Return the deepest node at or above ``node`` whose blocks lie within ``num_tokens``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
@@ -59,7 +60,7 @@ class LLM:
             sampling: for all prompts, or one for each.
 
         Raises:
-            RequestError: a prompt is malformed or can never fit; nothing runs then.
+            RequestError: a prompt is malformed or can never fit; the others are dropped then.
         """
         many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         return self._run([prompt_ids(self.tokenizer, prompt) for prompt in many], sampling)
@@ -99,11 +100,14 @@ class LLM:
     def _run(
         self, prompts: list[list[int]], sampling: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[RequestOutput]:
-        futures = [
-            self.engine.generate(ids, params)
-            for ids, params in zip(prompts, _each(sampling, len(prompts)), strict=True)
-        ]
-        return [future.result() for future in futures]
+        futures: list[Future[RequestOutput]] = []
+        try:
+            for ids, params in zip(prompts, _each(sampling, len(prompts)), strict=True):
+                futures.append(self.engine.generate(ids, params))
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:  # after an error or an interrupt nobody waits for the others
+                future.cancel()
 
 
 def _each(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Iterator[SamplingParams]:

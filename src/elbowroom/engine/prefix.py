@@ -53,6 +53,8 @@ class Node:
     num_children: int = 0
     pins: int = 0
     """Pins here or anywhere below: sequences that share this block, and explicit pins."""
+    soft_pins: int = 0
+    """Those of the pins that their holders can give up at any time (parked sessions)."""
     last_used: int = 0
     tags: tuple[str, ...] = ()
 
@@ -66,6 +68,8 @@ class PrefixIndex:
     _owned: dict[int, int] = field(default_factory=dict)
     """Entry slot -> nodes it owns."""
     _num_pinned: int = 0
+    _num_held: int = 0
+    """Nodes with pins that are not soft."""
     _leaves: list[tuple[int, bytes]] = field(default_factory=list)
     """Heap of (last use, key) of unpinned leaves; stale items are skipped when popped."""
 
@@ -97,16 +101,33 @@ class PrefixIndex:
 
     def pin(self, node: Node, count: int = 1) -> None:
         """Protect ``node`` and all above it from eviction; a negative count undoes that."""
-        step: Node | None = node
-        while step is not None:
-            before, step.pins = step.pins, step.pins + count
-            self._num_pinned += (step.pins > 0) - (before > 0)
-            step = step.parent
+        self._pin(node, count, 0)
         self._touch(node)
 
     def unpin(self, node: Node, count: int = 1) -> None:
         """Undo a pin."""
         self.pin(node, -count)
+
+    def soften(self, node: Node, count: int = 1) -> None:
+        """Turn a pin into a soft one: its holder can give it up at any time; a negative count undoes that."""
+        self._pin(node, 0, count)
+
+    def _pin(self, node: Node, pins: int, soft_pins: int) -> None:
+        step: Node | None = node
+        while step is not None:
+            pinned, held = step.pins > 0, step.pins > step.soft_pins
+            step.pins += pins
+            step.soft_pins += soft_pins
+            self._num_pinned += (step.pins > 0) - pinned
+            self._num_held += (step.pins > step.soft_pins) - held
+            step = step.parent
+
+    def num_held_softly(self, node: Node | None) -> int:
+        """Return the blocks from ``node`` upwards that only soft pins protect."""
+        count = 0
+        while node is not None and node.pins == node.soft_pins:
+            count, node = count + 1, node.parent
+        return count
 
     def insert(self, parent: Node | None, keys: Sequence[bytes], slot: int, tags: tuple[str, ...] = ()) -> Node | None:
         """Add nodes for ``keys`` below ``parent``, owned by entry ``slot``; none of the keys may be cached yet."""
@@ -142,6 +163,11 @@ class PrefixIndex:
         """Blocks that could be evicted now: all but pinned ones."""
         return len(self.nodes) - self._num_pinned
 
+    @property
+    def num_reclaimable(self) -> int:
+        """Blocks that could be evicted once every soft pin were given up."""
+        return len(self.nodes) - self._num_held
+
     def _is_free_leaf(self, node: Node) -> bool:
         return node.num_children == 0 and node.pins == 0
 
@@ -149,7 +175,13 @@ class PrefixIndex:
         self.clock += 1
         node.last_used = self.clock
         if self._is_free_leaf(node):
-            heapq.heappush(self._leaves, (node.last_used, node.key))
+            self._push(node)
+
+    def _push(self, leaf: Node) -> None:
+        if len(self._leaves) > 2 * len(self.nodes) + 64:  # mostly stale: every reuse of a prefix leaves one behind
+            self._leaves = [(each.last_used, each.key) for each in self.nodes.values() if self._is_free_leaf(each)]
+            heapq.heapify(self._leaves)
+        heapq.heappush(self._leaves, (leaf.last_used, leaf.key))
 
     def _remove(self, node: Node) -> KVOp:
         del self.nodes[node.key]
@@ -157,7 +189,7 @@ class PrefixIndex:
         if parent is not None:
             parent.num_children -= 1
             if self._is_free_leaf(parent):
-                heapq.heappush(self._leaves, (parent.last_used, parent.key))
+                self._push(parent)
         self._owned[node.slot] -= 1
         if self._owned[node.slot] == 0:
             del self._owned[node.slot]
@@ -174,5 +206,8 @@ class PrefixIndex:
                 assert self.nodes.get(node.parent.key) is node.parent, "a node's parent is gone"
                 children[node.parent.key] = children.get(node.parent.key, 0) + 1
         assert self._num_pinned == sum(node.pins > 0 for node in self.nodes.values()), "pin count"
+        held = sum(node.pins > node.soft_pins for node in self.nodes.values())
+        assert held == self._num_held, "count of held blocks"
+        assert all(0 <= node.soft_pins <= node.pins for node in self.nodes.values()), "soft pins"
         assert owned == self._owned, "entry ownership is wrong"
         assert all(node.num_children == children.get(key, 0) for key, node in self.nodes.items()), "child counts"

@@ -71,19 +71,18 @@ def sample(logits: Tensor, slots: Sequence[SlotSampler]) -> list[SampledToken]:
         slots: R states.
 
     Raises:
-        ModelError: a row has no finite logit (the weights are broken).
+        ModelError: a row holds NaN or infinity, or nothing finite (the weights are broken).
     """
     rows = logits.float()
-    best = rows.argmax(dim=-1).tolist()
+    highest, best = rows.max(dim=-1)  # NaN counts as the highest
+    if not bool(torch.isfinite(highest).all()):
+        broken = highest[~torch.isfinite(highest)][0].item()
+        raise ModelError(f"the model gave the logit {broken}", "its weights are broken: check the files and reload")
     results = []
-    for row, (slot, likely) in enumerate(zip(slots, best, strict=True)):
+    for row, (slot, likely) in enumerate(zip(slots, best.tolist(), strict=True)):
         params = slot.params
         plain = not (params.has_penalties or params.logit_bias)
         token = likely if plain and params.is_greedy else _choose(rows[row], slot)
-        if not torch.isfinite(rows[row, token]):
-            raise ModelError(
-                f"the model gave the logit {rows[row, token].item()}", "its weights are broken: reload them"
-            )
         slot.accept(token)
         results.append(_with_logprobs(rows[row], token, params.logprobs))
     return results
@@ -129,9 +128,9 @@ def _truncated(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | 
     if params.top_p < 1.0:
         kept = kept / kept.sum()
         before = kept.cumsum(dim=-1) - kept
-        kept = kept[before < params.top_p]
+        kept = kept[: max(int((before < params.top_p).sum()), 1)]
     if params.min_p > 0.0:
-        kept = kept[kept >= params.min_p * kept[0]]
+        kept = kept[: int((kept >= params.min_p * kept[0]).sum())]
     return kept, ids[: kept.numel()]
 
 

@@ -12,6 +12,7 @@ what could not run alone is refused at ``add``, so there is always progress.
 
 from __future__ import annotations
 
+import bisect
 import copy
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from elbowroom.engine.kv_account import KVAccount, common_prefix
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.types import (
     FinishReason,
+    KVOp,
     Request,
     Row,
     SampledToken,
@@ -29,7 +31,7 @@ from elbowroom.engine.types import (
     StepPlan,
     StepResult,
 )
-from elbowroom.errors import BudgetError, ContextTooLong, RequestError, RequestTooLarge
+from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
 from elbowroom.units import format_bytes
 
 Rows = list[tuple[SeqState, Row]]
@@ -60,6 +62,7 @@ class _State:
     account: KVAccount
     waiting: list[SeqState] = field(default_factory=list)
     running: list[SeqState] = field(default_factory=list)
+    """Both in order of rank."""
     next_order: int = 0
     in_flight: Rows = field(default_factory=list)
     updates: list[SequenceUpdate] = field(default_factory=list)
@@ -105,8 +108,7 @@ class Scheduler:
                 tokens=list(request.prompt_token_ids),
                 keys=list(keys),
             )
-            state.waiting.append(seq)
-        state.waiting.sort(key=lambda each: each.rank)
+            _insert(state.waiting, seq)
 
     def abort(self, request_id: int) -> bool:
         """Drop all samples of a request; its blocks are free from the next step on. False if it is unknown."""
@@ -168,7 +170,7 @@ class Scheduler:
             self._make_room(0, None)
         rows: Rows = []
         budget = self.config.max_step_tokens
-        for seq in sorted(state.running, key=lambda each: (each.num_left > 1, each.rank)):
+        for seq in sorted(state.running, key=lambda each: each.num_left > 1):
             row = self._extend(seq, min(seq.num_left, budget)) if seq.slot >= 0 else None
             if row is not None:
                 rows.append((seq, row))
@@ -176,7 +178,10 @@ class Scheduler:
         while budget > 0 and state.waiting and len(state.running) < self.config.max_sequences:
             seq = state.waiting[0]
             if not self._admit(seq):
-                break
+                if state.running:
+                    break
+                self._give_up(seq)
+                continue
             row = self._extend(seq, min(seq.num_left, budget))
             if row is not None:
                 rows.append((seq, row))
@@ -197,8 +202,8 @@ class Scheduler:
         for seq, row in rows:
             if seq.slot != row.slot:
                 continue  # ended while the step ran
-            seq.num_computed += row.num_tokens + result.num_steps - 1
-            if seq.num_computed >= seq.num_prompt:
+            before, seq.num_computed = seq.num_computed, seq.num_computed + row.num_tokens + result.num_steps - 1
+            if before < seq.num_prompt <= seq.num_computed:
                 self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
             if row.sample is not None:
                 self._append_tokens(seq, result.tokens[row.slot])
@@ -271,7 +276,7 @@ class Scheduler:
             state.stats.cached_prompt_tokens += seq.num_computed
         seq.is_new_to_executor = True
         state.waiting.remove(seq)
-        state.running.append(seq)
+        _insert(state.running, seq)
         return True
 
     def _enter(self, seq: SeqState) -> bool:
@@ -295,8 +300,7 @@ class Scheduler:
             return False
         own = account.use_parked(session.key)
         if own is not None:
-            extra = self.pricing.by_blocks[num_blocks(len(seq.tokens))] - self.pricing.by_blocks[own.num_blocks]
-            if not self._fits(max(extra, 0), own):
+            if not self._fits(account.take_over_bytes(own, seq), own):
                 return False
             account.take_over(seq, session.key)
             account.grow(seq, num_blocks(len(seq.tokens)))
@@ -323,8 +327,7 @@ class Scheduler:
         """Make room for an admission; one free block for every running sequence must remain, and none is preempted."""
         account = self.account
         headroom = self.pricing.block_bytes * len(self._state.running)
-        kept = 0 if keep is None else account.private_bytes(keep.num_blocks, keep.shared)
-        if account.free_bytes + account.reclaimable_bytes - kept < need + headroom:
+        if account.free_bytes < need + headroom and account.attainable_bytes(keep) < need + headroom:
             return False
         while account.free_bytes < need:
             if not account.evict_one(keep):
@@ -346,10 +349,11 @@ class Scheduler:
             return None
         start = seq.num_computed
         blocks = num_blocks(start + num_tokens)
-        if not self._make_room(self.account.growth_bytes(seq, blocks), seq):
-            self._preempt(seq)
-            return None
-        self.account.grow(seq, blocks)
+        if blocks > seq.num_blocks:
+            if not self._make_room(self.account.growth_bytes(seq, blocks), seq):
+                self._preempt(seq)
+                return None
+            self.account.grow(seq, blocks)
         is_last = start + num_tokens == len(seq.tokens)
         is_decode = is_last and num_tokens == 1 and seq.num_generated > 0 and not seq.is_new_to_executor
         return Row(
@@ -367,10 +371,10 @@ class Scheduler:
         while account.free_bytes < need:
             if account.evict_one():
                 continue
-            youngest = max(self._state.running, key=lambda each: each.rank, default=None)
-            if youngest is None or youngest is seq:
+            running = self._state.running
+            if not running or running[-1] is seq:
                 return False
-            self._preempt(youngest)
+            self._preempt(running[-1])
         return True
 
     def _preempt(self, seq: SeqState) -> None:
@@ -378,21 +382,22 @@ class Scheduler:
         state = self._state
         self.account.give_back(seq)
         state.running.remove(seq)
-        state.waiting.append(seq)
-        state.waiting.sort(key=lambda each: each.rank)
+        _insert(state.waiting, seq)
         state.stats.preemptions += 1
 
     def _retreat(self, rows: Rows, shortfall_bytes: int) -> None:
-        """The store had less than was counted on: give up caches, else the youngest sequence, else fail the last."""
-        running = self._state.running
-        if self.account.reclaim(shortfall_bytes) == 0 and running:
-            if len(running) > 1:
-                self._preempt(max(running, key=lambda each: each.rank))
-            else:
-                error = BudgetError(f"the KV store lacks {format_bytes(shortfall_bytes)}", "raise memory= (--memory)")
-                self._finish(running[0], "error", error=error)
+        """The store had less than was counted on: until some sequence ends, count on so much less."""
+        self.account.lacking_bytes += max(self.account.free_bytes, 0) + shortfall_bytes
         for seq, _ in rows:
             seq.is_new_to_executor = True
+
+    def _give_up(self, seq: SeqState) -> None:
+        """Nothing runs, all caches may go, and still ``seq`` does not fit: the budget was lowered after ``add``."""
+        account = self.account
+        need = self.pricing.price(num_blocks(len(seq.tokens))) + self.pricing.transient_bytes
+        there = account.capacity_bytes - account.lacking_bytes
+        text = f"{len(seq.tokens)} tokens need {format_bytes(need)} of KV cache; {format_bytes(there)} are left"
+        self._finish(seq, "error", error=RequestTooLarge(text, "raise memory= (--memory)"))
 
     # Progress
 
@@ -405,7 +410,9 @@ class Scheduler:
             self._state.stats.generated_tokens += 1
             update.finish_reason = self._finish_reason(seq, token.token_id)
             if update.finish_reason is not None:
-                seq.num_computed = min(seq.num_computed, len(seq.tokens) - 1)
+                if seq.num_computed >= len(seq.tokens):  # a repeated step ran on behind the end
+                    seq.num_computed = len(seq.tokens) - 1
+                    self.account.ops.append(KVOp("truncate", seq.slot, num_tokens=seq.num_computed))
                 self._finish(seq, update.finish_reason, report=False)
                 break
 
@@ -417,12 +424,13 @@ class Scheduler:
 
     def _finish(self, seq: SeqState, reason: FinishReason, report: bool = True, error: Exception | None = None) -> None:
         state, session = self._state, seq.request.session
+        self.account.lacking_bytes = 0
         if seq in state.waiting:
             state.waiting.remove(seq)
         else:
             state.running.remove(seq)
             self.account.cache(seq, seq.num_computed // STRIP_TOKENS)
-            if session is not None and reason in ("stop", "length"):
+            if session is not None and seq.sample == 0 and reason in ("stop", "length"):
                 self.account.park(seq, session.key)
             else:
                 self.account.give_back(seq)
@@ -442,6 +450,10 @@ class Scheduler:
 
     def _live(self) -> list[SeqState]:
         return [*self._state.running, *self._state.waiting]
+
+
+def _insert(ordered: list[SeqState], seq: SeqState) -> None:
+    bisect.insort(ordered, seq, key=lambda each: each.rank)
 
 
 def _fresh_seed(seed: int, order: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from elbowroom.engine.prefix import Node
 from elbowroom.engine.types import Request, SampleSpec
@@ -33,11 +33,17 @@ class SeqState:
     """Blocks paid for, shared ones included."""
     num_cached_tokens: int = 0
     is_new_to_executor: bool = True
+    num_prompt: int = field(init=False)
+    """Prompt tokens."""
+    rank: tuple[int, int, int] = field(init=False)
+    """Order of service: priority, then arrival, then sample."""
+    _spec: SampleSpec = field(init=False)
 
-    @property
-    def num_prompt(self) -> int:
-        """Prompt tokens."""
-        return len(self.request.prompt_token_ids)
+    def __post_init__(self) -> None:
+        """Derive what is asked for in every step."""
+        self.num_prompt = len(self.request.prompt_token_ids)
+        self.rank = (self.request.priority, self.order, self.sample)
+        self._spec = SampleSpec(self.request.sampling, self.seed, self.sample, self.num_prompt, None)
 
     @property
     def num_generated(self) -> int:
@@ -54,16 +60,12 @@ class SeqState:
         """Leading blocks that the prefix index pays for."""
         return 0 if self.shared is None else self.shared.depth
 
-    @property
-    def rank(self) -> tuple[int, int, int]:
-        """Order of service: priority, then arrival, then sample."""
-        return (self.request.priority, self.order, self.sample)
-
     def sample_spec(self) -> SampleSpec:
         """Return what the executor needs for choosing the next token."""
-        history = tuple(self.tokens) if self.is_new_to_executor else None
+        if not self.is_new_to_executor:
+            return self._spec
         self.is_new_to_executor = False
-        return SampleSpec(self.request.sampling, self.seed, self.sample, self.num_prompt, history)
+        return replace(self._spec, history=tuple(self.tokens))
 
 
 @dataclass(slots=True, eq=False)

@@ -46,9 +46,14 @@ class Session:
         return len(self.token_ids)
 
     def push(self, text: str | Sequence[int]) -> None:
-        """Read more context (text or token ids) without answering."""
-        self.token_ids += self._ids(text)
-        self._engine.generate(self.token_ids, _PREFILL, self._ref()).result()
+        """Read more context (text or token ids) without answering.
+
+        Raises:
+            RequestError: nothing to read, or it does not fit the context or the budget; the session is unchanged.
+        """
+        tokens = self.token_ids + self._ids(text)
+        self._engine.generate(tokens, _PREFILL, self._ref()).result()
+        self.token_ids = tokens
 
     def ask(self, text: str | Sequence[int], sampling: SamplingParams | None = None) -> RequestOutput:
         """Read ``text``, generate, and keep both in the session; with n > 1 the first sample is kept.

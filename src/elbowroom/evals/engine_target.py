@@ -17,6 +17,8 @@ from elbowroom.models.tokenizer import Tokenizer
 
 MAX_CONTEXTS = 8
 """Contexts that are worked on at once, if the KV cache holds them."""
+TASK_BYTES = 16 * 2**20
+"""What the held-out text, its lines and the tokenizer's memory of them take in this process."""
 
 
 class EngineSession:
@@ -49,10 +51,17 @@ class EngineTarget:
 
     Args:
         llm: its memory budget decides how many contexts fit at once.
+
+    Raises:
+        OutOfBudget: no room for the task's own text beside the model.
     """
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
+        parts = llm.engine.parts
+        # The task lives in the same process, so it pays from the same budget; the KV cache gets what is left.
+        parts.ledger.charge("tasks", "host", TASK_BYTES)
+        llm.engine.set_budget(parts.memory.budget_bytes)
 
     def open(self, context: str) -> EngineSession:
         """Read ``context`` into a new session."""

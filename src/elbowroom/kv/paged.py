@@ -318,17 +318,16 @@ class PagedStore:
         """Allow the next step to write ``positions`` again.
 
         Raises:
-            IntegrityError: a position is not stored, or has left a sliding window.
+            IntegrityError: a position is not stored, or a sliding window has dropped what it reads.
         """
         sequence = self._sequence(handle)
         wanted = np.unique(np.asarray(positions, dtype=np.int64))
-        lost = int(sequence.expired_blocks.max(initial=0)) * STRIP_TOKENS
-        if wanted.size and not lost <= int(wanted[0]) <= int(wanted[-1]) < sequence.num_tokens:
+        if wanted.size and not 0 <= wanted[0] <= wanted[-1] < sequence.num_tokens:
             raise IntegrityError(
-                f"positions {wanted[0]}..{wanted[-1]} cannot be written again: all layers store the tokens "
-                f"{lost}..{sequence.num_tokens - 1}",
-                "prefill the prefix again",
+                f"positions {wanted[0]}..{wanted[-1]} are not all stored in a sequence of {sequence.num_tokens} tokens"
             )
+        if wanted.size:
+            self._check_rollback(sequence, int(wanted[0]))
         sequence.writable = wanted
 
     # Moving

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ValidationError
@@ -55,7 +55,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     raise BodyTooLarge(f"the request body exceeds {max_bytes} bytes", "send fewer or shorter prompts in one request")
 
 
-async def until_disconnect(receive: Callable[[], Awaitable[Message]], work: Coroutine[Any, Any, T]) -> T:
+async def until_disconnect(receive: Callable[[], Awaitable[Message]], work: Awaitable[T]) -> T:
     """Return the result of ``work``; cancel it, and wait for that, as soon as the client hangs up.
 
     Raises:

@@ -91,8 +91,10 @@ class _SnapshotCollector(Collector):
             yield _counter(name, text, ["model"], (((s.model,), read(s.stats)) for s in shots))
         for name, (text, read_kv) in _KV.items():
             yield _gauge(name, text, ["model"], (((s.model,), read_kv(s.kv)) for s in shots if s.kv is not None))
-        yield _gauge("engine_up", "1 while the engine's thread runs.", ["model"], (((s.model,), s.is_alive) for s in shots))
-        yield _gauge("live_http_requests", "Requests being answered.", ["model"], (((s.model,), s.num_live) for s in shots))
+        alive = (((s.model,), s.is_alive) for s in shots)
+        yield _gauge("engine_up", "1 while the engine's thread runs.", ["model"], alive)
+        live = (((s.model,), s.num_live) for s in shots)
+        yield _gauge("live_http_requests", "Requests that wait or are answered.", ["model"], live)
         ended = (((s.model, reason), count) for s in shots for reason, count in s.finished.items())
         yield _counter("requests_finished", "Ended sequences by reason.", ["model", "reason"], ended)
         yield from self._memory()

@@ -67,7 +67,7 @@ def install_error_handlers(app: FastAPI, retry_after_s: int) -> None:
         body = _body(error.status_code, message, _http_code(error.status_code), None)
         return _respond(error.status_code, json.dumps(body).encode(), dict(error.headers or {}))
 
-    def on_disconnect(request: Request, error: Exception) -> Response:
+    def on_disconnect(_request: Request, _error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     app.add_exception_handler(ElbowroomError, on_error)

@@ -29,6 +29,10 @@ class Choice:
     last_s: float = 0.0
 
 
+Deltas = AsyncGenerator[tuple[Choice, OutputDelta] | None]
+"""None once everything is queued, then deltas with the choices that they went to."""
+
+
 class Generation:
     """Runs ``n`` samples of each prompt; choices are numbered prompt by prompt.
 
@@ -54,7 +58,7 @@ class Generation:
         self._cached = [0] * len(prompts)
         self._started = time.perf_counter()
 
-    async def deltas(self) -> AsyncGenerator[tuple[Choice, OutputDelta] | None]:
+    async def deltas(self) -> Deltas:
         """Yield None once everything is queued, then every delta with the choice it went to; closing it aborts.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -35,15 +34,15 @@ class ServerMetrics:
         self._e2e = self._histogram("e2e_request_latency", "Seconds from request to last token.", _SECONDS)
 
     def observe(self, model: str, started: float, texts: Sequence[Timed]) -> None:
-        """Record an ended request: its first token, the pace of each text and, if it was not aborted, its length."""
+        """Record an ended request: its first token, the pace of each text and, if none was aborted, the last token."""
         begun = [text for text in texts if text.num_tokens]
         if begun:
             self._ttft.labels(model).observe(min(text.first_s for text in begun) - started)
         for text in begun:
             if text.num_tokens > 1:
                 self._tpot.labels(model).observe((text.last_s - text.first_s) / (text.num_tokens - 1))
-        if all(text.finish_reason is not None for text in texts):
-            self._e2e.labels(model).observe(time.perf_counter() - started)
+        if begun and all(text.finish_reason is not None for text in texts):
+            self._e2e.labels(model).observe(max(text.last_s for text in begun) - started)
 
     def count_request(self, route: str, status: int) -> None:
         """Count an HTTP response."""

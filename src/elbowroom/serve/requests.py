@@ -50,17 +50,16 @@ class GenerationRequest(Schema):
 
 def _as_list(prompt: Any) -> Any:
     """Turn one prompt (text or token ids) into a list of one; refuse what is no prompt."""
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    elif isinstance(prompt, list) and prompt and _is_ids(prompt):
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_ids(prompt)):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise ValueError("must be a text, a list of texts, a list of token ids or a list of such lists")
     if any(item in ("", []) for item in prompt):
         raise ValueError("must not be empty")
-    if all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) and _is_ids(item) for item in prompt):
-        return prompt
-    raise ValueError("must hold only texts, or only lists of token ids")
+    are_texts = all(isinstance(item, str) for item in prompt)
+    if not are_texts and not all(isinstance(item, list) and _is_ids(item) for item in prompt):
+        raise ValueError("must hold only texts, or only lists of token ids")
+    return prompt
 
 
 def _is_ids(items: list[Any]) -> bool:

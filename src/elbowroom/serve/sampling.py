@@ -26,7 +26,7 @@ def completion_sampling(body: CompletionRequest, tokenizer: Tokenizer, vocab_siz
     if body.suffix:
         raise InvalidField("suffix", "inserting text before a suffix is not supported", "leave it out")
     if body.echo and body.logprobs is not None:
-        raise InvalidField("echo", "log-probabilities of the prompt are not supported", "set echo or logprobs, not both")
+        raise InvalidField("echo", "log-probabilities of the prompt are not supported", "set only one of the two")
     return _sampling(body, tokenizer, vocab_size, body.max_tokens, body.logprobs)
 
 

@@ -21,13 +21,14 @@ class EventStream(Response):
     """Sends each item of ``events`` as one event, then ``[DONE]``; an error becomes the last event instead.
 
     Args:
-        events: JSON texts; closed in every case.
+        events: JSON texts.
+        source: what ``events`` reads; both are closed in every case, even when nothing was read.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        self._events = events
+    def __init__(self, events: AsyncGenerator[bytes], source: AsyncGenerator[object]) -> None:
+        self._events, self._source = events, source
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
@@ -39,6 +40,7 @@ class EventStream(Response):
                 await until_disconnect(receive, self._send(send))
         finally:
             await self._events.aclose()
+            await self._source.aclose()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

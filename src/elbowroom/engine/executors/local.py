@@ -101,11 +101,12 @@ class TorchExecutor:
         weights = self._decoder.weights
         is_decode = all(row.kind == "decode" for row in rows)
         weights.begin(StepInfo(num_tokens=len(step.positions), phase="decode" if is_decode else "prefill"))
-        hidden = self._decoder(self._tokens(rows), StoreContext(self.store, step), self._scratch)
-        self.store.end_step(step)
-        tokens = self._sample(rows, hidden, step)
-        weights.end()
-        return tokens, 0
+        try:
+            hidden = self._decoder(self._tokens(rows), StoreContext(self.store, step), self._scratch)
+            self.store.end_step(step)
+            return self._sample(rows, hidden, step), 0
+        finally:
+            weights.end()
 
     def _kv_step(self, rows: tuple[Row, ...]) -> KVStep:
         starts = np.zeros(len(rows) + 1, dtype=np.int32)

@@ -1,0 +1,88 @@
+"""Writes what docs/ takes from the code: ``python -m elbowroom.commands.reference``.
+
+docs/commands.md is the help of every command; the floors in docs/architecture.md are the first sentences of modules.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from elbowroom.commands import app
+
+SOURCE = Path(__file__).parents[1]
+DOCS = SOURCE.parents[1] / "docs"
+WIDTH = 100
+FLOORS = (
+    ("7", ("commands", "bench")),
+    ("6", ("serve", "evals")),
+    ("4", ("engine",)),
+    ("3", ("models",)),
+    ("2", ("kv", "weights")),
+    ("1", ("kernels",)),
+    ("0", ("memory", "")),
+)
+"""Rooms by floor, the top first; the empty name is the package itself."""
+_MODULES = re.compile(r"<!-- modules -->.*<!-- /modules -->", re.DOTALL)
+_HEAD = """\
+# Commands
+
+This page is the `--help` of every command; `python -m elbowroom.commands.reference` writes it.
+
+Errors go to stderr as `error: ...` and, where there is a remedy, `hint: ...`. Exit codes: 0 success, 1 an error of
+another kind, 2 wrong usage or a request that cannot be met, 3 the memory budget is too small, 4 the model directory
+cannot be used, 130 interrupted.
+"""
+
+
+def commands_page() -> str:
+    """Return docs/commands.md."""
+    parts = [_HEAD]
+    for path, text in _helps(typer.main.get_command(app), "elbowroom", None):
+        parts.append(f"\n## {path}\n\n```text\n{text.rstrip()}\n```\n")
+    return "".join(parts)
+
+
+def _helps(command: Any, name: str, parent: Any) -> Iterator[tuple[str, str]]:
+    """Yield path and help of a command and of those below it."""
+    context = command.make_context(
+        name, [], parent=parent, resilient_parsing=True, terminal_width=WIDTH, max_content_width=WIDTH
+    )
+    yield context.command_path, command.get_help(context)
+    for below in getattr(command, "commands", {}).values():
+        yield from _helps(below, below.name, context)
+
+
+def modules_section() -> str:
+    """Return the floors with one line a module; benchmarks are listed by ``elbowroom bench --list``."""
+    lines = []
+    for floor, rooms in FLOORS:
+        for room in rooms:
+            lines += [f"### Floor {floor}: `{room}/`" if room else f"### Floor {floor}: the package", ""]
+            paths = sorted((SOURCE / room).glob("*.py" if not room else "**/*.py"))
+            lines += [_line(path) for path in paths if path.stem not in ("__init__", "__main__")]
+            lines.append("")
+    return "\n".join(["<!-- modules -->", "", *lines, "<!-- /modules -->"])
+
+
+def _line(path: Path) -> str:
+    documentation = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    summary = " ".join(documentation.split("\n\n")[0].split()).replace("``", "`")
+    return f"- `{path.relative_to(SOURCE).as_posix()}`: {summary}"
+
+
+def write() -> None:
+    """Write both pages."""
+    (DOCS / "commands.md").write_text(commands_page(), encoding="utf-8")
+    page = DOCS / "architecture.md"
+    text = _MODULES.sub(lambda _: modules_section(), page.read_text(encoding="utf-8"))
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

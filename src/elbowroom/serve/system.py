@@ -1,0 +1,78 @@
+"""Routes about the server: /v1/models, /health, /metrics, /version."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from elbowroom import __version__
+from elbowroom.serve.context import ServerContext
+from elbowroom.serve.engine_metrics import render, snapshot
+from elbowroom.serve.responses import ModelList, Schema
+from elbowroom.serve.served import ServedModel
+
+
+def models_router(context: ServerContext) -> APIRouter:
+    """Return the routes that list models."""
+    router = APIRouter(tags=["models"])
+
+    @router.get("/v1/models")
+    async def list_models() -> Response:
+        """List the served models."""
+        return _json(ModelList(object="list", data=[model.card for model in context.models]))
+
+    @router.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> Response:
+        """Describe one model."""
+        return _json(context.models.get(name).card)
+
+    return router
+
+
+def status_router(context: ServerContext) -> APIRouter:
+    """Return the routes that tell how the server is; they need no API key."""
+    router = APIRouter(tags=["status"])
+
+    @router.get("/health")
+    async def health() -> Response:
+        """Say whether every engine runs (200) or one has died (503)."""
+        engines = {model.name: _health(model) for model in context.models}
+        is_well = all(model.llm.is_alive for model in context.models)
+        body = {"status": "ok" if is_well else "failed", "models": engines}
+        return Response(json.dumps(body), 200 if is_well else 503, media_type="application/json")
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Return metrics as Prometheus text."""
+        snapshots = await asyncio.gather(*(snapshot(model) for model in context.models))
+        return Response(render(context.metrics.registry, snapshots), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @router.get("/version")
+    async def version() -> Response:
+        """Return the version of Elbowroom."""
+        return Response(json.dumps({"version": __version__}), media_type="application/json")
+
+    return router
+
+
+def _health(model: ServedModel) -> dict[str, Any]:
+    parts = model.llm.engine.parts
+    stats = model.llm.engine.stats()
+    return {
+        "status": "ok" if model.llm.is_alive else "dead",
+        "budget_bytes": parts.memory.budget_bytes,
+        "used_bytes": parts.ledger.total("host"),
+        "kv_used_bytes": stats.kv_used_bytes,
+        "kv_capacity_bytes": stats.kv_capacity_bytes,
+        "num_running": stats.num_running,
+        "num_waiting": stats.num_waiting,
+    }
+
+
+def _json(schema: Schema) -> Response:
+    return Response(schema.json_bytes(), media_type="application/json")
