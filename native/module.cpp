@@ -17,7 +17,7 @@ namespace nb = nanobind;
 namespace elbowroom {
 namespace {
 
-using StepTuple = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+using StepTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 using StripsTuple = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int>;
 using SpecTuple = std::tuple<int, int64_t, float, float>;
 using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
@@ -27,8 +27,8 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-Step to_step(const StepTuple& t) {
-    const auto [num_sequences, row_starts, positions, lengths, first_slots] = t;
+Step to_step(int64_t num_sequences, const StepTuple& t) {
+    const auto [row_starts, positions, lengths, first_slots] = t;
     return {num_sequences, pointer<const int32_t>(row_starts), pointer<const int64_t>(positions),
             pointer<const int64_t>(lengths), pointer<const int64_t>(first_slots)};
 }
@@ -44,16 +44,17 @@ Rows to_rows(const RowsTuple& t) {
     return {pointer<char>(data), DType(dtype), row_stride, head_stride};
 }
 
-void py_append(const StepTuple& step, const StripsTuple& strips, const RowsTuple& k, const RowsTuple& v) {
+void py_append(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips, const RowsTuple& k,
+               const RowsTuple& v) {
     const nb::gil_scoped_release release;
-    append(to_step(step), to_strips(strips), to_rows(k), to_rows(v));
+    append(to_step(num_sequences, step), to_strips(strips), to_rows(k), to_rows(v));
 }
 
-void py_attend(const StepTuple& step, const StripsTuple& strips, const SpecTuple& spec, const RowsTuple& q,
-               const RowsTuple& out, uintptr_t lse) {
+void py_attend(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips, const SpecTuple& spec,
+               const RowsTuple& q, const RowsTuple& out, uintptr_t lse) {
     const nb::gil_scoped_release release;
     const auto [num_q_heads, window, scale, softcap] = spec;
-    attend(to_step(step), to_strips(strips), {num_q_heads, window, scale, softcap}, to_rows(q), to_rows(out),
+    attend(to_step(num_sequences, step), to_strips(strips), {num_q_heads, window, scale, softcap}, to_rows(q), to_rows(out),
            pointer<float>(lse));
 }
 
@@ -63,9 +64,10 @@ void py_attend(const StepTuple& step, const StripsTuple& strips, const SpecTuple
 NB_MODULE(_native, m) {
     using namespace elbowroom;
     m.doc() = "Native kernels of Elbowroom.";
-    m.def("append", &py_append, nb::arg("step"), nb::arg("strips"), nb::arg("k"), nb::arg("v"));
-    m.def("attend", &py_attend, nb::arg("step"), nb::arg("strips"), nb::arg("spec"), nb::arg("q"), nb::arg("out"),
-          nb::arg("lse"));
+    m.def("append", &py_append, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"), nb::arg("k"),
+          nb::arg("v"));
+    m.def("attend", &py_attend, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"), nb::arg("spec"),
+          nb::arg("q"), nb::arg("out"), nb::arg("lse"));
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("set_isa", &set_isa, nb::arg("name"));
     m.def("supported_isas", &supported_isas);

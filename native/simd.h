@@ -56,7 +56,15 @@ inline void store(T* p, V v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
 
-inline vf splat(float x) { return vf{} + x; }
+using Lanes = std::make_integer_sequence<int, W>;
+
+// Not `vf{} + x`: adding to zero changes -0.0, so it would cost an instruction.
+template <int... I>
+inline vf splat_lanes(float x, std::integer_sequence<int, I...>) {
+    return vf{(void(I), x)...};
+}
+
+inline vf splat(float x) { return splat_lanes(x, Lanes{}); }
 
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 
@@ -126,8 +134,6 @@ inline vf widen_padded(const T* row, int64_t offset, int64_t count) {
 }
 
 // --- lanes -----------------------------------------------------------------------------------------------------------
-
-using Lanes = std::make_integer_sequence<int, W>;
 
 template <int Step, int... I>
 inline vf even_blocks(vf a, vf b, std::integer_sequence<int, I...>) {

@@ -5,8 +5,8 @@ dtype codes: 0 float32, 1 bfloat16, 2 float16.
 
 from typing import TypeAlias
 
-_Step: TypeAlias = tuple[int, int, int, int, int]
-"""num_sequences, then the addresses of row_starts, positions, lengths, first_slots."""
+_Step: TypeAlias = tuple[int, int, int, int]
+"""Addresses of row_starts, positions, lengths, first_slots."""
 _Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 """Address of the table, num_blocks, address of base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim."""
 _Spec: TypeAlias = tuple[int, int, float, float]
@@ -14,10 +14,10 @@ _Spec: TypeAlias = tuple[int, int, float, float]
 _Rows: TypeAlias = tuple[int, int, int, int]
 """Address, dtype, stride of a row, stride of a head."""
 
-def append(step: _Step, strips: _Strips, k: _Rows, v: _Rows) -> None:
+def append(num_sequences: int, step: _Step, strips: _Strips, k: _Rows, v: _Rows) -> None:
     """Write key and value rows to their strips; ValueError when a strip lies outside ``base``."""
 
-def attend(step: _Step, strips: _Strips, spec: _Spec, q: _Rows, out: _Rows, lse: int) -> None:
+def attend(num_sequences: int, step: _Step, strips: _Strips, spec: _Spec, q: _Rows, out: _Rows, lse: int) -> None:
     """Write attention to ``out`` and log-sum-exps to ``lse``; ValueError when a strip lies outside ``base``."""
 
 def isa() -> str:

@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elbowroom.engine.sampler import SlotSampler, sample, uniform
+from elbowroom.engine.sampler import SlotSampler, _penalise, sample, uniform
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import SampledToken, SampleSpec
 from elbowroom.errors import ModelError, RequestError
@@ -18,7 +18,7 @@ from elbowroom.errors import ModelError, RequestError
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, 0.5, -3.0])
 CHI_SQUARE_999 = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5}
 """Quantile 0.999 by degrees of freedom."""
-DRAWS = 4000
+DRAWS = 2500
 
 
 def slot(history: list[int] | None = None, prompt: int = 0, sample_number: int = 0, **params: object) -> SlotSampler:
@@ -94,17 +94,18 @@ def test_uniform_numbers_are_uniform_in_each_key() -> None:
     assert 0 <= uniform(2**64 - 1, 127, 2**31) < 1
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 5), st.integers(0, 99)), min_size=1, max_size=8),
     st.randoms(use_true_random=False),
 )
 def test_a_token_depends_on_its_own_request_only(keys: list[tuple[int, int, int]], order: object) -> None:
     """Alone or in any batch and order, (seed, sample, position) and the logits give the same token."""
-    params = {"temperature": 1.1, "top_p": 0.9}
+    kinds = [{"temperature": 1.1, "top_p": 0.9}, {}, {"top_k": 3}, {"top_k": 5, "min_p": 0.1}, {"temperature": 0.0}]
     rows = [torch.randn(20, generator=torch.Generator().manual_seed(place)) for place in range(len(keys))]
 
     def state(key: tuple[int, int, int]) -> SlotSampler:
-        return slot([1] * key[2], key[2], key[1], seed=key[0], **params)
+        return slot([1] * key[2], key[2], key[1], seed=key[0], **kinds[key[2] % len(kinds)])
 
     alone = [one(row, state(key)).token_id for row, key in zip(rows, keys, strict=True)]
     places = list(range(len(keys)))
@@ -137,10 +138,9 @@ def test_penalties_are_the_published_formulas() -> None:
         logit_bias={3: 0.125, 99: 5.0},
         logprobs=0,
     )
-    from elbowroom.engine.sampler import _penalised
-
-    assert _penalised(logits, state).tolist() == [0.5, -2.0, 0.25 - 0.5 - 0.75, 0.375]
-    assert logits.tolist() == [1.0, -1.0, 0.5, 0.25]
+    changed = logits.clone()
+    _penalise(changed, state)
+    assert changed.tolist() == [0.5, -2.0, 0.25 - 0.5 - 0.75, 0.375]
     chosen = one(logits, state)
     assert chosen.token_id == 0
     assert chosen.logprob == pytest.approx(float(torch.log_softmax(logits, -1)[0]))
@@ -162,6 +162,17 @@ def test_broken_logits_are_an_error_that_says_so(bad: float, params: dict[str, f
     logits[1, 3] = bad
     with pytest.raises(ModelError, match=f"the model gave the logit {bad}"):
         sample(logits, [slot(**params), slot(**params)])
+
+
+def test_a_cut_behind_the_first_look_is_found() -> None:
+    """With a flat distribution over 3,000 tokens, top-p and min-p still cut where they say."""
+    flat = torch.linspace(0.1, 0.0, 3000)
+    expected = reference(flat, 1.0, 0, 0.8, 0.0)
+    states = [slot(seed=seed, top_p=0.8) for seed in range(1000)]
+    drawn = {token.token_id for token in sample(flat.repeat(1000, 1), states)}
+    last = max(i for i, p in enumerate(expected) if p > 0)
+    assert 2200 < max(drawn) <= last
+    assert max(one(flat, slot(seed=seed, min_p=0.93)).token_id for seed in range(200)) > 1500
 
 
 def test_masked_logits_are_allowed_and_never_drawn() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.engine_world import World, bound, expected_output, layer
 
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import Request, SequenceUpdate, SessionRef
 from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
-from tests.support.engine_world import World, bound, expected_output, layer
 
 PLANS = {
     "full": bound(layer(), layer()),
@@ -137,9 +137,7 @@ class Driver:
         names = ("n", "max_tokens", "ignore_eos")
         sampling = SamplingParams(seed=5, **{name: options[name] for name in names})
         extra = {name: options[name] for name in ("priority", "salt") if name in options}
-        request = Request(
-            id=self.next_id, prompt_token_ids=tuple(prompt), sampling=sampling, session=ref, **extra
-        )
+        request = Request(id=self.next_id, prompt_token_ids=tuple(prompt), sampling=sampling, session=ref, **extra)
         try:
             self.world.scheduler.add(request)
         except RequestError:

@@ -412,3 +412,22 @@ def test_generate_returns_the_whole_output_or_raises(llm: AsyncLLM) -> None:
     assert len(output.outputs[0].token_ids) == 3
     with pytest.raises(RequestError):
         asyncio.run(llm.generate([], SamplingParams()))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_thread_ends_its_readers_and_shows_in_health(tmp_path_factory: pytest.TempPathFactory) -> None:
+    llm = tiny_llm(tmp_path_factory.mktemp("dying"), context=8192)
+    call = caller(llm)
+
+    def die() -> None:
+        raise SystemExit
+
+    async def read() -> None:
+        async for _ in llm.stream([1], SamplingParams(ignore_eos=True)):
+            llm.engine._commands.put(die)
+
+    with pytest.raises(EngineClosed):
+        asyncio.run(read())
+    assert call("GET", "/health").json()["models"]["tiny"]["status"] == "dead"
+    response = call("POST", "/v1/completions", json={"prompt": "a"})
+    assert (response.status_code, error_of(response)["code"]) == (503, "engine_closed")

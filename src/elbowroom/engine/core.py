@@ -69,7 +69,7 @@ class EngineCore:
     clock: Callable[[], float] = time.monotonic
     reset_executor: Callable[[], None] = lambda: None
     """Drops every stored sequence after a failed step."""
-    resize_store: Callable[[int], object] = lambda num_bytes: None
+    resize_store: Callable[[int], object] = lambda _num_bytes: None
     """Sets the bytes that the KV store may hold."""
     _live: dict[int, _Live] = field(default_factory=dict)
 
@@ -160,7 +160,7 @@ class EngineCore:
                     del self._live[update.request_id]
             try:
                 live.sink(delta, live.processor.output)
-            except Exception:  # the caller's own code; it must not stop anybody else's request
+            except Exception:  # noqa: BLE001  the caller's own code must not stop anybody else's request
                 _log.exception("the receiver of request %d failed; the request is dropped", update.request_id)
                 self._live.pop(update.request_id, None)
                 self.scheduler.abort(update.request_id)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from elbowroom.engine.drawing import draw
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import SampledToken, SampleSpec
 from elbowroom.errors import ModelError
@@ -78,34 +79,29 @@ def sample(logits: Tensor, slots: Sequence[SlotSampler]) -> list[SampledToken]:
     if not bool(torch.isfinite(highest).all()):
         broken = highest[~torch.isfinite(highest)][0].item()
         raise ModelError(f"the model gave the logit {broken}", "its weights are broken: check the files and reload")
-    results = []
-    for row, (slot, likely) in enumerate(zip(slots, best.tolist(), strict=True)):
-        params = slot.params
-        plain = not (params.has_penalties or params.logit_bias)
-        token = likely if plain and params.is_greedy else _choose(rows[row], slot)
+    tokens = best.tolist()
+    originals: dict[int, Tensor] = {}
+    for row, slot in enumerate(slots):
+        if slot.params.has_penalties or slot.params.logit_bias:
+            if slot.params.logprobs is not None:
+                originals[row] = rows[row].clone()
+            _penalise(rows[row], slot)
+            tokens[row] = int(rows[row].argmax())
+    drawn = [row for row, slot in enumerate(slots) if not slot.params.is_greedy]
+    points = [uniform(slots[row].seed, slots[row].sample, slots[row].position) for row in drawn]
+    for row, token in zip(drawn, draw(rows, drawn, [slots[row].params for row in drawn], points), strict=True):
+        tokens[row] = token
+    for slot, token in zip(slots, tokens, strict=True):
         slot.accept(token)
-        results.append(_with_logprobs(rows[row], token, params.logprobs))
-    return results
+    return [
+        _with_logprobs(originals[row] if row in originals else rows[row], token, slot.params.logprobs)
+        for row, (slot, token) in enumerate(zip(slots, tokens, strict=True))
+    ]
 
 
-def _choose(row: Tensor, slot: SlotSampler) -> int:
-    scores = _penalised(row, slot)
+def _penalise(row: Tensor, slot: SlotSampler) -> None:
+    """Apply penalties and then bias to the logits, in place."""
     params = slot.params
-    if params.is_greedy:
-        return int(scores.argmax())
-    probs, ids = _truncated(torch.softmax(scores / params.temperature, dim=-1), params)
-    cumulative = probs.double().cumsum(dim=-1)
-    point = uniform(slot.seed, slot.sample, slot.position) * float(cumulative[-1])
-    index = min(int(torch.searchsorted(cumulative, point, right=True)), len(probs) - 1)
-    return index if ids is None else int(ids[index])
-
-
-def _penalised(row: Tensor, slot: SlotSampler) -> Tensor:
-    """Return the logits with bias and penalties; a copy when anything changes."""
-    params = slot.params
-    if not (params.has_penalties or params.logit_bias):
-        return row
-    row = row.clone()
     seen = list(slot.prompt | slot.output.keys())
     if params.repetition_penalty != 1.0 and seen:
         picked = row[seen]
@@ -116,28 +112,12 @@ def _penalised(row: Tensor, slot: SlotSampler) -> Tensor:
     for token, bias in params.logit_bias.items():
         if 0 <= token < row.numel():
             row[token] += bias
-    return row
 
 
-def _truncated(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """Return the probabilities that top-k, top-p and min-p leave, most likely first, and their token ids."""
-    if params.top_k <= 0 and params.top_p >= 1.0 and params.min_p <= 0.0:
-        return probs, None
-    count = probs.numel() if params.top_k <= 0 else min(params.top_k, probs.numel())
-    kept, ids = probs.topk(count)
-    if params.top_p < 1.0:
-        kept = kept / kept.sum()
-        before = kept.cumsum(dim=-1) - kept
-        kept = kept[: max(int((before < params.top_p).sum()), 1)]
-    if params.min_p > 0.0:
-        kept = kept[: int((kept >= params.min_p * kept[0]).sum())]
-    return kept, ids[: kept.numel()]
-
-
-def _with_logprobs(row: Tensor, token: int, top: int | None) -> SampledToken:
+def _with_logprobs(logits: Tensor, token: int, top: int | None) -> SampledToken:
     if top is None:
         return SampledToken(token)
-    logprobs = torch.log_softmax(row, dim=-1)
-    values, ids = logprobs.topk(min(top, row.numel()))
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, ids = logprobs.topk(min(top, logits.numel()))
     pairs = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return SampledToken(token, float(logprobs[token]), pairs)

@@ -12,7 +12,7 @@ Shape letters: N token rows of the step, R sequences, Hq/Hkv query/KV heads, Dk/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +24,8 @@ from elbowroom.core import DTYPE_BYTES, STRIP_TOKENS, LayerSpec, PageFormat
 
 StripTable = npt.NDArray[np.uint32]
 
+_UINT32 = np.dtype(np.uint32)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 UNIT_BYTES = 64
 """Bytes of one unit of a strip table."""
 
@@ -46,9 +48,25 @@ class StripStep:
     """int64 ``[R]``: tokens of each sequence once this step is appended; no row reads a slot at or past it."""
     first_slots: Tensor
     """int64 ``[R]``: first slot that is still stored (sliding windows let whole strips expire)."""
+    num_rows: int = field(init=False)
+    """Token rows N."""
+    num_sequences: int = field(init=False)
+    """Sequences R."""
+    max_length: int = field(init=False)
+    """The greatest of ``lengths``; 0 without sequences."""
+    addresses: tuple[int, int, int, int] = field(init=False)
+    """Where the four tensors lie, in the order above: asked for once a step rather than in every layer."""
 
     def __post_init__(self) -> None:
-        """Check the fields against each other."""
+        """Check the fields against each other and note what every layer asks."""
+        self._check()
+        tensors = (self.row_starts, self.positions, self.lengths, self.first_slots)
+        object.__setattr__(self, "num_rows", self.positions.numel())
+        object.__setattr__(self, "num_sequences", self.lengths.numel())
+        object.__setattr__(self, "max_length", max(self.lengths.tolist(), default=0))
+        object.__setattr__(self, "addresses", tuple(tensor.data_ptr() for tensor in tensors))
+
+    def _check(self) -> None:
         _check_vector("row_starts", self.row_starts, torch.int32)
         for name in ("positions", "lengths", "first_slots"):
             _check_vector(name, getattr(self, name), torch.int64)
@@ -82,16 +100,6 @@ class StripStep:
             first_slots=torch.tensor(first_slots or [0] * len(runs), dtype=torch.int64),
         )
 
-    @property
-    def num_rows(self) -> int:
-        """Token rows N."""
-        return self.positions.numel()
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences R."""
-        return self.lengths.numel()
-
 
 class AttentionKernels(Protocol):
     """A backend; arguments were checked by ``kernels.attention``, so it only refuses strips outside ``base``."""
@@ -122,11 +130,11 @@ def check_strips(step: StripStep, table: StripTable, base: Tensor, fmt: PageForm
     Raises:
         ValueError: names the argument and what was expected.
     """
-    if table.dtype != np.uint32 or table.ndim != 2 or not table.flags.c_contiguous:
+    if table.dtype != _UINT32 or table.ndim != 2 or not table.flags.c_contiguous:
         raise ValueError(f"table must be a contiguous uint32 array [R, blocks], got {table.dtype} {table.shape}")
     if table.shape[0] != step.num_sequences:
         raise ValueError(f"table has {table.shape[0]} rows for {step.num_sequences} sequences")
-    if step.num_sequences and int(step.lengths.numpy().max()) > table.shape[1] * STRIP_TOKENS:
+    if step.max_length > table.shape[1] * STRIP_TOKENS:
         raise ValueError(f"a sequence is longer than the {table.shape[1]} blocks of the table")
     if base.dtype != torch.uint8 or base.dim() != 1 or not base.is_contiguous():
         raise ValueError(f"base must be a contiguous 1-D uint8 tensor, got {base.dtype} {tuple(base.shape)}")
@@ -140,11 +148,11 @@ def check_rows(name: str, x: Tensor, shape: tuple[int, int, int]) -> None:
     Raises:
         ValueError: names the tensor, its shape and dtype, and what was expected.
     """
-    if tuple(x.shape) != shape:
+    if x.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in _FLOATS:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
-    if x.device.type != "cpu" or (x.stride(2) != 1 and x.shape[2] > 1):
+    if not x.is_cpu or (x.stride(2) != 1 and x.shape[2] > 1):
         raise ValueError(f"{name} must lie on the CPU with a stride of 1 in its last dimension")
 
 

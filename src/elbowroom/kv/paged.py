@@ -163,21 +163,18 @@ class PagedStore:
         """Check the rows; return each sequence's length after the step, and who needs blocks."""
         starts = step.row_starts.tolist()
         _check_rows(step, starts)
-        lengths = np.empty(len(rows), dtype=np.int64)
-        needs = []
+        lengths, needs = [], []
         firsts, lasts = step.positions[step.row_starts[:-1]].tolist(), step.positions[step.row_starts[1:] - 1].tolist()
         for row, (sequence, first, last) in enumerate(zip(rows, firsts, lasts, strict=True)):
-            count = starts[row + 1] - starts[row]
-            if count > 1 or first != sequence.num_tokens or sequence.writable is not None:
+            if first != last or first != sequence.num_tokens or starts[row + 1] - starts[row] > 1:
                 _check_positions(sequence, step.positions[starts[row] : starts[row + 1]])
-            lengths[row] = max(sequence.num_tokens, last + 1)
-            new_blocks = max(last // STRIP_TOKENS + 1 - sequence.num_blocks, 0)
-            copies = np.empty(0, dtype=np.int64)
-            if first // STRIP_TOKENS < sequence.shared_blocks:
+            lengths.append(max(sequence.num_tokens, last + 1))
+            new_blocks = last // STRIP_TOKENS + 1 - sequence.num_blocks
+            if new_blocks > 0 or first // STRIP_TOKENS < sequence.shared_blocks:
                 copies = self._shared_blocks(sequence, step.positions[starts[row] : starts[row + 1]])
-            if new_blocks or copies.size:
-                needs.append(_Need(sequence, new_blocks, copies))
-        return lengths, needs
+                if new_blocks > 0 or copies.size:
+                    needs.append(_Need(sequence, max(new_blocks, 0), copies))
+        return np.asarray(lengths, dtype=np.int64), needs
 
     def _shared_blocks(self, sequence: Sequence, positions: Positions) -> Blocks:
         """Return the blocks under ``positions`` that somebody else holds too."""
@@ -269,7 +266,9 @@ class PagedStore:
     def _expire(self, sequence: Sequence, num_tokens: int) -> None:
         """Free what no token from position ``num_tokens`` on reads."""
         for pool in self._pools.windowed:
-            pool.release(sequence.expire(pool.layers, pool.expired_blocks(num_tokens)))
+            blocks = pool.expired_blocks(num_tokens)
+            if blocks > sequence.expired_blocks[pool.first_layer]:
+                pool.release(sequence.expire(pool.layers, blocks))
 
     def accept(self, handle: KVHandle, kept: Positions) -> None:
         """Keep only ``kept`` (ascending) of the last step's positions; they move to where the step began.

@@ -87,10 +87,8 @@ class Sequence:
         return twin
 
     def expire(self, layers: Layers, num_blocks: int) -> Table:
-        """Drop the first ``num_blocks`` blocks of ``layers``; return the entries let go."""
+        """Drop the first ``num_blocks`` blocks of ``layers`` (more than before); return the entries let go."""
         begin = int(self.expired_blocks[layers[0]])
-        if num_blocks <= begin:
-            return np.empty((len(layers), 0), dtype=np.uint32)
         gone = self._table[layers, begin:num_blocks].copy()
         self._table[layers, begin:num_blocks] = ABSENT
         self.expired_blocks[layers] = num_blocks

@@ -36,7 +36,7 @@ class Server:
         host: address to listen on; loopback unless told otherwise.
         port: 0 takes a free one, see ``url``.
         limits: by default those of ``ServerLimits()``.
-        announce: gets the one line that says where it listens.
+        announce: gets the one line that says where it listens; by default it is printed.
 
     Raises:
         AddressInUse: another program has the port, or the address is not one of this machine.
@@ -48,9 +48,9 @@ class Server:
         host: str = "127.0.0.1",
         port: int = 8000,
         limits: ServerLimits | None = None,
-        announce: Callable[[str], None] = print,
+        announce: Callable[[str], None] | None = None,
     ) -> None:
-        self._engines, self._limits, self._announce = dict(engines), limits or ServerLimits(), announce
+        self._engines, self._limits, self._announce = dict(engines), limits or ServerLimits(), announce or _print
         self._socket = _listen(host, port)
         self.host, self.port = self._socket.getsockname()[:2]
         config = uvicorn.Config(
@@ -128,6 +128,10 @@ class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)  # whoever started us may wait for it at the other end of a pipe
 
 
 def _listen(host: str, port: int) -> socket.socket:

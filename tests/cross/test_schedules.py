@@ -1,0 +1,66 @@
+"""Every family under every schedule: the greedy tokens of a plain loop and of transformers, whatever the engine does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elbowroom.bench.schedules import SCHEDULES, Difference, Reference, reference_tokens
+from elbowroom.models.decoder import Decoder
+from elbowroom.models.loader import load_model
+from tests.support.families import CASES, Case
+
+pytest.importorskip("transformers", reason="the reference implementation is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NAMES = ("llama", "mistral-window", "qwen2", "qwen3", "gemma3-windows")
+COUNT = 64
+LENGTHS = (1, 100, 170)
+
+
+@pytest.fixture(scope="module", params=[case for case in CASES if case.name in NAMES], ids=lambda case: case.name)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Any, Decoder]:
+    """A tiny model as transformers has it, and as we load it."""
+    model = request.param.build()
+    directory: Path = tmp_path_factory.mktemp(request.param.name)
+    model.save_pretrained(directory)
+    return request.param, model, load_model(directory, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def references(family: tuple[Case, Any, Decoder]) -> list[tuple[list[int], Reference]]:
+    """Prompts, and what a plain loop makes of them."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(0, 199, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [(prompt, reference_tokens(family[2], prompt, COUNT)) for prompt in prompts]
+
+
+def test_the_plain_loop_is_that_of_transformers(
+    family: tuple[Case, Any, Decoder], references: list[tuple[list[int], Reference]]
+) -> None:
+    """Our reference is generate(do_sample=False) of transformers."""
+    model = family[1]
+    model.generation_config.eos_token_id = None
+    found = Difference()
+    for prompt, reference in references:
+        with torch.no_grad():
+            made = model.generate(torch.tensor([prompt]), max_new_tokens=COUNT, do_sample=False)
+        found.add(made[0, len(prompt) :].tolist(), reference)
+    assert (found.unexcused, found.excused) == (0, 0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_tokens_do_not_depend_on_the_schedule(
+    family: tuple[Case, Any, Decoder], references: list[tuple[list[int], Reference]], name: str
+) -> None:
+    """Chunking, batching, preemption, cache hits, forks, rollbacks and samples change no token."""
+    found = Difference()
+    for seed, (prompt, reference) in enumerate(references):
+        if len(prompt) > 1 or name not in ("preempted", "forked", "rolled_back", "prefix_hit"):
+            for tokens in SCHEDULES[name](family[2], prompt, COUNT, seed):
+                found.add(tokens, reference)
+    assert found.num_tokens >= 2 * COUNT
+    assert (found.unexcused, found.excused) == (0, 0)
