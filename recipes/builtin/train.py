@@ -45,7 +45,7 @@ class Stage:
 
 
 MIX = {"facts": 0.45, "chat": 0.15, "chains": 0.1, "shots": 0.07, "repeat": 0.08, "text": 0.15}
-LATE_MIX = {"facts": 0.28, "chat": 0.14, "chains": 0.1, "shots": 0.06, "repeat": 0.04, "text": 0.38}
+LATE_MIX = {"facts": 0.2, "chat": 0.14, "chains": 0.16, "shots": 0.08, "repeat": 0.04, "text": 0.38}
 STAGES = (
     Stage(start=0.0, lengths={128: 1.0}, mix={"repeat": 1.0}),
     Stage(start=0.05, lengths={128: 0.7, 256: 0.3}, mix=MIX | {"repeat": 0.2}),
@@ -57,8 +57,8 @@ STAGES = (
 
 
 def learning_rate(share: float, step: int, peak: float) -> float:
-    """Return the rate: 50 steps of warm-up, then constant, then linear to 2 % over the last 35 % of the time."""
-    return peak * min(1.0, (step + 1) / 50) * max(0.02, min(1.0, (1.0 - share) / 0.35))
+    """Return the rate: 50 steps of warm-up, then constant, then linear to 2 % over the last 45 % of the time."""
+    return peak * min(1.0, (step + 1) / 50) * max(0.02, min(1.0, (1.0 - share) / 0.45))
 
 
 class Trainer:

@@ -47,7 +47,10 @@ def test_the_plain_loop_is_that_of_transformers(
     found = Difference()
     for prompt, reference in references:
         with torch.no_grad():
-            made = model.generate(torch.tensor([prompt]), max_new_tokens=COUNT, do_sample=False)
+            tokens = torch.tensor([prompt])
+            made = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=COUNT, do_sample=False
+            )
         found.add(made[0, len(prompt) :].tolist(), reference)
     assert (found.unexcused, found.excused) == (0, 0)
 

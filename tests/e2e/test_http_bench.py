@@ -11,6 +11,7 @@ import pytest
 from tests.support.tiny_model import write_tiny_model
 
 from elbowroom.bench import http
+from elbowroom.bench.http_visitor import Visitor
 
 
 def test_our_server_survives_a_short_run(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -70,7 +71,7 @@ def impostor(status: int, body: bytes) -> Iterator[str]:
 )
 def test_each_way_to_misbehave_is_a_fault(kind: str, status: int, body: bytes, fault: str) -> None:
     with impostor(status, body) as url:
-        outcome = http.Visitor(url, "tiny").visit(kind, seed=3)
+        outcome = Visitor(url, "tiny").visit(kind, seed=3)
 
     assert outcome.fault is not None
     assert outcome.fault.startswith(fault), outcome.fault

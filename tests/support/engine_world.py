@@ -139,6 +139,7 @@ class World:
         self.scheduler = Scheduler(settings, self.pricing, capacity_bytes)
         self.store = PagedStore(plan, Arena(tier, Ledger(Budget({}))), capacity_bytes)
         self.executor = StoreExecutor(self.store)
+        self._first_capacity_bytes = capacity_bytes
         self.shortfalls = 0
         self.num_rows = 0
 
@@ -148,7 +149,8 @@ class World:
         return self.scheduler.account.capacity_bytes
 
     def set_capacity(self, num_bytes: int) -> None:
-        """Change what scheduler and store may hold."""
+        """Change what scheduler and store may hold (the store has address space for twice what it began with)."""
+        num_bytes = min(num_bytes, 2 * self._first_capacity_bytes)
         self.scheduler.account.capacity_bytes = num_bytes
         self.store.resize(num_bytes)
 

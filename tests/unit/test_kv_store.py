@@ -144,6 +144,10 @@ class World:
     def run(self, step: KVStep, want: Want = NOTHING) -> list[AttnOut]:
         """Run a reserved step on random rows and compare all attention with the dense one."""
         held = self.state()
+        for row, handle in enumerate(step.handles):
+            table, given = self.store._sequences[handle.id].table, step.prepared.tables[:, row]
+            assert np.array_equal(given[:, : table.shape[1]], table)
+            assert (given[:, table.shape[1] :] == ABSENT).all()
         outs = []
         for layer, spec in enumerate(self.layers):
             count = len(step.positions)

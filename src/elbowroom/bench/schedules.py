@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from elbowroom.engine.accounting import KVPricing
+from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.executors.local import TorchExecutor
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
@@ -81,7 +81,7 @@ class Stepper:
 
     Args:
         decoder: the model; its weights stay where they are.
-        capacity_tokens: tokens that one sequence alone may have (rounded up to blocks).
+        capacity_tokens: tokens of all sequences, in whole blocks.
         chunk: returns the most tokens of the next step.
         dtype: of activations, KV cache and workspace.
     """
@@ -92,8 +92,10 @@ class Stepper:
         plan = KVPlan.parse("plain").bind(decoder.config.layers, dtype)
         tier = HostTier()
         self.pricing = KVPricing.of(plan, decoder.config.max_positions, STEP_TOKENS, tier.page_bytes)
-        blocks = min(-(-capacity_tokens // 64), len(self.pricing.by_blocks) - 1)
-        capacity_bytes = self.pricing.price(blocks) + self.pricing.transient_bytes
+        longest = len(self.pricing.by_blocks) - 1
+        times, blocks = divmod(num_blocks(capacity_tokens), longest)
+        prices = times * self.pricing.price(longest) + self.pricing.price(blocks)
+        capacity_bytes = prices + self.pricing.transient_bytes
         config = SchedulerConfig(
             max_positions=decoder.config.max_positions, max_step_tokens=STEP_TOKENS, max_sequences=8
         )
@@ -173,10 +175,9 @@ def preempted(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) ->
     rng = random.Random(seed)
     blocks = -(-len(prompt) // 64)
     other = _noise(decoder, rng, blocks * 64 - 30)
-    # Both prompts fit with a block to spare; both grow by more than that.
+    # Both prompts fit with one block to spare, and both grow into another one.
     stepper = Stepper(decoder, (2 * blocks + 1) * 64)
-    long = blocks * 64 + 70 - len(other)
-    stepper.add(2, other, long)
+    stepper.add(2, other, 42)
     stepper.add(1, prompt, count)
     made = _finish(stepper)
     if stepper.pricing.can_share and stepper.scheduler.stats().preemptions == 0:

@@ -1,12 +1,16 @@
 """Writes what docs/ takes from the code: ``python -m elbowroom.commands.reference``.
 
 docs/commands.md is the help of every command; the floors in docs/architecture.md are the first sentences of modules.
+With ``--readme`` the README's first command is run and its output put below it.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ FLOORS = (
 )
 """Rooms by floor, the top first; the empty name is the package itself."""
 _MODULES = re.compile(r"<!-- modules -->.*<!-- /modules -->", re.DOTALL)
+_SHOWN = re.compile(r"(```sh\nelbowroom (.*?)\n```\n\n```text\n).*?(```)", re.DOTALL)
 _HEAD = """\
 # Commands
 
@@ -84,5 +89,20 @@ def write() -> None:
     page.write_text(text, encoding="utf-8")
 
 
+def refresh_readme() -> None:
+    """Run the README's first command and put its output below it."""
+
+    def rerun(match: re.Match[str]) -> str:
+        words = [sys.executable, "-m", "elbowroom.commands", *shlex.split(match[2].replace("\\\n", " "))]
+        done = subprocess.run(words, cwd=DOCS.parent, check=True, capture_output=True, text=True)
+        lines = [line.rstrip() for line in done.stdout.splitlines()]
+        return match[1] + "\n".join(lines).strip("\n") + "\n" + match[3]
+
+    page = DOCS.parent / "README.md"
+    page.write_text(_SHOWN.sub(rerun, page.read_text(encoding="utf-8"), count=1), encoding="utf-8")
+
+
 if __name__ == "__main__":
     write()
+    if "--readme" in sys.argv:
+        refresh_readme()

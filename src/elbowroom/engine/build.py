@@ -135,6 +135,7 @@ def _make_core(
     core = EngineCore(Scheduler(settings, pricing, kv_bytes), executor, arena)
     core.reset_executor = executor.reset
     core.resize_store = store.resize
+    core.max_kv_bytes = 2 * kv_bytes
     return core
 
 

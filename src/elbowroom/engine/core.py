@@ -71,6 +71,8 @@ class EngineCore:
     """Drops every stored sequence after a failed step."""
     resize_store: Callable[[int], object] = lambda _num_bytes: None
     """Sets the bytes that the KV store may hold."""
+    max_kv_bytes: int | None = None
+    """Address space of the KV store: a raised budget gives it no more than this."""
     _live: dict[int, _Live] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -137,7 +139,7 @@ class EngineCore:
         others = ledger.total(tier) - ledger.held("kv", tier) - ledger.held("arena.free", tier)
         if num_bytes < others:
             raise ledger.refusal("kv", tier, others - num_bytes)
-        capacity_bytes = num_bytes - others
+        capacity_bytes = min(num_bytes - others, self.max_kv_bytes or num_bytes)
         ledger.budget.set(tier, max(num_bytes, ledger.budget.limit(tier) or 0))
         self.resize_store(capacity_bytes)
         self.scheduler.account.capacity_bytes = capacity_bytes
