@@ -17,13 +17,13 @@ from elbowroom.bench.http_visitor import Visitor
 def test_our_server_survives_a_short_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = write_tiny_model(tmp_path_factory.mktemp("tiny"), context=8192)
 
-    result = http.run(28, seed=1, model=str(directory), memory="48MiB", concurrency=8)
+    result = http.visit(28, seed=1, model=str(directory), memory="48MiB", concurrency=8)
 
-    assert [(claim["id"], claim["value"], claim["holds"]) for claim in result["claims"]] == [
+    assert [(claim.id, claim.value, claim.holds) for claim in result.claims] == [
         ("http.errors", 0, True),
         ("http.leaks", 0, True),
     ]
-    assert {row["row"] for row in result["rows"]} >= {"ttft_s", "tpot_s", "e2e_s", "server"}
+    assert {row["row"] for row in result.rows} >= {"ttft_s", "tpot_s", "e2e_s", "server"}
 
 
 @contextmanager

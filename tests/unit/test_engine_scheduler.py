@@ -212,7 +212,7 @@ class Driver:
 
 def make_world(name: str, blocks: int, sequences: int) -> World:
     plan = PLANS[name]
-    return World(plan, blocks * 16384, max_sequences=sequences, max_step_tokens=128, max_positions=2048)
+    return World(plan, blocks * 16384, max_sequences=sequences, max_step_tokens=128, max_positions=600)
 
 
 @pytest.mark.parametrize("name", list(PLANS))

@@ -9,8 +9,6 @@ KV cache beyond what the prefix cache explains.
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import random
 import re
 import signal
@@ -25,7 +23,9 @@ from typing import Any
 
 import httpx
 
+from elbowroom.bench.base import BenchOptions, BenchResult, Claim
 from elbowroom.bench.http_visitor import HANG_S, KINDS, Outcome, Visitor
+from elbowroom.bench.machine import machine_info
 from elbowroom.errors import ElbowroomError
 from elbowroom.models.hf_config import read_config
 from elbowroom.models.loader import find_model
@@ -63,10 +63,15 @@ def leaked_strips(url: str, num_layers: int, timeout_s: float = 10.0) -> int | N
     return None if any(values[name] for name in busy) else leaked
 
 
-def run(
-    num_requests: int = 300, seed: int = 0, model: str | None = None, memory: str = "96MiB", concurrency: int = 16
-) -> dict[str, Any]:
-    """Visit a server ``num_requests`` times and return ``{name, machine, rows, claims}``.
+def run(options: BenchOptions) -> BenchResult:
+    """Visit a server 300 times (quick: 28)."""
+    return visit(num_requests=28 if options.quick else 300, seed=options.seed)
+
+
+def visit(
+    num_requests: int, seed: int = 0, model: str | None = None, memory: str = "96MiB", concurrency: int = 16
+) -> BenchResult:
+    """Start a server, visit it ``num_requests`` times and check the books.
 
     Args:
         num_requests: visits in all.
@@ -75,6 +80,7 @@ def run(
         memory: the server's budget.
         concurrency: clients at once.
     """
+    machine = machine_info(probe=False)
     rng = random.Random(seed)
     kinds = rng.choices(list(KINDS), weights=list(KINDS.values()), k=num_requests)
     num_layers = len(read_config(find_model(model)).layers)
@@ -89,10 +95,10 @@ def run(
     rows = _rows(outcomes)
     rows.append({"row": "server", "seconds": elapsed, "memory": memory, "exit_code": exit_code})
     print(_table(rows), file=sys.stderr)
-    return {"name": "http", "machine": _machine(), "rows": rows, "claims": _claims(outcomes, leaked, exit_code)}
+    return BenchResult(name="http", machine=machine, rows=list(rows), claims=_claims(outcomes, leaked, exit_code))
 
 
-def _claims(outcomes: Sequence[Outcome], leaked: int | None, exit_code: int) -> list[dict[str, Any]]:
+def _claims(outcomes: Sequence[Outcome], leaked: int | None, exit_code: int) -> list[Claim]:
     faults = Counter(f"{outcome.kind}: {outcome.fault}" for outcome in outcomes if outcome.fault)
     if exit_code != 0:
         faults[f"the server ended with code {exit_code}"] += 1
@@ -105,14 +111,8 @@ def _claims(outcomes: Sequence[Outcome], leaked: int | None, exit_code: int) -> 
     ]
 
 
-def _claim(name: str, value: int | None, unit: str, reason: str) -> dict[str, Any]:
-    holds = value is not None and value <= 0
-    made = {"id": name, "value": value, "op": "<=", "target": 0, "unit": unit, "holds": holds}
-    return made | {"num_runs": 1, "low": value, "high": value, "reason": reason}
-
-
-def _machine() -> dict[str, Any]:
-    return {"platform": platform.platform(), "num_cpus": os.cpu_count(), "python": platform.python_version()}
+def _claim(name: str, value: int | None, unit: str, reason: str) -> Claim:
+    return Claim(id=name, value=value, op="<=", target=0, unit=unit, low=value, high=value, reason=reason)
 
 
 def _rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -108,7 +108,9 @@ class Stepper:
         self._chunk = chunk
         self.tokens: Tokens = {}
 
-    def add(self, number: int, prompt: Sequence[int], count: int, n: int = 1, session: SessionRef | None = None) -> None:
+    def add(
+        self, number: int, prompt: Sequence[int], count: int, n: int = 1, session: SessionRef | None = None
+    ) -> None:
         """Queue a greedy request."""
         sampling = SamplingParams(temperature=0.0, max_tokens=count, n=n, ignore_eos=True, seed=0)
         self.scheduler.add(Request(id=number, prompt_token_ids=tuple(prompt), sampling=sampling, session=session))
@@ -231,8 +233,7 @@ def samples(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) -> l
 
 
 SCHEDULES: dict[str, Schedule] = {
-    each.__name__: each
-    for each in (one_shot, chunked, batched, preempted, prefix_hit, forked, rolled_back, samples)
+    each.__name__: each for each in (one_shot, chunked, batched, preempted, prefix_hit, forked, rolled_back, samples)
 }
 
 

@@ -1,7 +1,75 @@
-"""``elbowroom bench``: measure against a rival, and say which claims hold."""
+"""``elbowroom bench``: measure, against a rival where there is one, and say which claims hold."""
 
 from __future__ import annotations
 
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-def bench() -> None:
-    """Bench."""
+import typer
+
+from elbowroom.commands.options import Json
+from elbowroom.errors import RequestError
+
+if TYPE_CHECKING:
+    from elbowroom.bench.base import BenchResult
+
+
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Benchmarks; none means all.")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Print the names and stop.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small versions, whose claims prove nothing.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the loads.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write NAME_DATE.json here; it must exist.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure, and say which claims hold.
+
+    With --json, exactly one object {name, machine, rows, claims} is printed for each benchmark, one a line.
+    """
+    from elbowroom.commands.terminal import print_json
+
+    if output is not None and not output.is_dir():
+        raise RequestError(f"--output {output} is no directory", "make it first")
+    from elbowroom.bench import BENCHES, BenchOptions
+
+    if list_only:
+        typer.echo("\n".join(BENCHES.names()))
+        return
+    chosen = names or list(BENCHES.names())
+    runs = {name: BENCHES.get(name) for name in chosen}
+    for name, run in runs.items():
+        sys.stderr.write(f"{name} ...\n")
+        result = run(BenchOptions(quick=quick, seed=seed))
+        if output is not None:
+            _write(result, output)
+        if json:
+            print_json(result.to_json())
+        else:
+            _print(result)
+
+
+def _write(result: BenchResult, directory: Path) -> None:
+    import json
+
+    date = datetime.now(UTC).date().isoformat()
+    path = directory / f"{result.name}_{date}.json"
+    path.write_text(json.dumps({"date": date} | result.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _print(result: BenchResult) -> None:
+    typer.echo(result.name)
+    for row in result.rows:
+        typer.echo("  " + "  ".join(f"{key} {_short(value)}" for key, value in row.items()))
+    for claim in result.claims:
+        verdict = "holds" if claim.holds else "FAILS"
+        typer.echo(f"  {verdict}  {claim.id} {_short(claim.value)} {claim.op} {claim.target:g} {claim.unit}")
+        if claim.reason:
+            typer.echo(f"         {claim.reason}")
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -17,7 +17,7 @@ from elbowroom.engine.core import EngineCore
 from elbowroom.engine.engine import Engine, EngineParts
 from elbowroom.engine.executors.local import TorchExecutor
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
-from elbowroom.engine.sizing import MemoryPlan, plan_memory
+from elbowroom.engine.sizing import ALIGN, MemoryPlan, plan_memory
 from elbowroom.errors import RequestError
 from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import BoundPlan, KVPlan
@@ -34,7 +34,6 @@ from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.units import parse_bytes
 
 Progress = Callable[[int, int], None]
-_ALIGN = 64
 
 
 def build_engine(
@@ -78,7 +77,7 @@ def build_engine(
     ledger = Ledger(Budget({"host": budget_bytes}))
     ledger.charge("runtime", "host", sizes.runtime_bytes)
     arena = Arena(HostTier(), ledger)
-    weights = _reserve(arena, "weights", sizes.weights_bytes + _ALIGN * len(config.tensor_shapes()))
+    weights = _reserve(arena, "weights", sizes.weights_bytes)
     decoder = load_model(directory, kind, _bump_allocator(weights), progress)
     workspace = Workspace(arena, sizes.workspace)
     kv_bytes = budget_bytes - ledger.total("host")
@@ -152,7 +151,7 @@ def _bump_allocator(target: Range) -> Callable[[str, tuple[int, ...], torch.dtyp
     def allocate(_name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         nonlocal offset
         count = int(np.prod(shape))
-        start, offset = offset, offset + -(-count * dtype.itemsize // _ALIGN) * _ALIGN
+        start, offset = offset, offset + -(-count * dtype.itemsize // ALIGN) * ALIGN
         return target.base[start : start + count * dtype.itemsize].view(dtype).view(shape)
 
     return allocate

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.errors import BudgetTooSmall
 from elbowroom.kv.plan import BoundPlan
+from elbowroom.memory.tiers import HostTier
 from elbowroom.models.config import ModelConfig
 from elbowroom.models.loader import weights_bytes
 from elbowroom.units import format_bytes
@@ -19,6 +20,12 @@ MINIMUM_CONTEXT = 128
 """Tokens that must fit for a budget to be accepted."""
 RUNTIME_BASE_BYTES = 16 * 2**20
 """What Python, torch and the server allocate outside the workspace, whatever the model."""
+PAGE_BOOK_BYTES = 13
+"""What the arena keeps about every page that is in use."""
+ALIGN = 64
+"""Bytes to which weights and workspace buffers are aligned."""
+FEWEST_SEQUENCES = 8
+"""Sequences at once (if so many were asked for) in the smallest budget."""
 WORKSPACE_SHARE = 0.25
 """Larger chunks are chosen while workspace and activations stay below this share of what weights leave."""
 
@@ -51,44 +58,60 @@ def plan_memory(
     Raises:
         BudgetTooSmall: weights, the smallest workspace and one short sequence do not fit; names the minimum.
     """
-    weights = weights_bytes(config, dtype)
+    weights = reserved_weights_bytes(config, dtype)
     for step_tokens in STEP_TOKENS:
         made = _divide(config, dtype, weights, budget_bytes, step_tokens, max_sequences)
         room = budget_bytes - weights - RUNTIME_BASE_BYTES
         overhead = made.workspace_bytes + made.runtime_bytes - RUNTIME_BASE_BYTES
-        if overhead <= WORKSPACE_SHARE * room:
+        if overhead <= WORKSPACE_SHARE * room and made.kv_bytes >= _minimum_kv(plan, step_tokens):
             return made
-    smallest = _divide(config, dtype, weights, budget_bytes, STEP_TOKENS[-1], min(max_sequences, 8))
+    fewest = min(max_sequences, FEWEST_SEQUENCES)
+    smallest = _divide(config, dtype, weights, budget_bytes, STEP_TOKENS[-1], fewest)
     needed = _minimum_kv(plan, smallest.max_step_tokens)
-    if smallest.kv_bytes < needed:
-        minimum = budget_bytes - smallest.kv_bytes + needed
-        raise BudgetTooSmall(
-            f"a budget of {format_bytes(budget_bytes)} is too small: weights {format_bytes(weights)}, "
-            f"workspace {format_bytes(smallest.workspace_bytes)}, runtime {format_bytes(smallest.runtime_bytes)} and "
-            f"{MINIMUM_CONTEXT} tokens of KV cache {format_bytes(needed)} need {minimum} bytes "
-            f"({format_bytes(minimum)})",
-            minimum,
-            f"set memory= (--memory) to at least {-(-minimum // 2**20)}MiB, or use a smaller model or dtype",
-        )
-    return smallest
+    if smallest.kv_bytes >= needed:
+        return smallest
+    least = smallest
+    while least.kv_bytes < needed:  # a larger budget needs a little more for its own books
+        enough = least.budget_bytes + needed - least.kv_bytes
+        least = _divide(config, dtype, weights, enough, STEP_TOKENS[-1], fewest)
+    minimum = least.budget_bytes
+    raise BudgetTooSmall(
+        f"a budget of {format_bytes(budget_bytes)} is too small: weights {format_bytes(weights)}, "
+        f"workspace {format_bytes(least.workspace_bytes)}, runtime {format_bytes(least.runtime_bytes)} and "
+        f"{MINIMUM_CONTEXT} tokens of KV cache {format_bytes(needed)} need {minimum} bytes ({format_bytes(minimum)})",
+        minimum,
+        f"set memory= (--memory) to at least {-(-minimum // 2**20)}MiB, or use a smaller model or dtype",
+    )
+
+
+def reserved_weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes that the weights take in memory, each aligned, in whole pages."""
+    return _pages(weights_bytes(config, dtype) + ALIGN * len(config.tensor_shapes()))
+
+
+def _pages(num_bytes: int) -> int:
+    page = HostTier.page_bytes
+    return -(-num_bytes // page) * page
 
 
 def _minimum_kv(plan: BoundPlan, step_tokens: int) -> int:
-    curve = plan.curve(MINIMUM_CONTEXT, np.asarray([MINIMUM_CONTEXT]), step_tokens)
-    return int(curve.resident_bytes[0]) + curve.transient_bytes + 8 * 4096
+    """Return the KV bytes that ``MINIMUM_CONTEXT`` tokens need, counted as the scheduler counts."""
+    pricing = KVPricing.of(plan, MINIMUM_CONTEXT, step_tokens, HostTier.page_bytes)
+    return pricing.price(num_blocks(MINIMUM_CONTEXT)) + pricing.transient_bytes
 
 
 def _divide(
     config: ModelConfig, dtype: torch.dtype, weights: int, budget: int, step_tokens: int, max_sequences: int
 ) -> MemoryPlan:
     workspace = workspace_sizes(config, dtype, step_tokens, max_sequences)
-    runtime = RUNTIME_BASE_BYTES + _temporary_bytes(config, step_tokens, max_sequences)
+    books = budget // HostTier.page_bytes * PAGE_BOOK_BYTES
+    runtime = RUNTIME_BASE_BYTES + books + _temporary_bytes(config, step_tokens, max_sequences)
     return MemoryPlan(
         budget_bytes=budget,
         weights_bytes=weights,
         workspace=workspace,
         runtime_bytes=runtime,
-        kv_bytes=budget - weights - sum(workspace.values()) - runtime,
+        kv_bytes=budget - weights - _pages(sum(workspace.values()) + ALIGN * len(workspace)) - runtime,
         max_step_tokens=step_tokens,
         max_sequences=max_sequences,
     )

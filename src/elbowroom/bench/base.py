@@ -1,0 +1,84 @@
+"""What a benchmark gives back: rows that were measured, and claims that the rows hold or break."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One number with the bound that it is measured against.
+
+    What was not measured (an absent rival included) has value None, does not hold, and says why in ``reason``.
+    """
+
+    id: str
+    value: float | None
+    op: Literal[">=", "<="]
+    target: float
+    unit: str
+    num_runs: int = 1
+    low: float | None = None
+    """Lowest of the runs, or the lower end of an interval that ``reason`` names."""
+    high: float | None = None
+    reason: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value was measured and keeps the bound."""
+        if self.value is None or not math.isfinite(self.value):
+            return False
+        return self.value >= self.target if self.op == ">=" else self.value <= self.target
+
+    def to_json(self) -> dict[str, object]:
+        """Return the claim as written to results."""
+        return {
+            "id": self.id,
+            "value": self.value,
+            "op": self.op,
+            "target": self.target,
+            "unit": self.unit,
+            "holds": self.holds,
+            "num_runs": self.num_runs,
+            "low": self.low,
+            "high": self.high,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchResult:
+    """Outcome of one benchmark."""
+
+    name: str
+    machine: Row
+    rows: list[Row]
+    claims: list[Claim]
+
+    def to_json(self) -> dict[str, object]:
+        """Return ``{name, machine, rows, claims}``."""
+        claims = [claim.to_json() for claim in self.claims]
+        return {"name": self.name, "machine": dict(self.machine), "rows": [dict(row) for row in self.rows]} | {
+            "claims": claims
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What every benchmark takes."""
+
+    quick: bool = False
+    """A small version that only shows that the benchmark runs; its claims prove nothing."""
+    seed: int = 0
+
+
+class Benchmark(Protocol):
+    """The ``run`` function of a benchmark's module."""
+
+    def __call__(self, options: BenchOptions) -> BenchResult:
+        """Measure; progress goes to stderr."""
