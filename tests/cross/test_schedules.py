@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.families import CASES, Case
 
 from elbowroom.bench.schedules import SCHEDULES, Difference, Reference, reference_tokens
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.loader import load_model
-from tests.support.families import CASES, Case
 
 pytest.importorskip("transformers", reason="the reference implementation is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,9 +48,7 @@ def test_the_plain_loop_is_that_of_transformers(
     for prompt, reference in references:
         with torch.no_grad():
             tokens = torch.tensor([prompt])
-            made = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=COUNT, do_sample=False
-            )
+            made = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=COUNT, do_sample=False)
         found.add(made[0, len(prompt) :].tolist(), reference)
     assert (found.unexcused, found.excused) == (0, 0)
 

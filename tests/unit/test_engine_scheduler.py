@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.engine_world import World, bound, expected_output, layer
 
 from elbowroom.engine.sampling_params import SamplingParams
-from elbowroom.engine.types import Request, SequenceUpdate, SessionRef
+from elbowroom.engine.types import Request, SampledToken, SequenceUpdate, SessionRef, StepResult
 from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
 
 PLANS = {
@@ -105,7 +105,7 @@ class Driver:
             self.step()
             assert (len(self.log), self.world.num_rows) != seen or not self.open, "a step made no progress"
             steps += 1
-            assert steps < 5000, "requests never end"
+            assert steps < 20_000, "requests never end"
         assert not self.open, "requests were forgotten"
         self.world.check_empty()
 
@@ -199,15 +199,14 @@ class Driver:
         for _ in range(2):
             scheduler.restore(snapshot)
             plans.append([self._dry_step() for _ in range(steps)])
-        assert plans[0] == plans[1]
+        assert repr(plans[0]) == repr(plans[1])  # errors compare by identity
         scheduler.restore(snapshot)
 
     def _dry_step(self) -> object:
-        from elbowroom.engine.types import SampledToken, StepResult
-
         plan = self.world.scheduler.schedule(0.0)
         tokens = {row.slot: [SampledToken(row.slot % 5)] for row in plan.rows if row.sample is not None}
-        return plan, self.world.scheduler.update(StepResult(tokens))
+        updates = self.world.scheduler.update(StepResult(tokens))
+        return plan, [(each.request_id, each.sample, each.tokens, each.finish_reason) for each in updates]
 
 
 def make_world(name: str, blocks: int, sequences: int) -> World:
@@ -262,9 +261,9 @@ def request(number: int, prompt: int, max_tokens: int | None, **options: Any) ->
 @pytest.mark.parametrize("name", ["full", "mixed"])
 def test_what_can_never_fit_is_refused_at_once_with_numbers(name: str) -> None:
     """The largest request that the message allows runs, one token more is refused, and nothing of it stays behind."""
-    world = make_world(name, 12, 4)
+    world = make_world(name, 7, 4)
     room = world.pricing.largest(world.capacity_bytes)
-    assert 0 < room < 2048
+    assert 100 < room < 600
     with pytest.raises(RequestTooLarge, match=rf"enough for {room} tokens in all"):
         world.scheduler.add(request(1, room - 9, 10))
     assert not world.scheduler.has_work()
@@ -278,8 +277,8 @@ def test_malformed_requests_are_refused() -> None:
     world = make_world("full", 500, 4)
     with pytest.raises(RequestError, match="prompt is empty"):
         world.scheduler.add(request(1, 0, 1))
-    with pytest.raises(ContextTooLong, match="2040 prompt tokens and 9 new ones exceed the context of 2048"):
-        world.scheduler.add(request(1, 2040, 9))
+    with pytest.raises(ContextTooLong, match="590 prompt tokens and 11 new ones exceed the context of 600"):
+        world.scheduler.add(request(1, 590, 11))
     assert world.scheduler.stats().num_waiting == 0
 
 
@@ -306,7 +305,7 @@ def test_prefixes_are_not_shared_across_salts() -> None:
 def test_a_lowered_budget_ends_what_no_longer_fits_with_an_error() -> None:
     """A request that fitted when it came and cannot run any more does not wait for ever."""
     world = make_world("full", 20, 4)
-    world.scheduler.add(request(1, 900, 50))
+    world.scheduler.add(request(1, 500, 50))
     world.scheduler.add(request(2, 60, 5))
     world.step()
     world.set_capacity(4 * world.pricing.block_bytes)
@@ -323,6 +322,6 @@ def test_a_parked_session_pays_only_for_what_is_its_own() -> None:
     first = request(1, 500, 2, session=SessionRef(1))
     world.run_all([first])
     assert world.scheduler.stats().num_parked == 1
-    made = world.run_all([Request(id=2, prompt_token_ids=(9,) * 600, sampling=first.sampling)])
+    made = world.run_all([Request(id=2, prompt_token_ids=(9,) * 560, sampling=first.sampling)])
     assert len(made[2, 0]) == 2
     assert world.scheduler.stats().num_parked == 0

@@ -20,7 +20,8 @@ FLOORS = (
     ("engine",),
     ("planner", "train", "recall"),
     ("serve", "evals", "vision"),
-    ("commands", "bench"),
+    ("bench",),
+    ("commands",),
     ("__init__", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -62,9 +62,11 @@ class BenchResult:
 
     def to_json(self) -> dict[str, object]:
         """Return ``{name, machine, rows, claims}``."""
-        claims = [claim.to_json() for claim in self.claims]
-        return {"name": self.name, "machine": dict(self.machine), "rows": [dict(row) for row in self.rows]} | {
-            "claims": claims
+        return {
+            "name": self.name,
+            "machine": dict(self.machine),
+            "rows": [dict(row) for row in self.rows],
+            "claims": [claim.to_json() for claim in self.claims],
         }
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from elbowroom.commands.preload import preload
+from elbowroom.serve.preload import preload
 
 
 def mixed_lengths(count: int, longest: int, most_new: int, seed: int) -> list[tuple[int, int]]:
@@ -25,7 +25,8 @@ def mixed_lengths(count: int, longest: int, most_new: int, seed: int) -> list[tu
 
 def budget(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Run mixed requests inside ``memory`` bytes and return the peak, or the refusal and the minimum it names."""
-    from elbowroom import LLM, SamplingParams
+    from elbowroom.engine.llm import LLM
+    from elbowroom.engine.sampling_params import SamplingParams
     from elbowroom.errors import BudgetTooSmall, RequestError
 
     started = time.perf_counter()

@@ -44,7 +44,7 @@ def doctor(
 
 def baseline_bytes() -> int:
     """Return VmRSS of this process with everything imported and every kernel run once, and no model."""
-    from elbowroom.commands.preload import preload
+    from elbowroom.serve.preload import preload
 
     preload()
     from elbowroom.engine.baseline import measure_baseline

@@ -40,9 +40,9 @@ def retrieval(
 
     A context is read once; every question is asked in its own fork of it, greedily.
     """
-    from elbowroom.commands.preload import preload
     from elbowroom.commands.report import RunReport
     from elbowroom.commands.terminal import print_json, progress_bar, wants_progress
+    from elbowroom.serve.preload import preload
 
     preload()
     from elbowroom.engine.llm import LLM

@@ -64,7 +64,7 @@ def _helps(command: Any, name: str, parent: Any) -> Iterator[tuple[str, str]]:
 
 
 def modules_section() -> str:
-    """Return the floors with one line a module; benchmarks are listed by ``elbowroom bench --list``."""
+    """Return the floors with one line a module."""
     lines = []
     for floor, rooms in FLOORS:
         for room in rooms:

@@ -43,8 +43,8 @@ def run(
     from elbowroom.commands.terminal import progress_bar, wants_progress
 
     texts, document, shown = read_prompts(prompts), read_document(file), wants_progress(progress)
-    from elbowroom.commands.preload import preload
     from elbowroom.engine.sampling_params import SamplingParams
+    from elbowroom.serve.preload import preload
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     preload()

@@ -55,7 +55,7 @@ def serve(
 
     All models share the memory budget. Ctrl-C or SIGTERM ends the server once running requests have ended.
     """
-    from elbowroom.commands.preload import preload
+    from elbowroom.serve.preload import preload
 
     directories = read_models(model or [])
     preload()

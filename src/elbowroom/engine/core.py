@@ -111,7 +111,9 @@ class EngineCore:
         except Exception as error:  # noqa: BLE001  whatever a model or kernel raises must not stop the engine
             self.fail(error)
             return
-        self._count(plan.num_tokens, all(row.kind == "decode" for row in plan.rows), result.duration_s)
+        self._count(
+            plan.num_tokens * result.num_steps, all(row.kind == "decode" for row in plan.rows), result.duration_s
+        )
         self._deliver(self.scheduler.update(result))
 
     def idle(self) -> None:

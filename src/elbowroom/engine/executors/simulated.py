@@ -26,8 +26,12 @@ class SimExecutor:
     def submit(self, plan: StepPlan) -> int:
         """Price the step and as many repetitions as the plan and ``stop_after_s`` allow."""
         shape = StepShape.of(plan)
-        total, steps = 0.0, 0
-        while steps < plan.valid_for_steps and (steps == 0 or self.stop_after_s is None or total < self.stop_after_s):
+        total, steps = 0.0, 0 if plan.rows else 1  # changes of stored sequences alone cost next to nothing
+        while (
+            plan.rows
+            and steps < plan.valid_for_steps
+            and (steps == 0 or self.stop_after_s is None or total < self.stop_after_s)
+        ):
             total += self._cost.step_seconds(shape)
             steps += 1
             shape = StepShape(shape.num_tokens, shape.num_sampled, shape.context_tokens + shape.num_tokens)
