@@ -23,7 +23,8 @@ SOURCE = Path(__file__).parents[1]
 DOCS = SOURCE.parents[1] / "docs"
 WIDTH = 100
 FLOORS = (
-    ("7", ("commands", "bench")),
+    ("7", ("commands",)),
+    ("7, below the commands", ("bench",)),
     ("6", ("serve", "evals")),
     ("4", ("engine",)),
     ("3", ("models",)),

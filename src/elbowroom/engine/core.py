@@ -103,6 +103,9 @@ class EngineCore:
 
     def step(self) -> None:
         """Schedule, execute and deliver one step; a failing step ends its requests, not the engine."""
+        missing_bytes = -self.scheduler.account.free_bytes
+        if missing_bytes > 0:  # the budget was lowered: whoever can give up bytes does so before sequences are preempted
+            self.ladder.relieve(missing_bytes)
         started = self.clock()
         plan = self.scheduler.schedule(started)
         self.times.schedule_s += self.clock() - started
