@@ -1,4 +1,4 @@
-"""Every family under every schedule: the greedy tokens of a plain loop and of transformers, whatever the engine does."""
+"""Every family under every schedule: always the greedy tokens of a plain loop and of transformers."""
 
 from __future__ import annotations
 

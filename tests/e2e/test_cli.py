@@ -7,10 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.support.cli import COMMAND, refused
 
 from elbowroom.commands import invoke
 from elbowroom.models.loader import BUILTIN
@@ -19,7 +19,6 @@ from elbowroom.units import parse_bytes
 pytestmark = pytest.mark.skipif(not (BUILTIN / "config.json").is_file(), reason="the built-in model is not there")
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "elbowroom.commands"]
 DOCUMENT = ROOT / "examples" / "workshop.txt"
 BUDGET = "64MiB"
 
@@ -30,15 +29,6 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     captured = capsys.readouterr()
     assert captured.err == ""
     return json.loads(captured.out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
-    assert invoke(arguments) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def copy_model(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.chat import CHATML, SPECIALS
 
 from elbowroom.errors import RequestError, TokenizerError
 from elbowroom.models import chat
@@ -15,21 +16,10 @@ from elbowroom.models.chat import ChatTemplate
 from elbowroom.models.tokenizer import Tokenizer
 
 USER = [{"role": "user", "content": "Hi"}]
-CHATML = """{{ bos_token }}{% for message in messages %}
-<|{{ message.role }}|>{{ message['content'] }}{{ eos_token }}
-    {% if loop.first %}
-!
-    {% endif %}
-{% endfor %}
-{% if add_generation_prompt %}
-<|assistant|>
-{%- endif %}"""
 
 
 def render(source: str, messages: list[dict[str, Any]] | None = None, **options: Any) -> str:
-    return ChatTemplate({"default": source}, {"bos_token": "<s>", "eos_token": "</s>"}).render(
-        messages or USER, **options
-    )
+    return ChatTemplate({"default": source}, SPECIALS).render(messages or USER, **options)
 
 
 def test_messages_special_tokens_and_whitespace() -> None:

@@ -10,23 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.support.cli import COMMAND, refused
 
 from elbowroom.commands import INTERRUPTED, invoke
 from elbowroom.commands.questions import answer, common_length, read_document, read_prompts
 from elbowroom.commands.serve import read_models
 from elbowroom.errors import RequestError
-
-COMMAND = [sys.executable, "-m", "elbowroom.commands"]
-
-
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
-    """Run a command line that must fail with ``code``; return what it said on stderr."""
-    assert invoke(arguments) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def test_help_names_every_command(capsys):

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from elbowroom.engine.session import Session
+from elbowroom.errors import ElbowroomError
+from elbowroom.memory.meter import rss_bytes
 from elbowroom.serve.preload import preload
 
 
@@ -66,7 +70,64 @@ def budget(spec: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-TASKS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"budget": budget}
+def release(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill the KV cache and free it again; return what the ledger freed and what RSS fell by, in bytes.
+
+    ``cleared``: finished requests leave cached prefixes, ``clear_cache`` drops them. ``interleaved``: sequences that
+    grew in turns, every second one closed. Each is read one second later.
+    """
+    from elbowroom.engine.llm import LLM
+    from elbowroom.engine.sampling_params import SamplingParams
+
+    result: dict[str, Any] = {}
+    with LLM(spec["model"], memory=spec["memory"]) as llm:
+        vocab, short = llm.engine.parts.config.vocab_size, SamplingParams(max_tokens=1, temperature=0.0)
+        for name in ("warm", "cleared"):  # the first round touches workspace and libraries
+            prompts = [[(97 * i + 31 * t) % vocab for t in range(spec["tokens"])] for i in range(spec["sequences"])]
+            llm.generate([{"prompt_token_ids": ids} for ids in prompts], short)
+            held = llm.engine.kv_report().live_bytes
+            result[name] = {"freed_bytes": held} | _fall(llm.clear_cache)
+    with LLM(spec["model"], memory=spec["memory"], prefix_cache=False) as llm:
+        sessions = [llm.session([i % vocab] * 64) for i in range(spec["sequences"])]
+        for turn in range(1, spec["tokens"] // 64):
+            for session in sessions:
+                session.push([turn % vocab] * 64)
+        held = llm.engine.kv_report().live_bytes
+        fall = _fall(lambda: _close(sessions[::2]))
+        result["interleaved"] = {"freed_bytes": held - llm.engine.kv_report().live_bytes} | fall
+        charged = llm.engine.parts.ledger.total("host") - llm.engine.parts.memory.runtime_bytes
+        result["closed"] = {"freed_bytes": charged} | _fall(llm.close)
+    return result
+
+
+def _close(sessions: Sequence[Session]) -> None:
+    for session in sessions:
+        session.close()
+
+
+def _fall(free: Callable[[], object]) -> dict[str, int]:
+    """Return by how many bytes RSS is lower one second after ``free``."""
+    before = rss_bytes()
+    free()
+    time.sleep(1.0)
+    return {"rss_bytes": before - rss_bytes()}
+
+
+TASKS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"budget": budget, "release": release}
+
+
+def run_child(spec: Mapping[str, Any], timeout_s: float = 900.0) -> dict[str, Any]:
+    """Run a task in a fresh process and return what it printed.
+
+    Raises:
+        ElbowroomError: the process failed; the message ends with what it wrote to stderr.
+    """
+    command = [sys.executable, "-m", "elbowroom.bench.child", json.dumps(dict(spec))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    if done.returncode != 0:
+        raise ElbowroomError(f"the measured process failed: {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main(text: str) -> None:

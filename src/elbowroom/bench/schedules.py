@@ -62,6 +62,12 @@ class Difference:
                 self.unexcused += not excused
                 return
 
+    def merge(self, other: Difference) -> None:
+        """Add the counts of ``other``."""
+        self.num_tokens += other.num_tokens
+        self.unexcused += other.unexcused
+        self.excused += other.excused
+
 
 @torch.inference_mode()
 def reference_tokens(decoder: Decoder, prompt: Sequence[int], count: int) -> Reference:
@@ -147,7 +153,7 @@ Schedule = Callable[[Decoder, Sequence[int], int, int], list[list[int]]]
 """(decoder, prompt, tokens to make, seed) -> one or more token lists, each of which must be the reference."""
 
 
-def one_shot(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def one_shot(decoder: Decoder, prompt: Sequence[int], count: int, _seed: int) -> list[list[int]]:
     """Alone, the prompt in as few steps as possible."""
     return _finish(_started(Stepper(decoder, len(prompt) + count), prompt, count))
 
@@ -176,10 +182,10 @@ def preempted(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) ->
     """With so little memory that it must give way to an older request and be computed again."""
     rng = random.Random(seed)
     blocks = -(-len(prompt) // 64)
-    other = _noise(decoder, rng, blocks * 64 - 30)
+    other = _noise(decoder, rng, len(prompt))
     # Both prompts fit with one block to spare, and both grow into another one.
     stepper = Stepper(decoder, (2 * blocks + 1) * 64)
-    stepper.add(2, other, 42)
+    stepper.add(2, other, min(blocks * 64 - len(prompt) + 6, count))
     stepper.add(1, prompt, count)
     made = _finish(stepper)
     if stepper.pricing.can_share and stepper.scheduler.stats().preemptions == 0:
@@ -187,7 +193,7 @@ def preempted(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) ->
     return made
 
 
-def prefix_hit(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def prefix_hit(decoder: Decoder, prompt: Sequence[int], count: int, _seed: int) -> list[list[int]]:
     """Behind a request with the same prompt whose blocks are cached (where prefixes are shared)."""
     stepper = Stepper(decoder, 3 * (len(prompt) + count))
     stepper.add(2, prompt, 3)
@@ -222,7 +228,7 @@ def rolled_back(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) 
     return _finish(stepper)
 
 
-def samples(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def samples(decoder: Decoder, prompt: Sequence[int], count: int, _seed: int) -> list[list[int]]:
     """As three greedy samples of one request."""
     stepper = Stepper(decoder, 4 * (len(prompt) + count))
     stepper.add(1, prompt, count, n=3)

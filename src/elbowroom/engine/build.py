@@ -23,6 +23,7 @@ from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import BoundPlan, KVPlan
 from elbowroom.memory.arena import Arena, Range
 from elbowroom.memory.ledger import Budget, Ledger
+from elbowroom.memory.malloc import trim_malloc
 from elbowroom.memory.meter import available_bytes
 from elbowroom.memory.tiers import HostTier
 from elbowroom.memory.workspace import Workspace
@@ -90,6 +91,7 @@ def build_engine(
         store.close_all()
         workspace.close()
         weights.close()
+        trim_malloc()
 
     return Engine(
         EngineParts(

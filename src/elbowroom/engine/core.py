@@ -13,6 +13,7 @@ from elbowroom.engine.scheduler import Scheduler
 from elbowroom.engine.types import Request, SequenceUpdate
 from elbowroom.errors import ElbowroomError, OutOfBudget
 from elbowroom.memory.arena import Arena
+from elbowroom.memory.malloc import trim_malloc
 from elbowroom.memory.reclaim import ReclaimerLadder
 
 _log = logging.getLogger(__name__)
@@ -104,7 +105,9 @@ class EngineCore:
     def step(self) -> None:
         """Schedule, execute and deliver one step; a failing step ends its requests, not the engine."""
         missing_bytes = -self.scheduler.account.free_bytes
-        if missing_bytes > 0:  # the budget was lowered: whoever can give up bytes does so before sequences are preempted
+        if (
+            missing_bytes > 0
+        ):  # the budget was lowered: whoever can give up bytes does so before sequences are preempted
             self.ladder.relieve(missing_bytes)
         started = self.clock()
         plan = self.scheduler.schedule(started)
@@ -130,6 +133,7 @@ class EngineCore:
         if self.scheduler.has_work():
             self.step()
         self.arena.trim(0.0)
+        trim_malloc()
         return before - self.arena.ledger.total(self.arena.tier.name)
 
     def set_budget(self, tier: str, num_bytes: int) -> None:

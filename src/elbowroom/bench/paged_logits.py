@@ -1,0 +1,45 @@
+"""Logits of every position of a prompt through the KV store, chunk by chunk, as the engine computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elbowroom.engine.executors.local import StoreContext
+from elbowroom.errors import OutOfBudget
+from elbowroom.kv.base import KVStep
+from elbowroom.kv.paged import PagedStore
+from elbowroom.kv.plan import KVPlan
+from elbowroom.memory.arena import Arena
+from elbowroom.memory.ledger import Budget, Ledger
+from elbowroom.memory.tiers import HostTier
+from elbowroom.models.decoder import Decoder
+
+_CAPACITY_BYTES = 256 * 2**20
+
+
+@torch.inference_mode()
+def paged_logits(decoder: Decoder, tokens: Sequence[int], chunk: int) -> Tensor:
+    """Return the logits ``[T, V]`` of ``tokens``, read in chunks of ``chunk``.
+
+    Raises:
+        OutOfBudget: the prompt needs more than 256 MiB of KV cache.
+    """
+    dtype = str(decoder.final_norm.weight.dtype).removeprefix("torch.")
+    plan = KVPlan.parse(None).bind(decoder.config.layers, dtype)
+    store = PagedStore(plan, Arena(HostTier(), Ledger(Budget({}))), _CAPACITY_BYTES)
+    handle, pieces = store.open(), []
+    for start in range(0, len(tokens), chunk):
+        part = tokens[start : start + chunk]
+        positions = np.arange(start, start + len(part), dtype=np.int64)
+        step = KVStep((handle,), np.asarray([0, len(part)], dtype=np.int32), positions)
+        if store.reserve(step) is not None:
+            raise OutOfBudget(f"{len(tokens)} tokens need more than {_CAPACITY_BYTES} bytes of KV cache")
+        hidden = decoder(torch.tensor(part), StoreContext(store, step))
+        store.end_step(step)
+        pieces.append(decoder.logits(hidden))
+    store.close_all()
+    return torch.cat(pieces)

@@ -1,0 +1,234 @@
+"""A PagedStore and, beside it, every sequence as plain tensors: each step is checked against dense attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elbowroom.core import LayerSpec
+from elbowroom.kv import AttnOut, KVHandle, KVPlan, KVStep, PagedStore, Want
+from elbowroom.kv.pool import ABSENT
+from elbowroom.memory import Arena, Budget, HostTier, Ledger
+
+BLOCK = 64
+NOTHING = Want()
+
+
+def make_spec(q_heads: int = 2, kv_heads: int = 1, dim: int = 8, v_dim: int = 8, **options: Any) -> LayerSpec:
+    base = LayerSpec(
+        num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim, scale=dim**-0.5, rope=None
+    )
+    return dataclasses.replace(base, **options)
+
+
+FULL = make_spec()  # a strip is exactly one page
+MIXED = [
+    make_spec(),
+    make_spec(kv_heads=2, q_heads=4, dim=4, window=40),  # strips that share pages
+    make_spec(q_heads=3, kv_source=0, window=70),
+    make_spec(window=100, softcap=2.0, q_heads=1),
+    make_spec(kv_heads=2, q_heads=2, dim=4, kv_source=1, window=20),
+]
+
+
+@dataclasses.dataclass
+class Reference:
+    """One sequence as plain tensors: for each layer all keys and values ``[n, Hkv, D]``, expired or not."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    expired: list[int]
+    """For each layer, leading blocks that must be gone."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.k[0].shape[0]
+
+    def prefix(self, count: int) -> Reference:
+        return Reference([k[:count].clone() for k in self.k], [v[:count].clone() for v in self.v], list(self.expired))
+
+    def pick(self, rows: list[int]) -> Reference:
+        return Reference([k[rows] for k in self.k], [v[rows] for v in self.v], self.expired)
+
+
+def dense(spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out ``[n, Hq, Dv]``, lse ``[n, Hq]`` and probabilities ``[n, Hq, S]`` in float64."""
+    k, v = (x.double().repeat_interleave(spec.group_size, dim=1) for x in (k, v))
+    scores = torch.einsum("nhd,shd->nhs", q.double(), k) * spec.scale
+    if spec.softcap is not None:
+        scores = torch.tanh(scores / spec.softcap) * spec.softcap
+    distance = positions[:, None] - torch.arange(k.shape[0])[None, :]
+    hidden = (distance < 0) | (distance >= (spec.window or 10**9))
+    scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
+    probs = scores.softmax(dim=-1)
+    return torch.einsum("nhs,shd->nhd", probs, v), scores.logsumexp(dim=-1), probs
+
+
+class World:
+    """A store and, beside it, the plain tensors of every sequence; each step is checked against them."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec] = (FULL, FULL),
+        capacity: int = 2**24,
+        limit: int | None = None,
+        plan: str = "plain",
+        model_id: bytes = b"",
+    ) -> None:
+        self.layers = list(layers)
+        self.ledger = Ledger(Budget({} if limit is None else {"host": limit}))
+        self.arena = Arena(HostTier(), self.ledger)
+        self.store = PagedStore(KVPlan.parse(plan).bind(layers, "float32"), self.arena, capacity, model_id)
+        self.refs: dict[KVHandle, Reference] = {}
+        self.random = torch.Generator().manual_seed(1)
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.random)
+
+    def open(self, num_tokens: int = 0) -> KVHandle:
+        handle = self.store.open()
+        empty = [torch.empty(0, spec.num_kv_heads, spec.head_dim) for spec in self.layers]
+        empty_v = [torch.empty(0, spec.num_kv_heads, spec.v_head_dim) for spec in self.layers]
+        self.refs[handle] = Reference(empty, empty_v, [0] * len(self.layers))
+        if num_tokens:
+            self.append((handle, num_tokens))
+        return handle
+
+    def fork(self, handle: KVHandle, num_tokens: int | None = None) -> KVHandle:
+        twin = self.store.fork(handle, num_tokens)
+        ref = self.refs[handle]
+        self.refs[twin] = ref.prefix(ref.num_tokens if num_tokens is None else num_tokens)
+        return twin
+
+    def truncate(self, handle: KVHandle, num_tokens: int) -> int:
+        before = self.store.report().live_bytes
+        freed = self.store.truncate(handle, num_tokens)
+        assert freed == before - self.store.report().live_bytes
+        self.refs[handle] = self.refs[handle].prefix(num_tokens)
+        return freed
+
+    def accept(self, handle: KVHandle, start: int, kept: Sequence[int]) -> None:
+        """Keep some positions of the last step, which began at ``start``."""
+        self.store.accept(handle, np.array(kept, dtype=np.int64))
+        self.refs[handle] = self.refs[handle].pick([*range(start), *kept])
+
+    def close(self, handle: KVHandle) -> int:
+        before = self.store.report().live_bytes
+        freed = self.store.close(handle)
+        assert freed == before - self.store.report().live_bytes
+        del self.refs[handle]
+        return freed
+
+    def make_step(self, rows: Sequence[tuple[KVHandle, Sequence[int]]]) -> KVStep:
+        starts = np.cumsum([0, *(len(positions) for _, positions in rows)]).astype(np.int32)
+        flat = np.concatenate([np.asarray(positions, dtype=np.int64) for _, positions in rows])
+        return KVStep(tuple(handle for handle, _ in rows), starts, flat)
+
+    def append_step(self, *rows: tuple[KVHandle, int]) -> KVStep:
+        sizes = [(handle, self.refs[handle].num_tokens, count) for handle, count in rows]
+        return self.make_step([(handle, range(start, start + count)) for handle, start, count in sizes])
+
+    def append(self, *rows: tuple[KVHandle, int]) -> list[AttnOut]:
+        """Append tokens to some sequences in one step; everything must fit."""
+        step = self.append_step(*rows)
+        assert self.store.reserve(step) is None
+        return self.run(step)
+
+    def run(self, step: KVStep, want: Want = NOTHING) -> list[AttnOut]:
+        """Run a reserved step on random rows and compare all attention with the dense one."""
+        held = self.state()
+        prepared: Any = step.prepared
+        for row, handle in enumerate(step.handles):
+            table, given = self.store._sequences[handle.id].table, prepared.tables[:, row]
+            assert np.array_equal(given[:, : table.shape[1]], table)
+            assert (given[:, table.shape[1] :] == ABSENT).all()
+        outs = []
+        for layer, spec in enumerate(self.layers):
+            count = len(step.positions)
+            q = self.rand(count, spec.num_q_heads, spec.head_dim)
+            k, v = (self.rand(count, spec.num_kv_heads, dim) for dim in (spec.head_dim, spec.v_head_dim))
+            self.write_reference(layer, step, k, v)
+            outs.append(self.store.attend(layer, q, k, v, step, want))
+            self.compare(layer, step, q, outs[-1])
+            self.store.end_layer(layer, step)
+        assert self.state() == held, "attend took or freed strips"
+        before = {handle: self.store.num_tokens(handle) for handle in step.handles}
+        self.store.end_step(step)
+        for handle in step.handles:
+            self.expire(handle, max(before[handle], self.refs[handle].num_tokens - 64))
+        return outs
+
+    def write_reference(self, layer: int, step: KVStep, k: Tensor, v: Tensor) -> None:
+        for row, handle in enumerate(step.handles):
+            begin, end = int(step.row_starts[row]), int(step.row_starts[row + 1])
+            positions = torch.from_numpy(step.positions[begin:end])
+            ref = self.refs[handle]
+            for stored, new in ((ref.k, k), (ref.v, v)):
+                grown = max(stored[layer].shape[0], int(positions[-1]) + 1)
+                wider = torch.zeros(grown, *new.shape[1:])
+                wider[: stored[layer].shape[0]] = stored[layer]
+                wider[positions] = new[begin:end]
+                stored[layer] = wider
+
+    def compare(self, layer: int, step: KVStep, q: Tensor, got: AttnOut) -> None:
+        spec = self.layers[layer]
+        source = layer if spec.kv_source is None else spec.kv_source
+        for row, handle in enumerate(step.handles):
+            rows = slice(int(step.row_starts[row]), int(step.row_starts[row + 1]))
+            ref, positions = self.refs[handle], torch.from_numpy(step.positions[rows])
+            out, lse, probs = dense(spec, q[rows], ref.k[source], ref.v[source], positions)
+            torch.testing.assert_close(got.out[rows].double(), out, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(got.lse[rows].double(), lse, rtol=1e-4, atol=2e-5)
+            if got.colsum is not None:
+                sums = probs.sum(dim=0).view(spec.num_kv_heads, spec.group_size, -1).sum(dim=1)
+                torch.testing.assert_close(got.colsum[row].double(), sums, rtol=1e-4, atol=2e-5)
+            if got.pmax is not None:
+                torch.testing.assert_close(got.pmax[rows].double(), probs.amax(dim=-1), rtol=1e-4, atol=2e-5)
+
+    def expire(self, handle: KVHandle, num_tokens: int) -> None:
+        ref = self.refs[handle]
+        for layer, spec in enumerate(self.layers):
+            if spec.window is not None and spec.kv_source is None:
+                ref.expired[layer] = max(ref.expired[layer], max(num_tokens - spec.window + 1, 0) // BLOCK)
+
+    def may_go_back(self, handle: KVHandle, num_tokens: int) -> bool:
+        """Whether all layers still hold what tokens from ``num_tokens`` on read."""
+        windows = [spec.window if spec.kv_source is None else None for spec in self.layers]
+        return all(
+            window is None or expired * BLOCK <= max(num_tokens - window + 1, 0)
+            for window, expired in zip(windows, self.refs[handle].expired, strict=True)
+        )
+
+    def state(self) -> tuple[object, ...]:
+        """Everything that a refused call must leave alone."""
+        store = self.store
+        tables = {number: (seq.table.tolist(), seq.num_tokens) for number, seq in store._sequences.items()}
+        refs = [(pool._refs[: pool._fresh].tolist(), sorted(pool._freed)) for pool in store._pools]
+        return tables, refs, self.ledger.snapshot()
+
+    def check(self) -> None:
+        """Compare every stored token of every sequence bit by bit, the blocks that are gone, and the charges."""
+        store = self.store
+        store.check_integrity()
+        assert self.ledger.held("kv", "host") == store.report().live_bytes
+        assert {KVHandle(number) for number in store._sequences} == set(self.refs)
+        for handle, ref in self.refs.items():
+            assert store.num_tokens(handle) == ref.num_tokens
+            table = store._sequences[handle.id].table
+            for layer, spec in enumerate(self.layers):
+                if spec.kv_source is not None:
+                    continue
+                gone = ref.expired[layer]
+                assert (table[layer, :gone] == ABSENT).all()
+                blocks = range(gone, -(-ref.num_tokens // BLOCK))
+                pool = store._pools.of_layer(layer)
+                opened = [store._codec.open(pool.strip(int(table[layer, block])), pool.fmt) for block in blocks]
+                for part, expected in enumerate((ref.k[layer], ref.v[layer])):
+                    if opened:
+                        held = torch.cat([pair[part] for pair in opened], dim=1).transpose(0, 1)
+                        assert torch.equal(held[: ref.num_tokens - gone * BLOCK], expected[gone * BLOCK :])
