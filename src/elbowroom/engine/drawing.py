@@ -15,8 +15,9 @@ from elbowroom.engine.sampling_params import SamplingParams
 
 PIECE_ELEMENTS = 2**17
 """Logits worked on at once (at least one row); a piece needs about 30 bytes for each."""
-_FIRST_LOOK = 128
-"""Most likely tokens that top-p and min-p look at before they sort the whole vocabulary."""
+_FIRST_LOOK = 512
+"""Most likely tokens that top-p and min-p look at before they sort a vocabulary of more than ``_SMALL``."""
+_SMALL = 4096
 
 
 def draw(logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], points: Sequence[float]) -> list[int]:
@@ -47,7 +48,9 @@ def _num_candidates(params: SamplingParams, vocab_size: int) -> int:
     """Return how many of the most likely tokens to sort; 0 when nothing is cut off."""
     if params.top_k > 0:
         return min(params.top_k, vocab_size)
-    return min(_FIRST_LOOK, vocab_size) if params.top_p < 1.0 or params.min_p > 0.0 else 0
+    if params.top_p < 1.0 or params.min_p > 0.0:
+        return vocab_size if vocab_size <= _SMALL else _FIRST_LOOK
+    return 0
 
 
 def _draw_piece(logits: Tensor, params: Sequence[SamplingParams], points: Sequence[float], count: int) -> list[int]:
@@ -55,16 +58,23 @@ def _draw_piece(logits: Tensor, params: Sequence[SamplingParams], points: Sequen
     if count == 0:
         plain: list[int] = _pick(probs, points).tolist()
         return plain
-    values, ids = probs.topk(count)
+    values, ids = _most_likely(probs, count)
     kept = _kept(values, params)
     chosen: list[int] = ids.gather(1, _pick(values * kept, points)[:, None])[:, 0].tolist()
     if count < probs.shape[1]:
         for row, each in enumerate(params):
             if each.top_k <= 0 and bool(kept[row, -1]):  # the cut lies behind the first look
-                values, ids = probs[row : row + 1].topk(probs.shape[1])
+                values, ids = _most_likely(probs[row : row + 1], probs.shape[1])
                 place = int(_pick(values * _kept(values, [each]), [points[row]]))
                 chosen[row] = int(ids[0, place])
     return chosen
+
+
+def _most_likely(probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` largest probabilities of each row, descending, and their token ids."""
+    if count < probs.shape[1]:
+        return probs.topk(count)
+    return probs.sort(dim=-1, descending=True, stable=True)
 
 
 def _kept(values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
