@@ -137,10 +137,12 @@ Generator = Callable[[TextTokenizer, samples.TaskSpec], Iterable[Sample]]
 CELLS: tuple[tuple[str, Generator, int, int], ...] = (
     ("retrieval, 1 fact", samples.retrieval, 1, 1),
     ("retrieval, 4 facts", samples.retrieval, 4, 1),
+    ("retrieval, 16 facts", samples.retrieval, 16, 1),
     ("chat, 4 facts", samples.chat, 4, 1),
     ("follow-ups, 4 facts", samples.follow_ups, 4, 1),
     ("chains, 4 x 1 hop", samples.chains, 4, 1),
     ("chains, 4 x 2 hops", samples.chains, 4, 2),
+    ("chains, 4 x 3 hops", samples.chains, 4, 3),
     ("many-shot, 16 items", samples.many_shot, 16, 1),
 )
 """Name, generator, facts per context, hops."""

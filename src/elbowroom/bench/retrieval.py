@@ -51,21 +51,23 @@ def run(options: BenchOptions) -> BenchResult:
     cells: dict[tuple[int, int], RetrievalResult] = {}
     rows: list[Row] = []
     with LLM(memory=MEMORY) as llm:
+        target, tokenizer = EngineTarget(llm), PlainTokenizer(llm.tokenizer)
         for facts, length in itertools.product(TARGETS, lengths):
             num_queries = 20 if options.quick else 400
             spec = TaskSpec(context_tokens=length, num_queries=num_queries, num_facts=facts, seed=options.seed)
-            cells[facts, length] = _measure(llm, "retrieval", spec, rows)
+            cells[facts, length] = _measure(target, tokenizer, "retrieval", spec, rows)
         for task, spec in () if options.quick else OTHER_CELLS:
-            _measure(llm, task, dataclasses.replace(spec, seed=options.seed), rows)
+            _measure(target, tokenizer, task, dataclasses.replace(spec, seed=options.seed), rows)
     rows.append(_bits_per_byte(4 if options.quick else 60))
     claims = [each for facts in TARGETS for each in _claims(facts, {n: cells[facts, n] for n in lengths})]
     return BenchResult(name="retrieval", machine=machine, rows=rows, claims=claims)
 
 
-def _measure(llm: LLM, task: str, spec: TaskSpec, rows: list[Row]) -> RetrievalResult:
-    target = EngineTarget(llm)
+def _measure(
+    target: EngineTarget, tokenizer: PlainTokenizer, task: str, spec: TaskSpec, rows: list[Row]
+) -> RetrievalResult:
     started = time.perf_counter()
-    made = getattr(samples, task)(PlainTokenizer(llm.tokenizer), spec)
+    made = getattr(samples, task)(tokenizer, spec)
     result = run_parallel(target, made, target.num_parallel(spec.context_tokens), lambda _: None)
     rows.append(
         {
