@@ -40,7 +40,10 @@ def bench(
         typer.echo("\n".join(BENCHES.names()))
         return
     chosen = names or list(BENCHES.names())
-    runs = {name: BENCHES.get(name) for name in chosen}
+    try:
+        runs = {name: BENCHES.get(name) for name in chosen}
+    except ImportError as missing:
+        raise RequestError(f"a benchmark needs the package {missing.name}", "`make bench` installs it") from missing
     for name, run in runs.items():
         sys.stderr.write(f"{name} ...\n")
         result = run(BenchOptions(quick=quick, seed=seed))

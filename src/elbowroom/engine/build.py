@@ -17,18 +17,16 @@ from elbowroom.engine.core import EngineCore
 from elbowroom.engine.engine import Engine, EngineParts
 from elbowroom.engine.executors.local import TorchExecutor
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
-from elbowroom.engine.sizing import ALIGN, MemoryPlan, plan_memory
+from elbowroom.engine.sizing import ALIGN, plan_memory
 from elbowroom.errors import RequestError
 from elbowroom.kv.paged import PagedStore
-from elbowroom.kv.plan import BoundPlan, KVPlan
+from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena, Range
 from elbowroom.memory.ledger import Budget, Ledger
 from elbowroom.memory.malloc import trim_malloc
 from elbowroom.memory.meter import available_bytes
 from elbowroom.memory.tiers import HostTier
 from elbowroom.memory.workspace import Workspace
-from elbowroom.models.config import ModelConfig
-from elbowroom.models.decoder import Decoder
 from elbowroom.models.hf_config import read_config
 from elbowroom.models.loader import find_model, load_model
 from elbowroom.models.tokenizer import Tokenizer
@@ -83,8 +81,18 @@ def build_engine(
     workspace = Workspace(arena, sizes.workspace)
     kv_bytes = budget_bytes - ledger.total("host")
     store = PagedStore(plan, arena, kv_bytes, model_fingerprint(directory))
-    eos = tuple(sorted({*config.eos_token_ids, *tokenizer.eos_token_ids}))  # config.json often names one of several
-    core = _make_core(config, eos, plan, sizes, kv_bytes, arena, store, decoder, workspace, prefix_cache, seed)
+    settings = SchedulerConfig(
+        max_positions=config.max_positions,
+        max_step_tokens=sizes.max_step_tokens,
+        max_sequences=sizes.max_sequences,
+        # config.json often names only one of several.
+        eos_token_ids=tuple(sorted({*config.eos_token_ids, *tokenizer.eos_token_ids})),
+        prefix_cache=prefix_cache,
+        namespace=store.fingerprint,
+        seed=seed,
+    )
+    pricing = KVPricing.of(plan, config.max_positions, sizes.max_step_tokens, arena.tier.page_bytes)
+    core = _make_core(Scheduler(settings, pricing, kv_bytes), TorchExecutor(decoder, store, workspace), arena)
     decoder.eval()
 
     def close() -> None:
@@ -109,34 +117,12 @@ def build_engine(
     )
 
 
-def _make_core(
-    config: ModelConfig,
-    eos_token_ids: tuple[int, ...],
-    plan: BoundPlan,
-    sizes: MemoryPlan,
-    kv_bytes: int,
-    arena: Arena,
-    store: PagedStore,
-    decoder: Decoder,
-    workspace: Workspace,
-    prefix_cache: bool,
-    seed: int,
-) -> EngineCore:
-    pricing = KVPricing.of(plan, config.max_positions, sizes.max_step_tokens, arena.tier.page_bytes)
-    settings = SchedulerConfig(
-        max_positions=config.max_positions,
-        max_step_tokens=sizes.max_step_tokens,
-        max_sequences=sizes.max_sequences,
-        eos_token_ids=eos_token_ids,
-        prefix_cache=prefix_cache,
-        namespace=store.fingerprint,
-        seed=seed,
-    )
-    executor = TorchExecutor(decoder, store, workspace)
-    core = EngineCore(Scheduler(settings, pricing, kv_bytes), executor, arena)
+def _make_core(scheduler: Scheduler, executor: TorchExecutor, arena: Arena) -> EngineCore:
+    core = EngineCore(scheduler, executor, arena)
     core.reset_executor = executor.reset
-    core.resize_store = store.resize
-    core.max_kv_bytes = 2 * kv_bytes
+    core.resize_store = executor.store.resize
+    # The store's address space, made at the start, holds twice its capacity.
+    core.max_kv_bytes = 2 * scheduler.account.capacity_bytes
     return core
 
 
