@@ -1,7 +1,7 @@
 """Train the built-in model on the CPU: ``python -m recipes.builtin.train --minutes 100 --out runs/builtin``.
 
 Runs on from ``OUT/checkpoint.pt`` when there is one. The schedule is a function of the share of the minutes used.
-Two processes of one thread each average their gradients: on two cores that is 1.6 times as fast as two threads.
+Two processes of one thread each average their gradients: on two cores that was measured twice as fast as two threads.
 """
 
 from __future__ import annotations
