@@ -159,7 +159,7 @@ def main() -> None:
     """Parse the command line, print one JSON line per cell and write all of them to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=BUILT_IN, help="exported folder or checkpoint.pt")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048, 4096])
     parser.add_argument("--cells", nargs="+", default=[cell[0] for cell in CELLS], help="beginnings of cell names")
     parser.add_argument("--queries", type=int, default=400)
     parser.add_argument("--windows", type=int, default=60, help="windows of the bits per byte, 0 to skip them")
