@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from elbowroom.bench.families import random_transformers_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -45,18 +45,7 @@ class Case:
 
     def build(self, seed: int = 0) -> Any:
         """Return the transformers model in float32 with weights that exercise every switch."""
-        import transformers
-
-        config = getattr(transformers, self.config_class)(**{**_SHAPE, **self.keys})
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.dim() == 1:  # norms and biases start neutral; make them count
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
-                elif "embed" not in name:
-                    parameter.mul_(6.0)
-        return model
+        return random_transformers_model(self.config_class, {**_SHAPE, **self.keys}, seed, gain=6.0)
 
 
 CASES = [

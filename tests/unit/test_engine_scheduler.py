@@ -234,7 +234,10 @@ def test_a_store_with_less_than_promised_slows_or_refuses_but_never_hangs(
     """Steps that the store refuses are tried again with less, and what cannot run at all ends with an error."""
     world = make_world("full", blocks, 4)
     world.store.resize(max(blocks - missing, 0) * 16384)
-    Driver(world).play([action for action in actions if action[0] != "capacity"])
+    driver = Driver(world)
+    driver.play([action for action in actions if action[0] != "capacity"])
+    assert not driver.open
+    assert {key for key, _, _ in driver.log} <= set(driver.ended), "news of a request that never ended"
 
 
 @settings(max_examples=25, deadline=None)

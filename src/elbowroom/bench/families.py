@@ -36,18 +36,34 @@ def write_family(name: str, directory: Path, seed: int = 0) -> Any:
     Raises:
         ImportError: transformers is not installed.
     """
-    transformers: Any = importlib.import_module("transformers")
-    transformers.utils.logging.disable_progress_bar()
     config_class, keys = FAMILIES[name]
-    config = getattr(transformers, config_class)(**{**_SHAPE, **keys})
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.dim() == 1:  # norms and biases start neutral; make them count
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            elif "embed" not in parameter_name:
-                parameter.mul_(4.0)
+    model = random_transformers_model(config_class, {**_SHAPE, **keys}, seed, gain=4.0)
     model.save_pretrained(directory)
     model.generation_config.eos_token_id = None
+    return model
+
+
+def random_transformers_model(config_class: str, config: dict[str, Any], seed: int, gain: float) -> Any:
+    """Return a transformers model in float32 whose random weights exercise every switch of its family.
+
+    Args:
+        config_class: name of the configuration class in transformers.
+        config: its arguments.
+        seed: of the weights.
+        gain: factor on the matrices, so that logits spread.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    made = getattr(transformers, config_class)(**config)
+    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # norms and biases start neutral; make them count
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif "embed" not in name:
+                parameter.mul_(gain)
     return model
