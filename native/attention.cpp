@@ -145,7 +145,7 @@ void merge_vector(const AttendJob& job, const Group& group, int64_t m, float* su
     const int64_t head = int64_t{items->head} * args.group_size() + m % args.group_size();
     const char* source = reinterpret_cast<const char*>(sum);
     job.kernels.convert(source, DType::float32, args.out.at(row, head), args.out.dtype, width);
-    args.lse[row * args.spec.num_q_heads + head] = top + std::log(denominator);
+    if (args.lse != nullptr) args.lse[row * args.spec.num_q_heads + head] = top + std::log(denominator);
 }
 
 void attend_item(void* context, int64_t index, float* scratch) {

@@ -6,7 +6,10 @@
 // Legend: G query heads of a KV head, M = rows * G, W lanes of a vector, Dk/Dv widths.
 
 #include "kernels.h"
+#include "layer_kernels.h"
+#include "matmul_kernels.h"
 #include "simd.h"
+#include "tile.h"
 
 namespace {
 
@@ -18,50 +21,8 @@ constexpr int kTileRows = W == 16 ? 12 : 6;     // rows of a register tile: what
 constexpr int kChunk = 16;                      // slots between two prefetches of the next strip
 constexpr float kNegInf = -__builtin_inff();
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-
 inline void prefetch(const char* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
-// C[MR, NV * W] = (accumulate ? C : 0) + A[MR, depth] B[depth, NV * W].
-template <int MR, int NV>
-inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
-                 bool accumulate) {
-    vf sum[MR][NV];
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) sum[m][n] = accumulate ? load<vf>(c + m * ldc + n * W) : vf{};
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-        vf row[NV];
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) row[n] = load<vf>(b + k * ldb + n * W);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
-            const vf scalar = splat(a[m * lda + k]);
-#pragma GCC unroll 2
-            for (int n = 0; n < NV; ++n) sum[m][n] += scalar * row[n];
-        }
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) store(c + m * ldc + n * W, sum[m][n]);
-    }
-}
-
-// The same for any number of rows up to kTileRows.
-template <int NV, int MR = kTileRows>
-inline void tile_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                      int64_t depth, bool accumulate) {
-    if constexpr (MR > 1) {
-        if (rows < MR) return tile_rows<NV, MR - 1>(rows, a, lda, b, ldb, c, ldc, depth, accumulate);
-    }
-    tile<MR, NV>(a, lda, b, ldb, c, ldc, depth, accumulate);
 }
 
 // All M rows against one panel of NV vectors.
@@ -69,7 +30,7 @@ template <int NV>
 inline void panel(int64_t M, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                   int64_t depth, bool accumulate) {
     for (int64_t m = 0; m < M; m += kTileRows) {
-        tile_rows<NV>(min(kTileRows, M - m), a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth, accumulate);
+        tile_rows<NV, kTileRows>(min(kTileRows, M - m), a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth, accumulate);
     }
 }
 
@@ -306,7 +267,9 @@ class Attention {
             float* result = out_ + m * ldv_;
             for (int64_t d = 0; d < ldv_; d += W) store(result + d, load<vf>(result + d) * inverse);
             store_row(result, args_.out.at(row, head));
-            args_.lse[row * args_.spec.num_q_heads + head] = max_[m] + __builtin_logf(sum_[m]);
+            if (args_.lse != nullptr) {
+                args_.lse[row * args_.spec.num_q_heads + head] = max_[m] + __builtin_logf(sum_[m]);
+            }
         }
     }
 
@@ -369,6 +332,20 @@ void attend(const AttendArgs& args, const Item& item, float* scratch) {
 namespace elbowroom {
 
 extern const KernelTable ELBOWROOM_TABLE;
-const KernelTable ELBOWROOM_TABLE = {ELBOWROOM_NAME(ELBOWROOM_ISA), attend, convert};
+const KernelTable ELBOWROOM_TABLE = {
+    .name = ELBOWROOM_NAME(ELBOWROOM_ISA),
+    .attend = attend,
+    .convert = convert,
+    .widen = widen_row,
+    .dot = dot,
+    .multiply = multiply,
+    .rms_norm = rms_norm,
+    .rms_norm_panel = rms_norm_panel,
+    .gate = gate,
+    .rotate = rotate,
+    .softcap = softcap,
+    .to_panel = to_panel,
+    .to_rows = to_rows,
+};
 
 }  // namespace elbowroom

@@ -19,16 +19,36 @@ struct AttendArgs {
     Strips strips;
     Spec spec;
     Rows q, out;
-    float* lse;       // [N, Hq]
+    float* lse;       // [N, Hq], or null: nobody asks
     float* partials;  // [vectors, Dv + 2]: unnormalised output, maximum, denominator
 
     int group_size() const { return spec.num_q_heads / strips.num_kv_heads; }
 };
 
+// Activations of many tokens lie in panels: [width][16], the 16 values of a token's column side by side.
+inline constexpr int64_t kPanelTokens = 16;
+inline constexpr int64_t kMultiplyDepth = 256;  // columns of weights that `multiply` widens at a time
+
 struct KernelTable {
     const char* name;
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
     void (*convert)(const char* source, DType from, char* target, DType to, int64_t count);
+    void (*widen)(const char* source, DType from, float* target, int64_t count);
+    // y[m * ldy + n - first] = W[n] . x[m] + bias[n] for rows first <= n < end and few tokens x [num_tokens, cols];
+    // with `add`, on top of what is there.
+    void (*dot)(const Matrix& matrix, int64_t first, int64_t end, const float* x, int64_t num_tokens, float* y,
+                int64_t ldy, bool add);
+    // The same for panels: x [num_panels][cols][16]; y + p * y_stride is [end - first][16].
+    // Needs (end - first) * kMultiplyDepth floats of scratch.
+    void (*multiply)(const Matrix& matrix, int64_t first, int64_t end, const float* x, int64_t num_panels, float* y,
+                     int64_t y_stride, bool add, float* scratch);
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t width, float* out);
+    void (*rms_norm_panel)(const float* x, const float* weight, float eps, int64_t width, float* out);
+    void (*gate)(float* values, const float* up, int64_t count, Activation activation);
+    void (*rotate)(float* head, const float* cos, const float* sin, int64_t width);
+    void (*softcap)(float* x, int64_t count, float cap);
+    void (*to_panel)(const float* rows, int64_t stride, int64_t num_tokens, int64_t count, float* panel);
+    void (*to_rows)(const float* panel, int64_t count, int64_t num_tokens, float* rows, int64_t stride);
 };
 
 inline constexpr int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }

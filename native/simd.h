@@ -133,6 +133,16 @@ inline vf widen_padded(const T* row, int64_t offset, int64_t count) {
     return load<vf>(lanes);
 }
 
+// f(a null pointer to the storage type).
+template <class F>
+inline void with_type(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::float32: return f(static_cast<const float*>(nullptr));
+        case DType::bfloat16: return f(static_cast<const bf16*>(nullptr));
+        case DType::float16: return f(static_cast<const f16*>(nullptr));
+    }
+}
+
 // --- lanes -----------------------------------------------------------------------------------------------------------
 
 template <int Step, int... I>

@@ -63,4 +63,16 @@ struct Rows {
     }
 };
 
+enum class Activation : int { silu = 0, gelu_tanh = 1 };
+
+// A dense matrix of weights [rows, cols]; y = W x + bias.
+struct Matrix {
+    const char* data;
+    int64_t rows, cols, row_bytes;
+    DType dtype;
+    const float* bias;  // [rows]; null: none
+
+    const char* row(int64_t index) const { return data + index * row_bytes; }
+};
+
 }  // namespace elbowroom

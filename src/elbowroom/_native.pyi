@@ -5,19 +5,65 @@ dtype codes: 0 float32, 1 bfloat16, 2 float16.
 
 from typing import TypeAlias
 
-_Step: TypeAlias = tuple[int, int, int, int]
+Step: TypeAlias = tuple[int, int, int, int]
 """Addresses of row_starts, positions, lengths, first_slots."""
-_Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 """Address of the table, num_blocks, address of base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim."""
-_Spec: TypeAlias = tuple[int, int, float, float]
+Spec: TypeAlias = tuple[int, int, float, float]
 """num_q_heads, window (0: none), scale, softcap (0: none)."""
-_Rows: TypeAlias = tuple[int, int, int, int]
+Rows: TypeAlias = tuple[int, int, int, int]
 """Address, dtype, stride of a row, stride of a head."""
+Matrix: TypeAlias = tuple[int, int, int, int, int, int]
+"""Address, rows, columns, bytes of a row, dtype, address of the float32 bias (0: none)."""
+Vector: TypeAlias = tuple[int, int]
+"""Address and length of a float32 vector; copied."""
+LayerStep: TypeAlias = tuple[int, Step, Strips, bool]
+"""num_sequences, the step, a layer's strips, whether the layer writes keys and values of its own."""
 
-def append(num_sequences: int, step: _Step, strips: _Strips, k: _Rows, v: _Rows) -> None:
+def multiply(matrix: Matrix, x: int, num_tokens: int, y: int) -> None:
+    """Write ``x [num_tokens, columns] @ matrix.T + bias``, float32, to ``y [num_tokens, rows]``."""
+
+class Decoder:
+    """A decoder over weights that stay where they are; one pass at a time. ``models/native.py`` is its only caller."""
+
+    def __init__(
+        self,
+        embed: Matrix,
+        head: Matrix,
+        final_norm: Vector,
+        embed_scale: float,
+        eps: float,
+        final_softcap: float,
+        activation: int,
+        ropes: list[tuple[Vector, float]],
+    ) -> None: ...
+    def add_layer(
+        self, matrices: list[Matrix], norms: list[Vector], spec: Spec, heads: tuple[int, int, int, int]
+    ) -> None:
+        """Add a layer: q, k, v, o, gate, up, down; norms of input, FFN, both outputs, queries, keys (length 0: none).
+
+        ``heads``: num_kv_heads, head_dim, v_head_dim, index of the rope (-1: none).
+        """
+
+    def begin(self, tokens: int, positions: int, num_tokens: int, buffers: list[int]) -> None:
+        """Start a pass over int64 tokens and positions; ValueError for a token outside the vocabulary."""
+
+    def layers(self, first: int, steps: list[LayerStep]) -> None:
+        """Run consecutive layers from ``first`` on; ValueError when a strip lies outside its range."""
+
+    def project(self, layer: int) -> None:
+        """Compute queries, keys and values of a layer."""
+
+    def finish(self, layer: int) -> None:
+        """Take attention's output through the rest of a layer."""
+
+    def logits(self, rows: int, count: int, out: int) -> None:
+        """Write the float32 logits ``[count, vocabulary]`` of the given int64 rows of the pass."""
+
+def append(num_sequences: int, step: Step, strips: Strips, k: Rows, v: Rows) -> None:
     """Write key and value rows to their strips; ValueError when a strip lies outside ``base``."""
 
-def attend(num_sequences: int, step: _Step, strips: _Strips, spec: _Spec, q: _Rows, out: _Rows, lse: int) -> None:
+def attend(num_sequences: int, step: Step, strips: Strips, spec: Spec, q: Rows, out: Rows, lse: int) -> None:
     """Write attention to ``out`` and log-sum-exps to ``lse``; ValueError when a strip lies outside ``base``."""
 
 def isa() -> str:

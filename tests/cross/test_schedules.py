@@ -9,9 +9,11 @@ import pytest
 import torch
 from tests.support.families import CASES, Case
 
-from elbowroom.bench.schedules import SCHEDULES, Difference, Reference, reference_tokens
+from elbowroom.bench.schedules import SCHEDULES, Difference, Reference, Subject, reference_tokens
+from elbowroom.kernels import backend_name
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.loader import load_model
+from elbowroom.models.path import ANY, ComputePath
 
 pytest.importorskip("transformers", reason="the reference implementation is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -53,15 +55,18 @@ def test_the_plain_loop_is_that_of_transformers(
     assert (found.unexcused, found.excused) == (0, 0)
 
 
+@pytest.mark.parametrize("native_tokens", [0, 8, ANY], ids=["torch", "native-decode", "native"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_tokens_do_not_depend_on_the_schedule(
-    family: tuple[Case, Any, Decoder], references: list[tuple[list[int], Reference]], name: str
+    family: tuple[Case, Any, Decoder], references: list[tuple[list[int], Reference]], name: str, native_tokens: int
 ) -> None:
-    """Chunking, batching, preemption, cache hits, forks, rollbacks and samples change no token."""
+    """Chunking, batching, preemption, cache hits, forks, rollbacks, samples and the compute path change no token."""
+    if native_tokens and backend_name() != "native":
+        pytest.skip("the native module was not built")
     found = Difference()
     for seed, (prompt, reference) in enumerate(references):
         if len(prompt) > 1 or name not in ("preempted", "forked", "rolled_back", "prefix_hit"):
-            for tokens in SCHEDULES[name](family[2], prompt, COUNT, seed):
+            for tokens in SCHEDULES[name](Subject(family[2], ComputePath(native_tokens)), prompt, COUNT, seed):
                 found.add(tokens, reference)
     assert found.num_tokens >= 2 * COUNT
     assert (found.unexcused, found.excused) == (0, 0)

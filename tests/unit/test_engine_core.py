@@ -219,13 +219,13 @@ def test_a_closed_engine_answers_every_caller(model: Path) -> None:
 def test_a_broken_model_is_named_and_the_engine_lives(llm: LLM) -> None:
     """NaN weights end the request with an error that says what to do; repaired weights work again."""
     good = llm.generate("hello", GREEDY)[0].outputs[0].token_ids
-    norm = llm.engine._core.executor._decoder.final_norm.weight
-    before = norm.clone()
+    weight = llm.engine._core.executor._weights.linear("layers.0.mlp.down_proj").weight
+    before = weight.clone()
     with torch.inference_mode():
-        norm.fill_(torch.nan)
+        weight.fill_(torch.nan)
         with pytest.raises(ElbowroomError, match="gave the logit nan"):
             llm.generate("hello", GREEDY)
-        norm.copy_(before)
+        weight.copy_(before)
     assert llm.generate("hello", GREEDY)[0].outputs[0].token_ids == good
 
 

@@ -27,6 +27,7 @@ from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.tiers import HostTier
 from elbowroom.models.hf_config import read_config
 from elbowroom.models.loader import find_model
+from elbowroom.models.path import ComputePath
 
 MIB = 2**20
 NUM_REQUESTS = 32
@@ -96,7 +97,7 @@ def _fitting_budget(model: str | None, minimum: int, tokens: int) -> int:
     plan = KVPlan.parse(None).bind(config.layers, "float32")
     budget = minimum
     while True:
-        sizes = plan_memory(config, torch.float32, plan, budget, 64)
+        sizes = plan_memory(config, torch.float32, ComputePath.choose(torch.float32), plan, budget, 64)
         pricing = KVPricing.of(plan, config.max_positions, sizes.max_step_tokens, HostTier.page_bytes)
         if pricing.largest(sizes.kv_bytes) >= tokens:
             return budget

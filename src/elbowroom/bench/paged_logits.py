@@ -16,14 +16,16 @@ from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
 from elbowroom.memory.ledger import Budget, Ledger
 from elbowroom.memory.tiers import HostTier
+from elbowroom.models.base import TorchScratch
 from elbowroom.models.decoder import Decoder
+from elbowroom.models.path import ComputePath
 
 _CAPACITY_BYTES = 256 * 2**20
 
 
 @torch.inference_mode()
-def paged_logits(decoder: Decoder, tokens: Sequence[int], chunk: int) -> Tensor:
-    """Return the logits ``[T, V]`` of ``tokens``, read in chunks of ``chunk``.
+def paged_logits(decoder: Decoder, tokens: Sequence[int], chunk: int, path: ComputePath) -> Tensor:
+    """Return the logits ``[T, V]`` of ``tokens``, read in chunks of ``chunk`` on ``path``.
 
     Raises:
         OutOfBudget: the prompt needs more than 256 MiB of KV cache.
@@ -31,15 +33,15 @@ def paged_logits(decoder: Decoder, tokens: Sequence[int], chunk: int) -> Tensor:
     dtype = str(decoder.final_norm.weight.dtype).removeprefix("torch.")
     plan = KVPlan.parse(None).bind(decoder.config.layers, dtype)
     store = PagedStore(plan, Arena(HostTier(), Ledger(Budget({}))), _CAPACITY_BYTES)
-    handle, pieces = store.open(), []
+    handle, pieces, model = store.open(), [], path.model(decoder)
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
         positions = np.arange(start, start + len(part), dtype=np.int64)
         step = KVStep((handle,), np.asarray([0, len(part)], dtype=np.int32), positions)
         if store.reserve(step) is not None:
             raise OutOfBudget(f"{len(tokens)} tokens need more than {_CAPACITY_BYTES} bytes of KV cache")
-        hidden = decoder(torch.tensor(part), StoreContext(store, step))
+        context, rows = StoreContext(store, step), torch.arange(len(part))
+        pieces.append(model.step(torch.tensor(part), context, rows, TorchScratch()))
         store.end_step(step)
-        pieces.append(decoder.logits(hidden))
     store.close_all()
     return torch.cat(pieces)

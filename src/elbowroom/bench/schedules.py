@@ -24,8 +24,10 @@ from elbowroom.memory.arena import Arena
 from elbowroom.memory.ledger import Budget, Ledger
 from elbowroom.memory.tiers import HostTier
 from elbowroom.memory.workspace import Workspace
+from elbowroom.models.config import ModelConfig
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.dense import DenseContext
+from elbowroom.models.path import ComputePath
 
 STEP_TOKENS = 512
 EXCUSED_GAP = 2e-4
@@ -82,35 +84,50 @@ def reference_tokens(decoder: Decoder, prompt: Sequence[int], count: int) -> Ref
     return Reference(tokens[len(prompt) :], gaps)
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model, and which of its passes run native."""
+
+    decoder: Decoder
+    path: ComputePath
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.decoder.config
+
+
 class Stepper:
     """An engine stepped by hand.
 
     Args:
-        decoder: the model; its weights stay where they are.
+        subject: the model; its weights stay where they are.
         capacity_tokens: tokens of all sequences, in whole blocks.
         chunk: returns the most tokens of the next step.
         dtype: of activations, KV cache and workspace.
     """
 
     def __init__(
-        self, decoder: Decoder, capacity_tokens: int, chunk: Callable[[], int] | None = None, dtype: str = "float32"
+        self, subject: Subject, capacity_tokens: int, chunk: Callable[[], int] | None = None, dtype: str = "float32"
     ) -> None:
-        plan = KVPlan.parse("plain").bind(decoder.config.layers, dtype)
+        plan = KVPlan.parse("plain").bind(subject.config.layers, dtype)
         tier = HostTier()
-        self.pricing = KVPricing.of(plan, decoder.config.max_positions, STEP_TOKENS, tier.page_bytes)
+        self.pricing = KVPricing.of(plan, subject.config.max_positions, STEP_TOKENS, tier.page_bytes)
         longest = len(self.pricing.by_blocks) - 1
         times, blocks = divmod(num_blocks(capacity_tokens), longest)
         prices = times * self.pricing.price(longest) + self.pricing.price(blocks)
         capacity_bytes = prices + self.pricing.transient_bytes
         config = SchedulerConfig(
-            max_positions=decoder.config.max_positions, max_step_tokens=STEP_TOKENS, max_sequences=8
+            max_positions=subject.config.max_positions, max_step_tokens=STEP_TOKENS, max_sequences=8
         )
         self.scheduler = Scheduler(config, self.pricing, capacity_bytes)
         arena = Arena(tier, Ledger(Budget({})))
-        sizes = workspace_sizes(decoder.config, getattr(torch, dtype), STEP_TOKENS, config.max_sequences)
+        sizes = workspace_sizes(subject.config, getattr(torch, dtype), subject.path, STEP_TOKENS, config.max_sequences)
         self._workspace = Workspace(arena, sizes)
         self.store = PagedStore(plan, arena, capacity_bytes)
-        self._executor = TorchExecutor(decoder, self.store, self._workspace)
+        self._executor = TorchExecutor(
+            subject.path.model(subject.decoder), subject.decoder.weights, self.store, self._workspace
+        )
         self._chunk = chunk
         self.tokens: Tokens = {}
 
@@ -149,42 +166,42 @@ class Stepper:
         self._workspace.close()
 
 
-Schedule = Callable[[Decoder, Sequence[int], int, int], list[list[int]]]
-"""(decoder, prompt, tokens to make, seed) -> one or more token lists, each of which must be the reference."""
+Schedule = Callable[[Subject, Sequence[int], int, int], list[list[int]]]
+"""(subject, prompt, tokens to make, seed) -> one or more token lists, each of which must be the reference."""
 
 
-def one_shot(decoder: Decoder, prompt: Sequence[int], count: int, _seed: int) -> list[list[int]]:
+def one_shot(subject: Subject, prompt: Sequence[int], count: int, _seed: int) -> list[list[int]]:
     """Alone, the prompt in as few steps as possible."""
-    return _finish(_started(Stepper(decoder, len(prompt) + count), prompt, count))
+    return _finish(_started(Stepper(subject, len(prompt) + count), prompt, count))
 
 
-def chunked(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def chunked(subject: Subject, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
     """Alone, the prompt in pieces of random sizes."""
     rng = random.Random(seed)
-    return _finish(_started(Stepper(decoder, len(prompt) + count, lambda: rng.randint(1, 70)), prompt, count))
+    return _finish(_started(Stepper(subject, len(prompt) + count, lambda: rng.randint(1, 70)), prompt, count))
 
 
-def batched(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def batched(subject: Subject, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
     """Among four others of other lengths that come before and after it."""
     rng = random.Random(seed)
-    stepper = Stepper(decoder, 8 * (len(prompt) + count), lambda: rng.randint(8, 300))
+    stepper = Stepper(subject, 8 * (len(prompt) + count), lambda: rng.randint(8, 300))
     for number in (2, 3, 1, 4, 5):
         if number == 1:
             stepper.add(1, prompt, count)
         else:
-            other = _noise(decoder, rng, rng.randint(1, len(prompt)))
+            other = _noise(subject, rng, rng.randint(1, len(prompt)))
             stepper.add(number, other, rng.randint(1, count))
         stepper.step()
     return _finish(stepper)
 
 
-def preempted(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def preempted(subject: Subject, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
     """With so little memory that it must give way to an older request and be computed again."""
     rng = random.Random(seed)
     blocks = -(-len(prompt) // 64)
-    other = _noise(decoder, rng, len(prompt))
+    other = _noise(subject, rng, len(prompt))
     # Both prompts fit with one block to spare, and both grow into another one.
-    stepper = Stepper(decoder, (2 * blocks + 1) * 64)
+    stepper = Stepper(subject, (2 * blocks + 1) * 64)
     stepper.add(2, other, min(blocks * 64 - len(prompt) + 6, count))
     stepper.add(1, prompt, count)
     made = _finish(stepper)
@@ -193,9 +210,9 @@ def preempted(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) ->
     return made
 
 
-def prefix_hit(decoder: Decoder, prompt: Sequence[int], count: int, _seed: int) -> list[list[int]]:
+def prefix_hit(subject: Subject, prompt: Sequence[int], count: int, _seed: int) -> list[list[int]]:
     """Behind a request with the same prompt whose blocks are cached (where prefixes are shared)."""
-    stepper = Stepper(decoder, 3 * (len(prompt) + count))
+    stepper = Stepper(subject, 3 * (len(prompt) + count))
     stepper.add(2, prompt, 3)
     stepper.run()
     stepper.add(1, prompt, count)
@@ -205,32 +222,32 @@ def prefix_hit(decoder: Decoder, prompt: Sequence[int], count: int, _seed: int) 
     return made
 
 
-def forked(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def forked(subject: Subject, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
     """In a session forked in the middle of a block, while the original goes another way."""
     rng = random.Random(seed)
     cut = rng.randint(1, len(prompt) - 1)
-    stepper = Stepper(decoder, 4 * (len(prompt) + count))
+    stepper = Stepper(subject, 4 * (len(prompt) + count))
     stepper.add(2, prompt[:cut], 0, session=SessionRef(2))
     stepper.run()
     stepper.add(1, prompt, count, session=SessionRef(1, parent=2))
-    stepper.add(3, [*prompt[:cut], *_noise(decoder, rng, 20)], 20, session=SessionRef(2))
+    stepper.add(3, [*prompt[:cut], *_noise(subject, rng, 20)], 20, session=SessionRef(2))
     return _finish(stepper)
 
 
-def rolled_back(decoder: Decoder, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def rolled_back(subject: Subject, prompt: Sequence[int], count: int, seed: int) -> list[list[int]]:
     """In a session that had read and written something else behind a part of the prompt."""
     rng = random.Random(seed)
     cut = rng.randint(1, len(prompt) - 1)
-    stepper = Stepper(decoder, 4 * (len(prompt) + count))
-    stepper.add(2, [*prompt[:cut], *_noise(decoder, rng, 30)], 10, session=SessionRef(1))
+    stepper = Stepper(subject, 4 * (len(prompt) + count))
+    stepper.add(2, [*prompt[:cut], *_noise(subject, rng, 30)], 10, session=SessionRef(1))
     stepper.run()
     stepper.add(1, prompt, count, session=SessionRef(1))
     return _finish(stepper)
 
 
-def samples(decoder: Decoder, prompt: Sequence[int], count: int, _seed: int) -> list[list[int]]:
+def samples(subject: Subject, prompt: Sequence[int], count: int, _seed: int) -> list[list[int]]:
     """As three greedy samples of one request."""
-    stepper = Stepper(decoder, 4 * (len(prompt) + count))
+    stepper = Stepper(subject, 4 * (len(prompt) + count))
     stepper.add(1, prompt, count, n=3)
     made = _finish(stepper)
     if len(made) != 3:
@@ -254,5 +271,5 @@ def _finish(stepper: Stepper) -> list[list[int]]:
     return [tokens for (number, _), tokens in sorted(stepper.tokens.items()) if number == 1]
 
 
-def _noise(decoder: Decoder, rng: random.Random, count: int) -> list[int]:
-    return [rng.randrange(decoder.config.vocab_size) for _ in range(count)]
+def _noise(subject: Subject, rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(subject.config.vocab_size) for _ in range(count)]

@@ -29,6 +29,7 @@ from elbowroom.memory.tiers import HostTier
 from elbowroom.memory.workspace import Workspace
 from elbowroom.models.hf_config import read_config
 from elbowroom.models.loader import find_model, load_model
+from elbowroom.models.path import ComputePath
 from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.units import parse_bytes
 
@@ -70,7 +71,8 @@ def build_engine(
     directory = find_model(model)
     config = read_config(directory)
     plan = KVPlan.parse(kv).bind(config.layers, dtype)
-    sizes = plan_memory(config, kind, plan, budget_bytes, max_sequences)
+    path = ComputePath.choose(kind)
+    sizes = plan_memory(config, kind, path, plan, budget_bytes, max_sequences)
     tokenizer = Tokenizer.from_directory(directory)
 
     ledger = Ledger(Budget({"host": budget_bytes}))
@@ -92,7 +94,8 @@ def build_engine(
         seed=seed,
     )
     pricing = KVPricing.of(plan, config.max_positions, sizes.max_step_tokens, arena.tier.page_bytes)
-    core = _make_core(Scheduler(settings, pricing, kv_bytes), TorchExecutor(decoder, store, workspace), arena)
+    executor = TorchExecutor(path.model(decoder), decoder.weights, store, workspace)
+    core = _make_core(Scheduler(settings, pricing, kv_bytes), executor, arena)
     decoder.eval()
 
     def close() -> None:

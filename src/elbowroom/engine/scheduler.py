@@ -410,10 +410,14 @@ class Scheduler:
             self._state.stats.generated_tokens += 1
             update.finish_reason = self._finish_reason(seq, token.token_id)
             if update.finish_reason is not None:
-                if seq.num_computed >= len(seq.tokens):  # a repeated step ran on behind the end
+                ran_on = seq.num_computed >= len(seq.tokens)  # a repeated step went behind the end
+                if ran_on:
                     seq.num_computed = len(seq.tokens) - 1
+                # A sliding window may have dropped what the last token needs: then there is no way back.
+                may_park = self.pricing.can_share or not ran_on
+                if ran_on and may_park:
                     self.account.ops.append(KVOp("truncate", seq.slot, num_tokens=seq.num_computed))
-                self._finish(seq, update.finish_reason, report=False)
+                self._finish(seq, update.finish_reason, report=False, may_park=may_park)
                 break
 
     def _finish_reason(self, seq: SeqState, token: int) -> FinishReason | None:
@@ -422,7 +426,14 @@ class Scheduler:
             return "stop"
         return "length" if seq.num_generated >= seq.max_new_tokens else None
 
-    def _finish(self, seq: SeqState, reason: FinishReason, report: bool = True, error: Exception | None = None) -> None:
+    def _finish(
+        self,
+        seq: SeqState,
+        reason: FinishReason,
+        report: bool = True,
+        error: Exception | None = None,
+        may_park: bool = True,
+    ) -> None:
         state, session = self._state, seq.request.session
         self.account.lacking_bytes = 0
         if seq in state.waiting:
@@ -430,7 +441,7 @@ class Scheduler:
         else:
             state.running.remove(seq)
             self.account.cache(seq, seq.num_computed // STRIP_TOKENS)
-            if session is not None and seq.sample == 0 and reason in ("stop", "length"):
+            if session is not None and may_park and seq.sample == 0 and reason in ("stop", "length"):
                 self.account.park(seq, session.key)
             else:
                 self.account.give_back(seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,10 @@ from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.errors import BudgetTooSmall
 from elbowroom.kv.plan import BoundPlan
 from elbowroom.memory.tiers import HostTier
+from elbowroom.models.buffers import decoder_buffers, native_buffers, native_scratch
 from elbowroom.models.config import ModelConfig
 from elbowroom.models.loader import weights_bytes
+from elbowroom.models.path import ComputePath
 from elbowroom.units import format_bytes
 
 STEP_TOKENS = (512, 256, 128, 64)
@@ -51,29 +54,29 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: ModelConfig, dtype: torch.dtype, plan: BoundPlan, budget_bytes: int, max_sequences: int
+    config: ModelConfig, dtype: torch.dtype, path: ComputePath, plan: BoundPlan, budget_bytes: int, max_sequences: int
 ) -> MemoryPlan:
-    """Return how ``budget_bytes`` are divided for this model and KV plan.
+    """Return how ``budget_bytes`` are divided for this model, its compute path and KV plan.
 
     Raises:
         BudgetTooSmall: weights, the smallest workspace and one short sequence do not fit; names the minimum.
     """
     weights = reserved_weights_bytes(config, dtype)
     for step_tokens in STEP_TOKENS:
-        made = _divide(config, dtype, weights, budget_bytes, step_tokens, max_sequences)
+        made = _divide(config, dtype, path, weights, budget_bytes, step_tokens, max_sequences)
         room = budget_bytes - weights - RUNTIME_BASE_BYTES
         overhead = made.workspace_bytes + made.runtime_bytes - RUNTIME_BASE_BYTES
         if overhead <= WORKSPACE_SHARE * room and made.kv_bytes >= _minimum_kv(plan, step_tokens):
             return made
     fewest = min(max_sequences, FEWEST_SEQUENCES)
-    smallest = _divide(config, dtype, weights, budget_bytes, STEP_TOKENS[-1], fewest)
+    smallest = _divide(config, dtype, path, weights, budget_bytes, STEP_TOKENS[-1], fewest)
     needed = _minimum_kv(plan, smallest.max_step_tokens)
     if smallest.kv_bytes >= needed:
         return smallest
     least = smallest
     while least.kv_bytes < needed:  # a larger budget needs a little more for its own books
         enough = least.budget_bytes + needed - least.kv_bytes
-        least = _divide(config, dtype, weights, enough, STEP_TOKENS[-1], fewest)
+        least = _divide(config, dtype, path, weights, enough, STEP_TOKENS[-1], fewest)
     minimum = least.budget_bytes
     raise BudgetTooSmall(
         f"a budget of {format_bytes(budget_bytes)} is too small: weights {format_bytes(weights)}, "
@@ -101,11 +104,17 @@ def _minimum_kv(plan: BoundPlan, step_tokens: int) -> int:
 
 
 def _divide(
-    config: ModelConfig, dtype: torch.dtype, weights: int, budget: int, step_tokens: int, max_sequences: int
+    config: ModelConfig,
+    dtype: torch.dtype,
+    path: ComputePath,
+    weights: int,
+    budget: int,
+    step_tokens: int,
+    max_sequences: int,
 ) -> MemoryPlan:
-    workspace = workspace_sizes(config, dtype, step_tokens, max_sequences)
+    workspace = workspace_sizes(config, dtype, path, step_tokens, max_sequences)
     books = budget // HostTier.page_bytes * PAGE_BOOK_BYTES
-    runtime = RUNTIME_BASE_BYTES + books + _temporary_bytes(config, step_tokens, max_sequences)
+    runtime = RUNTIME_BASE_BYTES + books + _temporary_bytes(config, path, step_tokens, max_sequences)
     return MemoryPlan(
         budget_bytes=budget,
         weights_bytes=weights,
@@ -117,24 +126,25 @@ def _divide(
     )
 
 
-def workspace_sizes(config: ModelConfig, dtype: torch.dtype, step_tokens: int, max_sequences: int) -> dict[str, int]:
-    """Return the bytes of every buffer that the decoder and the sampler take from the workspace."""
-    size, layers = dtype.itemsize, config.layers
-    return {
-        "q": step_tokens * max(layer.num_q_heads * layer.head_dim for layer in layers) * size,
-        "k": step_tokens * max(layer.num_kv_heads * layer.head_dim for layer in layers) * size,
-        "v": step_tokens * max(layer.num_kv_heads * layer.v_head_dim for layer in layers) * size,
-        "block": step_tokens * config.hidden_size * size,
-        "gate": step_tokens * config.intermediate_size * size,
-        "up": step_tokens * config.intermediate_size * size,
-        "logits": max_sequences * config.vocab_size * size,
-    }
+def workspace_sizes(
+    config: ModelConfig, dtype: torch.dtype, path: ComputePath, step_tokens: int, max_sequences: int
+) -> dict[str, int]:
+    """Return the bytes of every buffer that passes and the sampler take from the workspace."""
+    sizes = {"logits": max_sequences * config.vocab_size * 4}
+    native_tokens = min(step_tokens, path.native_tokens)
+    if native_tokens:
+        sizes |= {name: 4 * count for name, count in native_buffers(config, native_tokens).items()}
+    if step_tokens > native_tokens:
+        for name, count in decoder_buffers(config, step_tokens).items():
+            sizes[name] = max(sizes.get(name, 0), count * dtype.itemsize)
+    return sizes
 
 
-def _temporary_bytes(config: ModelConfig, step_tokens: int, max_sequences: int) -> int:
-    """Return an upper bound of what torch allocates at once beside the workspace in one step."""
+def _temporary_bytes(config: ModelConfig, path: ComputePath, step_tokens: int, max_sequences: int) -> int:
+    """Return an upper bound of what is allocated at once beside the workspace in one step."""
+    sampled = 4 * config.vocab_size * (max_sequences + 8)
+    if step_tokens <= path.native_tokens:
+        return sampled + 4 * native_scratch(config, step_tokens) * (os.cpu_count() or 1)
     widest = max(layer.num_q_heads * max(layer.head_dim, layer.v_head_dim) for layer in config.layers)
     # Residual stream, normed copy and its float32 temporaries; rotated queries and keys; attention output.
-    hidden = step_tokens * 4 * (4 * config.hidden_size + 4 * widest)
-    sampled = 4 * config.vocab_size * (max_sequences + 8)
-    return hidden + sampled
+    return step_tokens * 4 * (4 * config.hidden_size + 4 * widest) + sampled

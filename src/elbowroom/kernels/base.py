@@ -101,6 +101,16 @@ class StripStep:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LayerStrips:
+    """Where the keys and values of one layer lie in plain strips: all that native code needs to run the layer."""
+
+    step: StripStep
+    table: StripTable
+    base: Tensor
+    fmt: PageFormat
+
+
 class AttentionKernels(Protocol):
     """A backend; arguments were checked by ``kernels.attention``, so it only refuses strips outside ``base``."""
 

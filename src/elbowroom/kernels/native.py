@@ -9,8 +9,8 @@ from elbowroom import _native
 from elbowroom.core import LayerSpec, PageFormat
 from elbowroom.kernels.base import StripStep, StripTable
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_STORED_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
+DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_TORCH_CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 
 
 class NativeKernels:
@@ -18,34 +18,61 @@ class NativeKernels:
 
     def append(self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, k: Tensor, v: Tensor) -> None:
         """Write rows to their strips."""
-        _native.append(step.num_sequences, step.addresses, _strips(table, base, fmt), _rows(k), _rows(v))
+        _native.append(step.num_sequences, step.addresses, strips_tuple(table, base, fmt), _rows(k), _rows(v))
 
     def attend(
         self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, spec: LayerSpec, q: Tensor, out: Tensor
     ) -> Tensor:
         """Write attention to ``out`` and return lse, float32 ``[N, Hq]``."""
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
-        layer = (spec.num_q_heads, spec.window or 0, spec.scale, spec.softcap or 0.0)
-        strips = _strips(table, base, fmt)
-        _native.attend(step.num_sequences, step.addresses, strips, layer, _rows(q), _rows(out), lse.data_ptr())
+        strips = strips_tuple(table, base, fmt)
+        _native.attend(
+            step.num_sequences, step.addresses, strips, spec_tuple(spec), _rows(q), _rows(out), lse.data_ptr()
+        )
         return lse
 
 
-def _strips(table: StripTable, base: Tensor, fmt: PageFormat) -> tuple[int, int, int, int, int, int, int, int]:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x [M, K] @ weight [N, K].T + bias`` in float32; weights may be float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: a shape, dtype or stride is wrong.
+    """
+    if x.dtype != torch.float32 or x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"cannot multiply {x.dtype} {tuple(x.shape)} with weights {tuple(weight.shape)}")
+    if not x.is_contiguous() or weight.stride(1) != 1 or weight.dtype not in _TORCH_CODES:
+        raise ValueError(f"activations must be contiguous, weights float with adjacent columns, got {weight.dtype}")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.shape[:1]):
+        raise ValueError(f"the bias must be float32 [{weight.shape[0]}], got {bias.dtype} {tuple(bias.shape)}")
+    out = torch.empty(x.shape[0], weight.shape[0])
+    row_bytes = weight.stride(0) * weight.element_size()
+    address = 0 if bias is None else bias.contiguous().data_ptr()
+    matrix = (weight.data_ptr(), *weight.shape, row_bytes, _TORCH_CODES[weight.dtype], address)
+    _native.multiply(matrix, x.data_ptr(), x.shape[0], out.data_ptr())
+    return out
+
+
+def spec_tuple(spec: LayerSpec) -> _native.Spec:
+    """Return a layer's attention as C++ takes it."""
+    return spec.num_q_heads, spec.window or 0, spec.scale, spec.softcap or 0.0
+
+
+def strips_tuple(table: StripTable, base: Tensor, fmt: PageFormat) -> _native.Strips:
+    """Return the place of a layer's strips as C++ takes it."""
     return (
         table.__array_interface__["data"][0],
         table.shape[1],
         base.data_ptr(),
         base.numel(),
-        _STORED_CODES[fmt.dtype],
+        DTYPE_CODES[fmt.dtype],
         fmt.num_kv_heads,
         fmt.head_dim,
         fmt.v_head_dim,
     )
 
 
-def _rows(x: Tensor) -> tuple[int, int, int, int]:
-    return x.data_ptr(), _DTYPE_CODES[x.dtype], x.stride(0), x.stride(1)
+def _rows(x: Tensor) -> _native.Rows:
+    return x.data_ptr(), _TORCH_CODES[x.dtype], x.stride(0), x.stride(1)
 
 
 KERNELS = NativeKernels()

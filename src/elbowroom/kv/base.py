@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from elbowroom.kernels import LayerStrips
+
 Positions = npt.NDArray[np.int64]
 
 
@@ -113,6 +115,9 @@ class KVStore(Protocol):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: KVStep, want: Want) -> AttnOut:
         """Append ``k, v [N, Hkv, D]`` and return causal attention of ``q [N, Hq, D]``."""
+
+    def strips(self, layer: int, step: KVStep) -> LayerStrips | None:
+        """Return where ``layer`` lies when it is plain and needs no ``end_layer``, for code that attends by itself."""
 
     def end_layer(self, layer: int, step: KVStep) -> None:
         """Compact ``layer`` where the plan compresses at the end of a prompt."""

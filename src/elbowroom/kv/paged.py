@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
-from elbowroom.kernels.base import StripStep
+from elbowroom.kernels.base import LayerStrips, StripStep
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Shortfall, Want
 from elbowroom.kv.layout import PoolSet
 from elbowroom.kv.plan import ROLLBACK_TOKENS, BoundPlan
@@ -232,6 +232,14 @@ class PagedStore:
         if want.colsum or want.pmax:
             column_statistics(result, want, q, spec, strip_step, self._open_row(pool, table))
         return result
+
+    def strips(self, layer: int, step: KVStep) -> LayerStrips | None:
+        """Return where the layer's strips lie if they are plain."""
+        if not self._codec.plain:
+            return None
+        prepared, pool = self._prepared(step), self._pools.of_layer(layer)
+        table = prepared.tables[self._pools.source_of[layer]]
+        return LayerStrips(prepared.steps[self._pools.number_of[layer]], table, pool.base, pool.fmt)
 
     def _open_row(self, pool: StripPool, table: Table) -> list[list[tuple[Tensor, Tensor] | None]]:
         """Return, for each row of the step, its decoded strips (None where expired)."""

@@ -131,6 +131,15 @@ class Decoder(nn.Module):
             context.end_layer(index)
         return self.final_norm(x)
 
+    def runs_on_torch(self, num_tokens: int) -> bool:
+        """Return True: every product is torch's."""
+        return True
+
+    def step(self, tokens: Tensor, context: AttentionContext, rows: Tensor, scratch: Scratch) -> Tensor:
+        """Run a pass and return the logits ``[M, V]`` of some of its tokens; see ``StepModel.step``."""
+        picked = self(tokens, context, scratch)[rows]
+        return self.logits(picked, scratch.take("logits", (rows.numel(), self.config.vocab_size), picked.dtype))
+
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the logits ``[M, V]`` of ``hidden [M, d]``."""
         logits = self.weights.head(hidden, out)

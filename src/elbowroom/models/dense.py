@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elbowroom.core import LayerSpec
+from elbowroom.kernels import LayerStrips
 
 
 class DenseContext:
@@ -41,6 +42,10 @@ class DenseContext:
         else:
             out = self._softcapped(spec, q, k, v)
         return out.transpose(1, 2).reshape(self._batch * self._length, spec.num_q_heads, spec.v_head_dim)
+
+    def strips(self, layer: int) -> LayerStrips | None:
+        """Return None: nothing is stored."""
+        return None
 
     def end_layer(self, layer: int) -> None:
         """Nothing is cached."""

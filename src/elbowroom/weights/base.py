@@ -26,11 +26,10 @@ class StepInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearDescriptor:
-    """Plain facts of one matrix for native code: an address is valid until the provider's next ``begin``."""
+    """Plain facts of one matrix for native code; its bytes stay there as long as the provider is not resized."""
 
     weight_address: int
-    bias_address: int
-    """0 when there is no bias."""
+    bias: Tensor | None
     out_features: int
     in_features: int
     row_stride_bytes: int
@@ -45,7 +44,7 @@ class Linear(Protocol):
         """Return ``x [M, in] @ W.T + b`` as ``[M, out]``, written to ``out`` when given."""
 
     def descriptor(self) -> LinearDescriptor | None:
-        """Return the plain facts when the matrix is dense and resident, else None."""
+        """Return the plain facts when the matrix is dense and stays in memory, else None."""
 
 
 class FFN(Protocol):
@@ -53,6 +52,9 @@ class FFN(Protocol):
 
     def __call__(self, x: Tensor, gate: Tensor | None = None, up: Tensor | None = None) -> Tensor:
         """Return the block's output ``[M, d]`` for ``x [M, d]``; ``gate``, ``up`` are optional ``[M, f]`` buffers."""
+
+    def descriptors(self) -> tuple[LinearDescriptor | None, ...] | None:
+        """Return the plain facts of gate, up and down when the block is ``down(act(gate(x)) * up(x))``, else None."""
 
 
 class WeightProvider(Protocol):

@@ -31,7 +31,7 @@ class DenseLinear:
         weight = self.weight
         return LinearDescriptor(
             weight_address=weight.data_ptr(),
-            bias_address=0 if self.bias is None else self.bias.data_ptr(),
+            bias=self.bias,
             out_features=weight.shape[0],
             in_features=weight.shape[1],
             row_stride_bytes=weight.stride(0) * weight.element_size(),
@@ -57,6 +57,10 @@ class GatedFFN:
         else:
             F.silu(g, inplace=True)
         return self.down(g.mul_(u))
+
+    def descriptors(self) -> tuple[LinearDescriptor, ...]:
+        """Return the plain facts of gate, up and down."""
+        return self.gate.descriptor(), self.up.descriptor(), self.down.descriptor()
 
 
 class ResidentWeights(nn.Module):

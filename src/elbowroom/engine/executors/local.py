@@ -11,10 +11,10 @@ from torch import Tensor
 from elbowroom.engine.sampler import SlotSampler, sample
 from elbowroom.engine.types import KVOp, Row, SampledToken, StepPlan, StepResult
 from elbowroom.errors import IntegrityError
+from elbowroom.kernels import LayerStrips
 from elbowroom.kv.base import KVHandle, KVStep, KVStore, Want
-from elbowroom.models.base import Scratch
-from elbowroom.models.decoder import Decoder
-from elbowroom.weights.base import StepInfo
+from elbowroom.models.base import Scratch, StepModel
+from elbowroom.weights.base import StepInfo, WeightProvider
 
 _NO_STATISTICS = Want()
 
@@ -35,6 +35,10 @@ class StoreContext:
         """Return attention ``[N, Hq, Dv]`` over everything stored."""
         return self._store.attend(layer, q, k, v, self._step, _NO_STATISTICS).out
 
+    def strips(self, layer: int) -> LayerStrips | None:
+        """Return where the store keeps the layer, if it is plain."""
+        return self._store.strips(layer, self._step)
+
     def end_layer(self, layer: int) -> None:
         """Let the store compact the layer."""
         self._store.end_layer(layer, self._step)
@@ -44,13 +48,15 @@ class TorchExecutor:
     """Runs each step at once in ``submit``.
 
     Args:
-        decoder: the model.
+        model: what runs the passes.
+        weights: its weights, which hear of every step.
         store: its keys and values.
         scratch: where large activations live.
     """
 
-    def __init__(self, decoder: Decoder, store: KVStore, scratch: Scratch) -> None:
-        self._decoder, self.store, self._scratch = decoder, store, scratch
+    def __init__(self, model: StepModel, weights: WeightProvider, store: KVStore, scratch: Scratch) -> None:
+        self._model, self._weights, self.store, self._scratch = model, weights, store, scratch
+        self._torch_threads = torch.get_num_threads()
         self._handles: dict[int, KVHandle] = {}
         self._samplers: dict[int, SlotSampler] = {}
         self._results: dict[int, StepResult] = {}
@@ -98,15 +104,20 @@ class TorchExecutor:
         shortfall = self.store.reserve(step)
         if shortfall is not None:
             return {}, max(shortfall.needed_bytes - shortfall.available_bytes, 1)
-        weights = self._decoder.weights
+        num_tokens = len(step.positions)
+        self._share_threads(num_tokens)
         is_decode = all(row.kind == "decode" for row in rows)
-        weights.begin(StepInfo(num_tokens=len(step.positions), phase="decode" if is_decode else "prefill"))
+        self._weights.begin(StepInfo(num_tokens=num_tokens, phase="decode" if is_decode else "prefill"))
         try:
-            hidden = self._decoder(self._tokens(rows), StoreContext(self.store, step), self._scratch)
-            self.store.end_step(step)
-            return self._sample(rows, hidden, step), 0
+            return self._sample(rows, step), 0
         finally:
-            weights.end()
+            self._weights.end()
+
+    def _share_threads(self, num_tokens: int) -> None:
+        """Two pools that want the same cores cost several times what they gain: give them to one."""
+        threads = self._torch_threads if self._model.runs_on_torch(num_tokens) else 1
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
 
     def _kv_step(self, rows: tuple[Row, ...]) -> KVStep:
         starts = np.zeros(len(rows) + 1, dtype=np.int32)
@@ -123,15 +134,16 @@ class TorchExecutor:
                 ids.extend(row.tokens)
         return torch.tensor(ids, dtype=torch.int64)
 
-    def _sample(self, rows: tuple[Row, ...], hidden: Tensor, step: KVStep) -> dict[int, list[SampledToken]]:
+    def _sample(self, rows: tuple[Row, ...], step: KVStep) -> dict[int, list[SampledToken]]:
+        """Run the pass and draw a token for every row that wants one."""
         chosen = [index for index, row in enumerate(rows) if row.sample is not None]
+        last = torch.from_numpy(step.row_starts[1:].astype(np.int64))[chosen] - 1
+        logits = self._model.step(self._tokens(rows), StoreContext(self.store, step), last, self._scratch)
+        self.store.end_step(step)
         if not chosen:
             return {}
-        last = torch.from_numpy(step.row_starts[1:].astype(np.int64))[chosen] - 1
         states = [self._sampler(rows[index]) for index in chosen]
-        picked = hidden[last]
-        buffer = self._scratch.take("logits", (len(chosen), self._decoder.config.vocab_size), picked.dtype)
-        results = sample(self._decoder.logits(picked, buffer), states)
+        results = sample(logits, states)
         return {rows[index].slot: [result] for index, result in zip(chosen, results, strict=True)}
 
     def _sampler(self, row: Row) -> SlotSampler:

@@ -19,6 +19,8 @@ class Codec(Protocol):
 
     name: str
     lossless: bool
+    plain: bool
+    """Whether strips hold K ``[Hkv, 64, Dk]`` then V ``[Hkv, 64, Dv]`` as they are (``kernels.base``)."""
     coupling: Literal["token", "strip"]
     """``token``: a token can be written alone. ``strip``: a strip is encoded whole when it is full (sealing)."""
 

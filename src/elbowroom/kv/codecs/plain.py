@@ -29,6 +29,7 @@ class PlainCodec:
 
     dtype: str = "auto"
     name: ClassVar[str] = "plain"
+    plain: ClassVar[bool] = True
     coupling: ClassVar[Literal["token", "strip"]] = "token"
 
     def __post_init__(self) -> None:
