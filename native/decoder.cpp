@@ -115,12 +115,13 @@ void Decoder::project(int64_t index) const {
 
 // An item is a head: its rows of weights, then norm and rotation while it is in the cache.
 void Decoder::project_rows(const LayerWeights& layer) const {
+    const float* x = arranged(layer.q, buffers_.input, num_tokens_);
     parallel(layer.num_heads(), 0, [&](int64_t item, float*) {
         const Head head = layer.head(item);
         const int64_t stride = row_width(layer, head.part);
         float* rows = rows_of(head.part) + head.first;
         const Matrix& matrix = head.part == Part::q ? layer.q : head.part == Part::k ? layer.k : layer.v;
-        kernels().dot(matrix, head.first, head.first + head.width, buffers_.input, num_tokens_, rows, stride, false);
+        kernels().dot(matrix, head.first, head.first + head.width, x, num_tokens_, rows, stride, false);
         for (int64_t n = 0; n < num_tokens_; ++n) finish_head(layer, head.part, n, rows + n * stride);
     });
 }
@@ -156,12 +157,13 @@ void Decoder::gated(const LayerWeights& layer) const {
     const int64_t width = layer.gate.rows, tokens = few() ? num_tokens_ : num_panels() * kPanelTokens;
     const int64_t rows = rows_per_item(layer.gate, few());
     const int64_t scratch_floats = rows * (tokens + (few() ? 0 : kMultiplyDepth));
+    const float* x = few() ? arranged(layer.gate, buffers_.input, num_tokens_) : buffers_.input;
     parallel(ceil_div(width, rows), scratch_floats, [&](int64_t item, float* up) {
         const int64_t first = item * rows, end = std::min(width, first + rows), count = end - first;
         const KernelTable& use = kernels();
         if (few()) {
-            use.dot(layer.gate, first, end, buffers_.input, num_tokens_, buffers_.ffn + first, width, false);
-            use.dot(layer.up, first, end, buffers_.input, num_tokens_, up, count, false);
+            use.dot(layer.gate, first, end, x, num_tokens_, buffers_.ffn + first, width, false);
+            use.dot(layer.up, first, end, x, num_tokens_, up, count, false);
             for (int64_t n = 0; n < num_tokens_; ++n) {
                 use.gate(buffers_.ffn + n * width + first, up + n * count, count, model_.activation);
             }
@@ -170,8 +172,8 @@ void Decoder::gated(const LayerWeights& layer) const {
         const int64_t panels = num_panels(), panel_floats = count * kPanelTokens;
         float* scratch = up + rows * tokens;
         float* out = buffers_.ffn + first * kPanelTokens;
-        use.multiply(layer.gate, first, end, buffers_.input, panels, out, width * kPanelTokens, false, scratch);
-        use.multiply(layer.up, first, end, buffers_.input, panels, up, panel_floats, false, scratch);
+        use.multiply(layer.gate, first, end, x, panels, out, width * kPanelTokens, false, scratch);
+        use.multiply(layer.up, first, end, x, panels, up, panel_floats, false, scratch);
         for (int64_t p = 0; p < panels; ++p) {
             use.gate(panel_of(out, width, p), up + p * panel_floats, panel_floats, model_.activation);
         }
@@ -210,15 +212,16 @@ void Decoder::logits(const int64_t* rows, int64_t count, float* out) const {
                                width, panel_of(buffers_.input, width, p));
         }
     }
+    const float* x = in_rows ? arranged(model_.head, normed, count) : buffers_.input;
     const int64_t item_rows = rows_per_item(model_.head, in_rows);
     const int64_t scratch_floats = in_rows ? 0 : item_rows * (kMultiplyDepth + panels * kPanelTokens);
     parallel(ceil_div(vocabulary, item_rows), scratch_floats, [&](int64_t item, float* scratch) {
         const int64_t first = item * item_rows, end = std::min(vocabulary, first + item_rows), wide = end - first;
         if (in_rows) {
-            kernels().dot(model_.head, first, end, normed, count, out + first, vocabulary, false);
+            kernels().dot(model_.head, first, end, x, count, out + first, vocabulary, false);
         } else {
             float* result = scratch + item_rows * kMultiplyDepth;
-            kernels().multiply(model_.head, first, end, buffers_.input, panels, result, wide * kPanelTokens, false,
+            kernels().multiply(model_.head, first, end, x, panels, result, wide * kPanelTokens, false,
                                scratch);
             for (int64_t p = 0; p < panels; ++p) {
                 const int64_t token = p * kPanelTokens;

@@ -337,6 +337,7 @@ const KernelTable ELBOWROOM_TABLE = {
     .attend = attend,
     .convert = convert,
     .widen = widen_row,
+    .arrange = arrange,
     .dot = dot,
     .multiply = multiply,
     .rms_norm = rms_norm,

@@ -29,13 +29,18 @@ struct AttendArgs {
 inline constexpr int64_t kPanelTokens = 16;
 inline constexpr int64_t kMultiplyDepth = 256;  // columns of weights that `multiply` widens at a time
 
+// Whole vectors of every instruction set.
+inline constexpr int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }
+
 struct KernelTable {
     const char* name;
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
     void (*convert)(const char* source, DType from, char* target, DType to, int64_t count);
     void (*widen)(const char* source, DType from, float* target, int64_t count);
-    // y[m * ldy + n - first] = W[n] . x[m] + bias[n] for rows first <= n < end and few tokens x [num_tokens, cols];
-    // with `add`, on top of what is there.
+    // Tokens x [num_tokens, cols] in the order in which `dot` reads them: num_tokens * padded(cols) floats.
+    void (*arrange)(const Matrix& matrix, const float* x, int64_t num_tokens, float* out);
+    // y[m * ldy + n - first] = W[n] . x[m] + bias[n] for rows first <= n < end and few arranged tokens; with `add`, on
+    // top of what is there.
     void (*dot)(const Matrix& matrix, int64_t first, int64_t end, const float* x, int64_t num_tokens, float* y,
                 int64_t ldy, bool add);
     // The same for panels: x [num_panels][cols][16]; y + p * y_stride is [end - first][16].
@@ -50,8 +55,6 @@ struct KernelTable {
     void (*to_panel)(const float* rows, int64_t stride, int64_t num_tokens, int64_t count, float* panel);
     void (*to_rows)(const float* panel, int64_t count, int64_t num_tokens, float* rows, int64_t stride);
 };
-
-inline constexpr int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }
 
 // Floats of scratch that an item of `vectors` query vectors needs: q, out, scores, statistics, one strip of K and V.
 inline constexpr int64_t scratch_floats(int64_t vectors, int64_t head_dim, int64_t v_head_dim) {

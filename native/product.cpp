@@ -21,6 +21,13 @@ int64_t rows_per_item(const Matrix& matrix, bool few_tokens) {
     return ceil_div(std::min(balanced, most), kRowStep) * kRowStep;
 }
 
+const float* arranged(const Matrix& matrix, const float* x, int64_t num_tokens) {
+    static thread_local std::vector<float> buffer;
+    buffer.resize(size_t(num_tokens * padded(matrix.cols)));
+    kernels().arrange(matrix, x, num_tokens, buffer.data());
+    return buffer.data();
+}
+
 void multiply(std::initializer_list<Product> products, const float* x, int64_t num_tokens, bool add) {
     const bool few = num_tokens <= kFewTokens;
     const int64_t num_panels = ceil_div(num_tokens, kPanelTokens);
@@ -30,6 +37,7 @@ void multiply(std::initializer_list<Product> products, const float* x, int64_t n
         num_items += ceil_div(product.matrix.rows, rows);
         most_rows = std::max(most_rows, rows);
     }
+    if (few) x = arranged(products.begin()->matrix, x, num_tokens);
     parallel(num_items, few ? 0 : most_rows * kMultiplyDepth, [&](int64_t item, float* scratch) {
         for (const Product& product : products) {
             const int64_t rows = rows_per_item(product.matrix, few), items = ceil_div(product.matrix.rows, rows);

@@ -11,7 +11,7 @@
 
 namespace elbowroom {
 
-inline constexpr int64_t kFewTokens = 8;
+inline constexpr int64_t kFewTokens = 16;
 
 struct Product {
     const Matrix& matrix;
@@ -19,8 +19,11 @@ struct Product {
     int64_t stride;  // width of the output that y is a part of
 };
 
-// y = W x + bias for every product, or y += W x + bias.
+// y = W x + bias for every product, or y += W x + bias. The matrices have one dtype.
 void multiply(std::initializer_list<Product> products, const float* x, int64_t num_tokens, bool add);
+
+// Few tokens as the kernel `dot` takes them, valid until this thread's next call.
+const float* arranged(const Matrix& matrix, const float* x, int64_t num_tokens);
 
 // Rows of weights that one work item takes.
 int64_t rows_per_item(const Matrix& matrix, bool few_tokens);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #if defined(__F16C__)
@@ -68,6 +69,18 @@ inline vf splat(float x) { return splat_lanes(x, Lanes{}); }
 
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 
+// Holds a loaded vector in a register: GCC would load it again for every product that uses it, and loads are what
+// the loops below run short of.
+inline void keep(vf& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__x86_64__)
+    asm("" : "+x"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
+
 // --- conversions -----------------------------------------------------------------------------------------------------
 
 inline vf widen(const float* p) { return load<vf>(p); }
@@ -124,6 +137,15 @@ inline void narrow(float x, f16* p) {
 #endif
 }
 
+// 2 * W stored values as two vectors, in the order that takes the fewest instructions: values of bfloat16 come with
+// even places in the first and odd ones in the second (`deinterleave` lays out the other factor alike).
+inline vf widen_first(const float* p) { return load<vf>(p); }
+inline vf widen_second(const float* p) { return load<vf>(p + W); }
+inline vf widen_first(const f16* p) { return widen(p); }
+inline vf widen_second(const f16* p) { return widen(p + W); }
+inline vf widen_first(const bf16* p) { return bit_cast<vf>(load<vu>(p) << 16); }
+inline vf widen_second(const bf16* p) { return bit_cast<vf>(load<vu>(p) & 0xffff0000u); }
+
 // Elements offset .. offset + W - 1 of a row of `count`; zeros beyond its end.
 template <class T>
 inline vf widen_padded(const T* row, int64_t offset, int64_t count) {
@@ -154,6 +176,16 @@ template <int Step, int... I>
 inline vf odd_blocks(vf a, vf b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, ((I & Step) ? W + I : I + Step)...);
 }
+
+template <int... I>
+inline void deinterleave_lanes(vf& a, vf& b, std::integer_sequence<int, I...>) {
+    const vf even = __builtin_shufflevector(a, b, (2 * I)...);
+    b = __builtin_shufflevector(a, b, (2 * I + 1)...);
+    a = even;
+}
+
+// The 2 * W values of (a, b): those of even places into a, those of odd places into b.
+inline void deinterleave(vf& a, vf& b) { deinterleave_lanes(a, b, Lanes{}); }
 
 // Transposes W x W in place: each stage swaps the off-diagonal blocks of size Step.
 template <int Step = W / 2>

@@ -124,6 +124,9 @@ class NativeDecoder:
         names = [f"{prefix}.self_attn.{part}_proj" for part in "qkvo"]
         matrices = [self._matrix(self.weights.linear(name).descriptor()) for name in names]
         matrices += [self._matrix(each) for each in self.weights.ffn(index).descriptors() or (None,)]
+        formats = [matrix[4] for matrix in matrices]
+        if len(set(formats[:3])) > 1 or formats[4] != formats[5]:
+            raise LookupError("matrices that share their input differ in dtype")
         norms = ["input_layernorm", "post_attention_layernorm", None, None]
         if config.post_norms:
             norms = [norms[0], "pre_feedforward_layernorm", norms[1], "post_feedforward_layernorm"]
