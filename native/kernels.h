@@ -42,5 +42,6 @@ inline constexpr int64_t scratch_floats(int64_t vectors, int64_t head_dim, int64
 extern const KernelTable kernels_baseline;
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
+extern const KernelTable kernels_emulated512;
 
 }  // namespace elbowroom

@@ -21,13 +21,13 @@ def attend(num_sequences: int, step: _Step, strips: _Strips, spec: _Spec, q: _Ro
     """Write attention to ``out`` and log-sum-exps to ``lse``; ValueError when a strip lies outside ``base``."""
 
 def isa() -> str:
-    """Return the instruction set in use: ``baseline``, ``avx2`` or ``avx512``."""
+    """Return the instruction set in use: ``baseline``, ``avx2``, ``avx512``, or ``emulated512`` in tests."""
 
 def set_isa(name: str) -> None:
     """Use another instruction set from now on; ValueError when it cannot run here."""
 
 def supported_isas() -> list[str]:
-    """Return the names of the instruction sets that can run here, the slowest first."""
+    """Return the names of the instruction sets that can run here, the best last."""
 
 def num_threads() -> int:
     """Return the threads of the pool: min(CPU affinity, cgroup quota, ``ELBOWROOM_THREADS``)."""
