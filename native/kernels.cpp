@@ -6,6 +6,7 @@
 // Legend: G query heads of a KV head, M = rows * G, W lanes of a vector, Dk/Dv widths.
 
 #include "kernels.h"
+#include "peak_kernels.h"
 #include "simd.h"
 
 namespace {
@@ -369,6 +370,6 @@ void attend(const AttendArgs& args, const Item& item, float* scratch) {
 namespace elbowroom {
 
 extern const KernelTable ELBOWROOM_TABLE;
-const KernelTable ELBOWROOM_TABLE = {ELBOWROOM_NAME(ELBOWROOM_ISA), attend, convert};
+const KernelTable ELBOWROOM_TABLE = {ELBOWROOM_NAME(ELBOWROOM_ISA), attend, convert, multiply_add};
 
 }  // namespace elbowroom

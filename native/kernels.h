@@ -29,6 +29,7 @@ struct KernelTable {
     const char* name;
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
     void (*convert)(const char* source, DType from, char* target, DType to, int64_t count);
+    int64_t (*multiply_add)(int64_t rounds, float* sink);
 };
 
 inline constexpr int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }

@@ -31,3 +31,20 @@ def supported_isas() -> list[str]:
 
 def num_threads() -> int:
     """Return the threads of the pool: min(CPU affinity, cgroup quota, ``ELBOWROOM_THREADS``)."""
+
+def read_gb_per_s(num_bytes: int, repeats: int) -> float:
+    """Return the read bandwidth of all threads over a buffer of ``num_bytes``, the best of ``repeats`` passes.
+
+    The buffer is resident during the call; far larger than the caches, it measures memory.
+
+    Raises:
+        ValueError: an argument is below 1.
+        MemoryError: the buffer cannot be mapped.
+    """
+
+def fma_gflop_per_s(milliseconds: int) -> float:
+    """Return the float32 multiply-add rate of all threads in ``isa()``, the best within about ``milliseconds``.
+
+    Raises:
+        ValueError: ``milliseconds`` is below 1.
+    """
