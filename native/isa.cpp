@@ -17,6 +17,10 @@ std::vector<const KernelTable*> supported() {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
         tables.push_back(&kernels_avx512);
     }
+#if defined(ELBOWROOM_EMULATE)
+    // First, so that it is used only when asked for: the lanes of avx512, for tests on CPUs that have half of them.
+    if (avx2) tables.insert(tables.begin(), &kernels_emulated512);
+#endif
 #endif
     return tables;
 }

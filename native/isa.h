@@ -11,7 +11,7 @@ namespace elbowroom {
 // The kernels in use. Throws std::invalid_argument when ELBOWROOM_ISA names a set that cannot run here.
 const KernelTable& kernels();
 
-// Names that can run here, the slowest first.
+// Names that can run here, the best last.
 std::vector<std::string> supported_isas();
 
 // Use the set of that name from now on; not while another thread computes. Throws std::invalid_argument.

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "layer_kernels.h"
 #include "matmul_kernels.h"
+#include "peak_kernels.h"
 #include "simd.h"
 #include "tile.h"
 
@@ -347,6 +348,7 @@ const KernelTable ELBOWROOM_TABLE = {
     .softcap = softcap,
     .to_panel = to_panel,
     .to_rows = to_rows,
+    .multiply_add = multiply_add,
 };
 
 }  // namespace elbowroom

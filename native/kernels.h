@@ -54,6 +54,7 @@ struct KernelTable {
     void (*softcap)(float* x, int64_t count, float cap);
     void (*to_panel)(const float* rows, int64_t stride, int64_t num_tokens, int64_t count, float* panel);
     void (*to_rows)(const float* panel, int64_t count, int64_t num_tokens, float* rows, int64_t stride);
+    int64_t (*multiply_add)(int64_t rounds, float* sink);
 };
 
 // Floats of scratch that an item of `vectors` query vectors needs: q, out, scores, statistics, one strip of K and V.
@@ -65,5 +66,6 @@ inline constexpr int64_t scratch_floats(int64_t vectors, int64_t head_dim, int64
 extern const KernelTable kernels_baseline;
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
+extern const KernelTable kernels_emulated512;
 
 }  // namespace elbowroom

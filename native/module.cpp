@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "decoder.h"
 #include "isa.h"
+#include "peaks.h"
 #include "pool.h"
 #include "product.h"
 
@@ -154,4 +155,7 @@ NB_MODULE(_native, m) {
     m.def("set_isa", &set_isa, nb::arg("name"));
     m.def("supported_isas", &supported_isas);
     m.def("num_threads", [] { return Pool::instance().num_threads(); });
+    m.def("read_gb_per_s", &read_gb_per_s, nb::arg("num_bytes"), nb::arg("repeats"),
+          nb::call_guard<nb::gil_scoped_release>());
+    m.def("fma_gflop_per_s", &fma_gflop_per_s, nb::arg("milliseconds"), nb::call_guard<nb::gil_scoped_release>());
 }

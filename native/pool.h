@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -17,38 +18,51 @@ class Pool {
     // The pool of this process; a forked child gets one of its own.
     static Pool& instance();
 
+    // The caller of `run` is one of the threads. Fewer are made when the system refuses more.
     explicit Pool(int num_threads);
+    ~Pool();
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    int num_threads() const { return num_threads_; }
+    int num_threads() const { return int(workers_.size()) + 1; }
 
     // Calls work(context, item, scratch) for every item below num_items, the highest first; returns when all are done.
-    // Each thread has its own 64-byte aligned scratch. One job at a time; other callers wait.
+    // Each thread has its own 64-byte aligned scratch. One job at a time: other callers wait, and an item that calls
+    // `run` does all of that job by itself. The first exception of an item is thrown here, once no item runs any more;
+    // items that nobody had begun are dropped.
     void run(int64_t num_items, int64_t scratch_floats, Work work, void* context);
 
    private:
     struct Free {
         void operator()(float* p) const;
     };
+    using Scratch = std::unique_ptr<float, Free>;
 
-    void work_loop(int thread);
-    bool take(int thread);
+    static Scratch make_scratch(int64_t num_floats);
     void reserve(int64_t scratch_floats);
+    void work_loop(int thread);
+    bool await_items();
+    uint32_t take_items(int thread);
+    uint32_t drop_items(std::exception_ptr error);
+    void await_workers();
+    void wake_workers();
 
-    const int num_threads_;
-    std::mutex mutex_;
-    std::vector<std::unique_ptr<float, Free>> scratch_;
+    std::mutex mutex_;  // held by the caller whose job it is
     int64_t scratch_floats_ = 0;
+    uint32_t expected_ = 0;  // what `finished_` is when the workers are done with the job
+    std::mutex error_mutex_;
+    std::exception_ptr error_;
+    std::vector<Scratch> scratch_;
+    std::vector<std::thread> workers_;
+
+    // Cache lines by who writes them. A worker that has taken an item holds the rest of the job in the same line.
+    alignas(64) std::atomic<int32_t> left_{0};  // items that nobody has taken; below 0 when some came too late
     Work work_ = nullptr;
     void* context_ = nullptr;
-    // High half: number of the job; low half: items that nobody has taken. Taking one proves that the job is alive.
-    alignas(64) std::atomic<uint64_t> ticket_{0};
-    alignas(64) std::atomic<uint32_t> unfinished_{0};
-    alignas(64) std::atomic<uint32_t> job_{0};
+    alignas(64) std::atomic<uint32_t> finished_{0};  // items that workers finished, of all jobs together
+    std::atomic<bool> caller_sleeps_{false};
+    alignas(64) std::atomic<uint32_t> sleepers_{0};  // workers that need `wakeups_` to change
+    std::atomic<uint32_t> wakeups_{0};
 };
-
-// Threads this process may use: min(CPU affinity, cgroup quota, ELBOWROOM_THREADS).
-int usable_threads();
 
 }  // namespace elbowroom

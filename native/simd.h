@@ -18,13 +18,19 @@ namespace {
 
 using elbowroom::DType;
 
+// The one place that says how wide vectors are. To run wide code on a narrower CPU, compile it for that CPU with
+// -DELBOWROOM_WIDTH=16: the compiler splits the vectors (CMake: ELBOWROOM_EMULATE; instruction set "emulated512"). So an
+// intrinsic needs a plain version beside it, chosen by ELBOWROOM_WIDTH and by what the compiler may emit.
+#if !defined(ELBOWROOM_WIDTH)
 #if defined(__AVX512F__)
-constexpr int W = 16;
+#define ELBOWROOM_WIDTH 16
 #elif defined(__AVX2__)
-constexpr int W = 8;
+#define ELBOWROOM_WIDTH 8
 #else
-constexpr int W = 4;
+#define ELBOWROOM_WIDTH 4
 #endif
+#endif
+constexpr int W = ELBOWROOM_WIDTH;
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
@@ -88,9 +94,9 @@ inline vf widen(const float* p) { return load<vf>(p); }
 inline vf widen(const bf16* p) { return bit_cast<vf>(__builtin_convertvector(load<vh>(p), vu) << 16); }
 
 inline vf widen(const f16* p) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && ELBOWROOM_WIDTH == 16
     return bit_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && ELBOWROOM_WIDTH == 8
     return bit_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     // Moving exponent and mantissa into place and multiplying by 2^112 is exact, subnormals included.

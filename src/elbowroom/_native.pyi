@@ -67,13 +67,30 @@ def attend(num_sequences: int, step: Step, strips: Strips, spec: Spec, q: Rows, 
     """Write attention to ``out`` and log-sum-exps to ``lse``; ValueError when a strip lies outside ``base``."""
 
 def isa() -> str:
-    """Return the instruction set in use: ``baseline``, ``avx2`` or ``avx512``."""
+    """Return the instruction set in use: ``baseline``, ``avx2``, ``avx512``, or ``emulated512`` in tests."""
 
 def set_isa(name: str) -> None:
     """Use another instruction set from now on; ValueError when it cannot run here."""
 
 def supported_isas() -> list[str]:
-    """Return the names of the instruction sets that can run here, the slowest first."""
+    """Return the names of the instruction sets that can run here, the best last."""
 
 def num_threads() -> int:
     """Return the threads of the pool: min(CPU affinity, cgroup quota, ``ELBOWROOM_THREADS``)."""
+
+def read_gb_per_s(num_bytes: int, repeats: int) -> float:
+    """Return the read bandwidth of all threads over a buffer of ``num_bytes``, the best of ``repeats`` passes.
+
+    The buffer is resident during the call; far larger than the caches, it measures memory.
+
+    Raises:
+        ValueError: an argument is below 1.
+        MemoryError: the buffer cannot be mapped.
+    """
+
+def fma_gflop_per_s(milliseconds: int) -> float:
+    """Return the float32 multiply-add rate of all threads in ``isa()``, the best within about ``milliseconds``.
+
+    Raises:
+        ValueError: ``milliseconds`` is below 1.
+    """

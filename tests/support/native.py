@@ -1,0 +1,52 @@
+"""C++ programs of the tests: sources of ``native/`` and a ``main``, built by the system compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def build_program(main: str, sources: list[str], directory: Path, sanitize: str = "") -> Path:
+    """Compile ``tests/native/MAIN.cpp`` with ``native/*.cpp``; skips where the compiler cannot do what is asked.
+
+    Args:
+        main: name of the file with the main function.
+        sources: names of files in ``native/``.
+        directory: where the program is put.
+        sanitize: what ``-fsanitize`` gets; empty for none.
+    """
+    flags = ["-std=c++20", "-O1", "-g", "-pthread"]
+    if sanitize:
+        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
+    trial = directory / "trial.cpp"
+    trial.write_text("int main() {}\n")
+    skip_unless_it_runs(trial, flags)
+    files = [ROOT / "tests" / "native" / f"{main}.cpp", *(ROOT / "native" / f"{name}.cpp" for name in sources)]
+    program = directory / main
+    subprocess.run([*compiler(), *flags, f"-I{ROOT / 'native'}", *map(str, files), "-o", str(program)], check=True)
+    return program
+
+
+def skip_unless_it_runs(source: Path, flags: list[str]) -> None:
+    """Skip the test when an empty program with these flags cannot be built and run."""
+    program = source.with_suffix("")
+    command = [*compiler(), *flags, str(source), "-o", str(program)]
+    built = subprocess.run(command, check=False, capture_output=True, text=True)
+    if built.returncode != 0:
+        pytest.skip(f"the compiler refuses {' '.join(flags)}: {built.stderr.strip()}")
+    if subprocess.run([str(program)], check=False, capture_output=True).returncode != 0:
+        pytest.skip(f"an empty program built with {' '.join(flags)} does not run here")
+
+
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler, ``CXX`` or c++; skips without one."""
+    command = os.environ.get("CXX", "c++").split()
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no C++ compiler: {command[0]} was not found (set CXX)")
+    return command
