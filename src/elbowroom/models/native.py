@@ -81,7 +81,7 @@ class NativeDecoder:
                 for layer, _ in layers:
                     self._layer(layer, context, buffers, tokens.numel())
         out = scratch.take("logits", (count, vocab), torch.float32)
-        out = torch.empty(count, vocab) if out is None else out
+        out = torch.empty(count, vocab, dtype=torch.float32) if out is None else out
         if count:
             self._native.logits(rows.data_ptr(), count, out.data_ptr())
         return out
@@ -116,7 +116,8 @@ class NativeDecoder:
         sizes = native_buffers(self.config, num_tokens)
         taken = [scratch.take(name, (size,), torch.float32) for name, size in sizes.items()]
         return [
-            torch.empty(size) if buffer is None else buffer for buffer, size in zip(taken, sizes.values(), strict=True)
+            torch.empty(size, dtype=torch.float32) if buffer is None else buffer
+            for buffer, size in zip(taken, sizes.values(), strict=True)
         ]
 
     def _add_layer(self, index: int, spec: LayerSpec, rope: int) -> None:
