@@ -198,6 +198,19 @@ void Decoder::layer(int64_t index, const Step& step, const Strips& strips, bool 
 // --- the head ----------------------------------------------------------------------------------------------------------
 
 void Decoder::logits(const int64_t* rows, int64_t count, float* out) const {
+    for (int64_t i = 0; i < count; ++i) {
+        if (rows[i] < 0 || rows[i] >= num_tokens_) {
+            throw std::invalid_argument("row " + std::to_string(rows[i]) + " is not in a pass of " +
+                                        std::to_string(num_tokens_) + " tokens");
+        }
+    }
+    const int64_t most = num_panels() * kPanelTokens;  // rows that the buffers hold; more only where rows repeat
+    for (int64_t i = 0; i < count; i += most) {
+        logits_block(rows + i, std::min(most, count - i), out + i * model_.head.rows);
+    }
+}
+
+void Decoder::logits_block(const int64_t* rows, int64_t count, float* out) const {
     const int64_t width = model_.embed.cols, vocabulary = model_.head.rows;
     float* normed = buffers_.branch;
     for (int64_t i = 0; i < count; ++i) {

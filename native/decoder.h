@@ -89,7 +89,8 @@ class Decoder {
     // Throws std::invalid_argument when a strip lies outside its range.
     void layer(int64_t index, const Step& step, const Strips& strips, bool append_kv) const;
 
-    // Logits [count, vocabulary] of the given tokens of the pass.
+    // Logits [count, vocabulary] of the given tokens of the pass, in any order and any number of times.
+    // Throws std::invalid_argument for a row outside the pass.
     void logits(const int64_t* rows, int64_t count, float* out) const;
 
    private:
@@ -112,6 +113,7 @@ class Decoder {
     void project_rows(const LayerWeights& layer) const;
     void finish_head(const LayerWeights& layer, Part part, int64_t token, float* row) const;
     void gated(const LayerWeights& layer) const;
+    void logits_block(const int64_t* rows, int64_t count, float* out) const;
     void load_hidden(int64_t token, float* row) const;
 
     ModelWeights model_;

@@ -16,9 +16,10 @@ constexpr int64_t kRowStep = 12;           // whole register tiles
 }  // namespace
 
 int64_t rows_per_item(const Matrix& matrix, bool few_tokens) {
-    const int64_t most = few_tokens ? std::max<int64_t>(kItemBytes / matrix.row_bytes, 1) : kItemRows;
+    // A matrix without rows, or one whose rows are all the same one, still has items of some rows.
+    const int64_t most = few_tokens ? kItemBytes / std::max<int64_t>(matrix.row_bytes, 1) : kItemRows;
     const int64_t balanced = ceil_div(matrix.rows, int64_t{4} * Pool::instance().num_threads());
-    return ceil_div(std::min(balanced, most), kRowStep) * kRowStep;
+    return ceil_div(std::max<int64_t>(std::min(balanced, most), 1), kRowStep) * kRowStep;
 }
 
 const float* arranged(const Matrix& matrix, const float* x, int64_t num_tokens) {

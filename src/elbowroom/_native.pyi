@@ -58,7 +58,7 @@ class Decoder:
         """Take attention's output through the rest of a layer."""
 
     def logits(self, rows: int, count: int, out: int) -> None:
-        """Write the float32 logits ``[count, vocabulary]`` of the given int64 rows of the pass."""
+        """Write the float32 logits ``[count, vocabulary]`` of int64 rows of the pass; ValueError for one outside it."""
 
 def append(num_sequences: int, step: Step, strips: Strips, k: Rows, v: Rows) -> None:
     """Write key and value rows to their strips; ValueError when a strip lies outside ``base``."""

@@ -44,9 +44,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"activations must be contiguous, weights float with adjacent columns, got {weight.dtype}")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.shape[:1]):
         raise ValueError(f"the bias must be float32 [{weight.shape[0]}], got {bias.dtype} {tuple(bias.shape)}")
-    out = torch.empty(x.shape[0], weight.shape[0])
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     row_bytes = weight.stride(0) * weight.element_size()
-    address = 0 if bias is None else bias.contiguous().data_ptr()
+    bias = None if bias is None else bias.contiguous()  # kept until the call returns
+    address = 0 if bias is None else bias.data_ptr()
     matrix = (weight.data_ptr(), *weight.shape, row_bytes, _TORCH_CODES[weight.dtype], address)
     _native.multiply(matrix, x.data_ptr(), x.shape[0], out.data_ptr())
     return out

@@ -8,13 +8,13 @@ halves of the layer. Buffers and threads are the engine's own: nothing here runs
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from elbowroom import _native
 from elbowroom.core import LayerSpec, RopeSpec
+from elbowroom.kernels import LayerStrips
 from elbowroom.kernels.native import DTYPE_CODES, spec_tuple, strips_tuple
 from elbowroom.models.base import AttentionContext, Scratch
 from elbowroom.models.buffers import native_buffers
@@ -71,29 +71,27 @@ class NativeDecoder:
         """Return the logits, float32 ``[M, V]``, of the tokens ``rows`` of a pass; see ``StepModel.step``."""
         count, vocab = rows.numel(), self.config.vocab_size
         buffers = self._buffers(tokens.numel(), scratch)
-        positions = context.positions.contiguous()
+        tokens, rows, positions = tokens.contiguous(), rows.contiguous(), context.positions.contiguous()
+        # Held until the pass ends: native code gets addresses only.
+        strips = [context.strips(layer) for layer in range(self.config.num_layers)]
         self._native.begin(tokens.data_ptr(), positions.data_ptr(), tokens.numel(), [b.data_ptr() for b in buffers])
-        for plain, layers in itertools.groupby(enumerate(self._strips(context)), lambda each: each[1] is not None):
+        for plain, layers in itertools.groupby(enumerate(strips), lambda each: each[1] is not None):
             if plain:
-                run = list(layers)
-                self._native.layers(run[0][0], [strips for _, strips in run if strips is not None])
+                run = [(layer, self._layer_step(layer, found)) for layer, found in layers if found is not None]
+                self._native.layers(run[0][0], [each for _, each in run])
             else:
                 for layer, _ in layers:
                     self._layer(layer, context, buffers, tokens.numel())
         out = scratch.take("logits", (count, vocab), torch.float32)
-        out = torch.empty(count, vocab) if out is None else out
+        out = torch.empty(count, vocab, dtype=torch.float32) if out is None else out
         if count:
             self._native.logits(rows.data_ptr(), count, out.data_ptr())
         return out
 
-    def _strips(self, context: AttentionContext) -> Iterator[_native.LayerStep | None]:
-        for layer, spec in enumerate(self.config.layers):
-            found = context.strips(layer)
-            if found is None:
-                yield None
-            else:
-                strips = strips_tuple(found.table, found.base, found.fmt)
-                yield found.step.num_sequences, found.step.addresses, strips, spec.kv_source is None
+    def _layer_step(self, layer: int, found: LayerStrips) -> _native.LayerStep:
+        strips = strips_tuple(found.table, found.base, found.fmt)
+        owns_kv = self.config.layers[layer].kv_source is None
+        return found.step.num_sequences, found.step.addresses, strips, owns_kv
 
     def _layer(self, layer: int, context: AttentionContext, buffers: list[Tensor], n: int) -> None:
         """Run one layer whose attention is not ours."""
@@ -116,7 +114,8 @@ class NativeDecoder:
         sizes = native_buffers(self.config, num_tokens)
         taken = [scratch.take(name, (size,), torch.float32) for name, size in sizes.items()]
         return [
-            torch.empty(size) if buffer is None else buffer for buffer, size in zip(taken, sizes.values(), strict=True)
+            torch.empty(size, dtype=torch.float32) if buffer is None else buffer
+            for buffer, size in zip(taken, sizes.values(), strict=True)
         ]
 
     def _add_layer(self, index: int, spec: LayerSpec, rope: int) -> None:

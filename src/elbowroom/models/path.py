@@ -92,7 +92,8 @@ def _has_fast_half(dtype: torch.dtype) -> bool:
 def _native_seconds(dtype: torch.dtype, num_tokens: int) -> float:
     from elbowroom.kernels.native import multiply
 
-    weight, x = torch.ones(_WIDTH, _WIDTH, dtype=dtype), torch.ones(num_tokens, _WIDTH)
+    weight = torch.ones(_WIDTH, _WIDTH, dtype=dtype)
+    x = torch.ones(num_tokens, _WIDTH, dtype=torch.float32)
     return _best(lambda: multiply(x, weight))
 
 

@@ -26,9 +26,11 @@ class DenseLinear:
             return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
-    def descriptor(self) -> LinearDescriptor:
-        """Return addresses and strides of the resident matrix."""
+    def descriptor(self) -> LinearDescriptor | None:
+        """Return addresses and strides of the resident matrix; None where its columns do not lie side by side."""
         weight = self.weight
+        if weight.stride(1) != 1:
+            return None
         return LinearDescriptor(
             weight_address=weight.data_ptr(),
             bias=self.bias,
@@ -58,7 +60,7 @@ class GatedFFN:
             F.silu(g, inplace=True)
         return self.down(g.mul_(u))
 
-    def descriptors(self) -> tuple[LinearDescriptor, ...]:
+    def descriptors(self) -> tuple[LinearDescriptor | None, ...]:
         """Return the plain facts of gate, up and down."""
         return self.gate.descriptor(), self.up.descriptor(), self.down.descriptor()
 
