@@ -23,9 +23,8 @@ def test_every_order_comes_equally_often(names):
 @pytest.mark.parametrize("num_sides", [1, 2, 3, 4, 5])
 def test_every_side_has_every_place_equally_often(num_sides):
     names = [str(number) for number in range(num_sides)]
-    places = Counter(
-        (place, name) for number in range(2 * num_sides) for place, name in enumerate(order_of(names, number))
-    )
+    rounds = [order_of(names, number) for number in range(2 * num_sides)]
+    places = Counter((place, name) for order in rounds for place, name in enumerate(order))
     assert set(places.values()) == {2}
     assert len(places) == num_sides**2
 

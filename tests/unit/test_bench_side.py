@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from elbowroom.bench.side import SIDES, Side, our_environment, rival_environment
@@ -142,11 +143,34 @@ def test_a_side_ends_with_its_benchmark(start):
     assert side._process.returncode == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_side_leaves_when_its_parent_is_gone(start):
+def test_a_side_in_the_middle_of_its_work_ends_with_its_benchmark(start):
+    side = start("import time\ndef load():\n    return {'work': lambda: time.sleep(60)}")
+    side.ask("load")
+    side.send("work")
+    started = time.monotonic()
+    side.close()
+    assert time.monotonic() - started < 3.0
+
+
+def test_a_side_leaves_when_its_benchmark_is_killed(tmp_path: Path):
     """Its stdin ends with the parent, however that went."""
-    side = start(GOOD)
-    side.ask("load", factor=1)
-    os.close(os.dup(side._process.stdin.fileno()))
-    side._process.stdin.close()
-    assert side._process.wait(5.0) == 0
+    script = tmp_path / "side.py"
+    script.write_text(textwrap.dedent(GOOD))
+    parent = f"""
+        import time
+        from pathlib import Path
+        from elbowroom.bench.side import Side, rival_environment
+        side = Side(Path({str(script)!r}), rival_environment(1))
+        side.ask("load", factor=1)
+        print(side._process.pid, flush=True)
+        time.sleep(60)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(parent)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        pid = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 5.0
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the side is still there"
+        time.sleep(0.02)

@@ -18,7 +18,7 @@ LENGTHS = (2048, 8192, 32_768)
 CLAIMED = 8192
 QUICK_LENGTH = 512
 TARGET = 1.5
-NEW_TOKENS = 16
+NEW_TOKENS = 8
 
 
 def run(options: BenchOptions) -> BenchResult:
@@ -30,7 +30,7 @@ def run(options: BenchOptions) -> BenchResult:
     with Contest(load.size, 1, longest, rivals, prefix_cache=True, seed=options.seed) as contest:
         played = {}
         for length in (BASE_TOKENS, *lengths):
-            contest.tell("fill", num_tokens=length, seed=options.seed)
+            contest.tell("fill", num_tokens=length, num_streams=1, seed=options.seed)
             played[length] = contest.rounds("extend", lambda _: {"new_tokens": new_tokens}, load.num_rounds)
         bandwidth = 1e9 * float(str(machine["read_gb_per_s"]))
         rows = [_row(contest, side, played, length, bandwidth) for length in played for side in (OURS, *rivals)]

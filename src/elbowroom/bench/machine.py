@@ -75,11 +75,14 @@ def read_gb_per_s(num_threads: int) -> float:
 
 
 def gflop_per_s(num_threads: int, dtype: torch.dtype = torch.float32) -> float:
-    """Return the GFLOP/s of a 1024 x 1024 matmul by ``num_threads`` of torch's threads, best of up to five."""
+    """Return the GFLOP/s of a 1024 x 1024 matmul by ``num_threads`` of torch's threads, best of up to five.
+
+    The second factor is transposed, as weights are.
+    """
     a, before = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype), torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        return round(2 * _PROBE_SIZE**3 / _best_seconds(lambda: a @ a) / 1e9, 1)
+        return round(2 * _PROBE_SIZE**3 / _best_seconds(lambda: a @ a.t()) / 1e9, 1)
     finally:
         torch.set_num_threads(before)
 

@@ -38,6 +38,7 @@ SPARE_BYTES = 2**30
 MAX_LOGPROB_ERROR = 0.25
 """Sides that round differently differ by some hundredths here; another model differs by more than one."""
 _CHECKED_TOKENS = 32
+_CHECKED_STEPS = 4
 _RATE = "tokens_per_s"
 
 
@@ -188,9 +189,9 @@ class Contest:
         )
 
     def _check(self) -> None:
-        """Compare the log-probabilities of our 20 most likely tokens behind a prompt."""
+        """Compare the log-probabilities of our 20 most likely tokens behind a prompt and some decoded tokens."""
         (prompt,) = self.prompts(-2, 1, _CHECKED_TOKENS)
-        top: dict[str, Any] = {}
+        top: dict[str, Any] = {}  # tokens and log-probabilities of ours
         if OURS in self.failures or not self._guard(OURS, lambda n: top.update(self._top(n, prompt))):
             return
         for name in self._rivals:
@@ -198,11 +199,11 @@ class Contest:
                 self._guard(name, lambda n: self._compare(n, prompt, top))
 
     def _top(self, name: str, prompt: list[int]) -> dict[str, Any]:
-        return self.sides[name].ask("top", prompt=prompt, count=20)
+        return self.sides[name].ask("top", prompt=prompt, num_tokens=_CHECKED_STEPS, count=20)
 
     def _compare(self, name: str, prompt: list[int], top: Mapping[str, Any]) -> None:
         side = self.sides[name]
-        scored = side.ask("score", prompt=prompt, ids=top["ids"])["logprobs"]
+        scored = side.ask("score", prompt=[*prompt, *top["token_ids"]], ids=top["ids"])["logprobs"]
         error = max(abs(ours - theirs) for ours, theirs in zip(top["logprobs"], scored, strict=True))
         if not error <= MAX_LOGPROB_ERROR:
             raise ElbowroomError(

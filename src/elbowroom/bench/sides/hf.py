@@ -16,15 +16,15 @@ class Side:
 
     def __init__(self, transformers: Any, model: Any) -> None:
         self._transformers, self._model = transformers, model
-        self._filled: Any = None
+        self._held: Any = None
+        self._last = torch.zeros(0, dtype=torch.int64)
 
     @torch.inference_mode()
-    def decode(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """Read prompts of equal length in one batch; time the tokens behind the first of each."""
-        cache = self._cache()
-        token = self._next(torch.tensor(prompts), cache)
-        tokens, seconds = self._go_on(token, cache, new_tokens - 1)
-        return {"tokens": len(prompts) * (new_tokens - 1), "seconds": seconds, "token_ids": tokens}
+    def read(self, prompts: list[list[int]]) -> dict[str, Any]:
+        """Read prompts of equal length in one batch and hold their cache."""
+        self._held = self._cache()
+        self._last = self._next(torch.tensor(prompts), self._held)
+        return {}
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int]) -> dict[str, Any]:
@@ -40,27 +40,31 @@ class Side:
         return {"logprobs": logits.log_softmax(-1)[ids].tolist()}
 
     @torch.inference_mode()
-    def fill(self, num_tokens: int, seed: int) -> dict[str, Any]:
-        """Hold a cache of ``num_tokens`` with random keys and values."""
-        self._filled = None  # the old one goes before the new one comes
-        self._filled = self._cache()
+    def fill(self, num_tokens: int, num_streams: int, seed: int) -> dict[str, Any]:
+        """Hold a cache of ``num_tokens`` for each stream, with random keys and values."""
+        self._held = None  # the old one goes before the new one comes
+        self._held, self._last = self._cache(), torch.ones(num_streams, dtype=torch.int64)
         config, generator = self._model.config, torch.Generator().manual_seed(seed)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (1, config.num_key_value_heads, num_tokens, width)
-        kv_bytes = 0
+        shape = (num_streams, config.num_key_value_heads, num_tokens, width)
         for layer in range(config.num_hidden_layers):
             k, v = (torch.empty(shape, dtype=self._model.dtype).normal_(generator=generator) for _ in range(2))
-            self._filled.update(k, v, layer)
-            kv_bytes += k.nbytes + v.nbytes
-        return {"kv_bytes": kv_bytes}
+            self._held.update(k, v, layer)
+        return {}
 
     @torch.inference_mode()
     def extend(self, new_tokens: int) -> dict[str, Any]:
-        """Read one token behind the filled cache and time the tokens behind the first that is chosen."""
-        token = self._next(torch.tensor([[1]]), self._filled)
-        _, seconds = self._go_on(token, self._filled, new_tokens - 1)
-        self._filled.crop(-new_tokens)
-        return {"tokens": new_tokens - 1, "seconds": seconds}
+        """Decode behind the held cache and time the tokens behind the first of each stream; then rewind."""
+        token = self._next(self._last[:, None], self._held)
+        made = [token.tolist()]
+        started = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            token = self._next(token[:, None], self._held)
+            made.append(token.tolist())  # a user sees each token, so it leaves torch
+        seconds = time.perf_counter() - started
+        self._held.crop(-new_tokens)
+        token_ids = [list(stream) for stream in zip(*made, strict=True)]
+        return {"tokens": len(token_ids) * (new_tokens - 1), "seconds": seconds, "token_ids": token_ids}
 
     def _cache(self) -> Any:
         return self._transformers.DynamicCache(config=self._model.config)
@@ -70,16 +74,6 @@ class Side:
         logits = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         chosen: Tensor = logits[:, -1].argmax(-1)
         return chosen
-
-    def _go_on(self, token: Tensor, cache: Any, count: int) -> tuple[list[list[int]], float]:
-        """Return all tokens of each stream, ``token`` first, and the seconds that ``count`` steps took."""
-        made = [token.tolist()]
-        started = time.perf_counter()
-        for _ in range(count):
-            token = self._next(token[:, None], cache)
-            made.append(token.tolist())  # a user sees each token, so it leaves torch
-        seconds = time.perf_counter() - started
-        return [list(stream) for stream in zip(*made, strict=True)], seconds
 
 
 def load(directory: str, dtype: str, num_threads: int) -> dict[str, Callable[..., dict[str, Any]]]:
@@ -92,7 +86,7 @@ def load(directory: str, dtype: str, num_threads: int) -> dict[str, Callable[...
     )
     side = Side(transformers, model.eval())
     return {
-        "decode": side.decode,
+        "read": side.read,
         "prefill": side.prefill,
         "score": side.score,
         "fill": side.fill,

@@ -29,20 +29,36 @@ class Side:
         self._context = lib.llama_init_from_model(model, settings)
         if not self._context:
             raise RuntimeError("llama.cpp refused the context")
+        self._last: list[int] = []
+        self._lengths: list[int] = []
+        """Tokens of each held prompt."""
         self._batch = lib.llama_batch_init(_BATCH_TOKENS, 0, 1)
 
-    def decode(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """Read one prompt a sequence; time the tokens behind the first of each."""
-        last = self._read(prompts)
+    def read(self, prompts: list[list[int]]) -> dict[str, Any]:
+        """Read one prompt a sequence and hold their cache."""
+        self._last = self._read(prompts)
+        self._lengths = [len(prompt) for prompt in prompts]
+        return {}
+
+    def fill(self, num_tokens: int, num_streams: int, seed: int) -> dict[str, Any]:
+        """Hold a cache of ``num_tokens`` for each stream: of random prompts, since reading is all there is."""
+        rng = np.random.default_rng(seed)
+        return self.read(rng.integers(self._vocab_size, size=(num_streams, num_tokens)).tolist())
+
+    def extend(self, new_tokens: int) -> dict[str, Any]:
+        """Decode behind the held cache and time the tokens behind the first of each sequence; then rewind."""
+        last = self._next(self._last, 0)
         made = [last]
         started = time.perf_counter()
-        for number in range(new_tokens - 1):
-            step = [(token, len(prompts[seq]) + number, seq, True) for seq, token in enumerate(last)]
-            last = self._step(step).argmax(-1).tolist()
+        for number in range(1, new_tokens):
+            last = self._next(last, number)
             made.append(last)
         seconds = time.perf_counter() - started
+        memory = self._lib.llama_get_memory(self._context)
+        for seq, length in enumerate(self._lengths):
+            self._lib.llama_memory_seq_rm(memory, seq, length, -1)
         token_ids = [list(stream) for stream in zip(*made, strict=True)]
-        return {"tokens": len(prompts) * (new_tokens - 1), "seconds": seconds, "token_ids": token_ids}
+        return {"tokens": len(token_ids) * (new_tokens - 1), "seconds": seconds, "token_ids": token_ids}
 
     def prefill(self, prompt: list[int]) -> dict[str, Any]:
         """Read a prompt and choose one token."""
@@ -60,6 +76,12 @@ class Side:
     def about(self) -> dict[str, Any]:
         """Return the version and which instruction sets the library was built for."""
         return {"version": self._lib.__version__, "system": self._lib.llama_print_system_info().decode().strip()}
+
+    def _next(self, last: list[int], number: int) -> list[int]:
+        """Compute the ``number``-th token behind each prompt and return the most likely ones behind it."""
+        rows = [(token, self._lengths[seq] + number, seq, True) for seq, token in enumerate(last)]
+        chosen: list[int] = self._step(rows).argmax(-1).tolist()
+        return chosen
 
     def _read(self, prompts: list[list[int]]) -> list[int]:
         """Empty the cache, read all prompts and return the most likely token behind each."""
@@ -103,4 +125,11 @@ def load(file: str, num_streams: int, stream_tokens: int, num_threads: int) -> d
     if not model:
         raise RuntimeError(f"llama.cpp cannot load {file}")
     side = Side(lib, model, num_streams, stream_tokens, num_threads)
-    return {"decode": side.decode, "prefill": side.prefill, "score": side.score, "about": side.about}
+    return {
+        "read": side.read,
+        "fill": side.fill,
+        "extend": side.extend,
+        "prefill": side.prefill,
+        "score": side.score,
+        "about": side.about,
+    }

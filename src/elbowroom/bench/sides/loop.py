@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import queue
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,11 +58,28 @@ def _load_of(path: Path) -> Callable[..., Commands]:
     return load
 
 
+def _lines() -> Iterator[str]:
+    """Yield the lines of stdin; at its end the process ends at once, in the middle of whatever it computes.
+
+    So nothing goes on behind a benchmark that was stopped.
+    """
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
+
+
 def main() -> None:
     """Serve the side that the command line names; what its libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(_load_of(Path(sys.argv[1])), sys.stdin, answers)
+    serve(_load_of(Path(sys.argv[1])), _lines(), answers)
 
 
 if __name__ == "__main__":

@@ -44,24 +44,8 @@ class Side:
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
-        self._filled: list[int] = []
-
-    def decode(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """Generate ``new_tokens`` for all prompts at once; count and time tokens while all of them decode.
-
-        The time begins with the first token of the last prompt to be read and ends with the end of the first stream.
-        """
-        streams = self._start(prompts, new_tokens)
-        outputs = [stream.wait() for stream in streams]
-        begin, end = max(stream.times[0] for stream in streams), min(stream.times[-1] for stream in streams)
-        if end <= begin:
-            raise ValueError(f"{new_tokens} tokens are too few for {len(prompts)} streams to decode side by side")
-        tokens = sum(begin < at <= end for stream in streams for at in stream.times)
-        return {
-            "tokens": tokens,
-            "seconds": end - begin,
-            "token_ids": [output.outputs[0].token_ids for output in outputs],
-        }
+        self._held: list[list[int]] = []
+        """Prefixes whose keys and values are cached."""
 
     def prefill(self, prompt: list[int]) -> dict[str, Any]:
         """Read a prompt and choose one token, from the arrival of the request to the token."""
@@ -70,28 +54,41 @@ class Side:
         stream.wait()
         return {"tokens": len(prompt), "seconds": stream.times[0] - started}
 
-    def top(self, prompt: list[int], count: int) -> dict[str, Any]:
-        """Return the ``count`` most likely tokens behind ``prompt`` and their log-probabilities."""
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=count)
-        output = self._llm.generate({"prompt_token_ids": prompt}, sampling)[0]
-        logprobs = output.outputs[0].logprobs
-        assert logprobs is not None
-        return {"ids": [token for token, _ in logprobs[0].top], "logprobs": [value for _, value in logprobs[0].top]}
+    def top(self, prompt: list[int], num_tokens: int, count: int) -> dict[str, Any]:
+        """Generate ``num_tokens``; return all but the last, and the ``count`` most likely tokens in its place.
 
-    def fill(self, num_tokens: int, seed: int) -> dict[str, Any]:
-        """Replace what is cached by a prefix of ``num_tokens`` with random keys and values."""
+        So the log-probabilities are those of a decode step that reads what earlier ones stored.
+        """
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, logprobs=count)
+        sample = self._llm.generate({"prompt_token_ids": prompt}, sampling)[0].outputs[0]
+        assert sample.logprobs is not None
+        top = sample.logprobs[-1].top
+        ids, logprobs = [token for token, _ in top], [logprob for _, logprob in top]
+        return {"token_ids": sample.token_ids[:-1], "ids": ids, "logprobs": logprobs}
+
+    def fill(self, num_tokens: int, num_streams: int, seed: int) -> dict[str, Any]:
+        """Replace what is cached by a prefix of ``num_tokens`` for each stream, with random keys and values."""
         self._llm.clear_cache()
-        self._filled = [token % self._llm.engine.parts.config.vocab_size for token in range(num_tokens)]
-        fill_prefix(self._llm.engine, self._filled, seed)
-        return {"kv_bytes": self._llm.engine.kv_report().live_bytes}
+        vocab = self._llm.engine.parts.config.vocab_size
+        self._held = [[(stream + token) % vocab for token in range(num_tokens)] for stream in range(num_streams)]
+        for prefix in self._held:
+            fill_prefix(self._llm.engine, prefix, seed)
+        return {}
 
     def extend(self, new_tokens: int) -> dict[str, Any]:
-        """Generate behind the filled prefix and one more token."""
-        (stream,) = self._start([[*self._filled, 1]], new_tokens)
-        output = stream.wait()
-        if output.cached_tokens != len(self._filled):
-            raise ValueError(f"{output.cached_tokens} of {len(self._filled)} prepared tokens were used")
-        return {"tokens": new_tokens - 1, "seconds": stream.times[-1] - stream.times[0]}
+        """Decode behind every held prefix and one more token; count and time tokens while all streams decode.
+
+        The time begins with the first token of the stream that starts last and ends with the stream that ends first.
+        """
+        streams = self._start([[*prefix, 1] for prefix in self._held], new_tokens)
+        cached = [stream.wait().cached_tokens for stream in streams]
+        if cached != [len(prefix) for prefix in self._held]:
+            raise ValueError(f"of the held prefixes only {cached} tokens were used")
+        begin, end = max(stream.times[0] for stream in streams), min(stream.times[-1] for stream in streams)
+        if end <= begin:
+            raise ValueError(f"{new_tokens} tokens are too few for {len(streams)} streams to decode side by side")
+        tokens = sum(begin < at <= end for stream in streams for at in stream.times)
+        return {"tokens": tokens, "seconds": end - begin}
 
     def _start(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Stream]:
         sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
@@ -109,7 +106,6 @@ def load(
     llm = LLM(directory, memory, dtype=dtype, max_sequences=num_streams, prefix_cache=prefix_cache)
     side = Side(llm)
     return {
-        "decode": side.decode,
         "prefill": side.prefill,
         "top": side.top,
         "fill": side.fill,
