@@ -13,6 +13,7 @@ _STARTED_S = time.monotonic()
 import contextlib  # noqa: E402  what is imported from here on counts as imports
 import io  # noqa: E402
 import json  # noqa: E402
+import runpy  # noqa: E402
 import sys  # noqa: E402
 from collections import defaultdict  # noqa: E402
 from collections.abc import Callable, Mapping, Sequence  # noqa: E402
@@ -22,7 +23,6 @@ from typing import Any  # noqa: E402
 def measure(arguments: Sequence[str], spawned_s: float) -> dict[str, float]:
     """Run the command line and return the seconds of its parts; they add up to ``first_token``."""
     from elbowroom.bench.patching import replaced
-    from elbowroom.commands import invoke
     from elbowroom.serve.preload import preload
 
     preload()
@@ -61,9 +61,12 @@ def measure(arguments: Sequence[str], spawned_s: float) -> dict[str, float]:
             patches.enter_context(replaced(owner, name, timed(part, getattr(owner, name))))
         push = output.RequestProcessor.push
         patches.enter_context(replaced(output.RequestProcessor, "push", noting(push)))
-        code = invoke(arguments)
-    if code != 0:
-        raise SystemExit(code)
+        patches.enter_context(replaced(sys, "argv", ["elbowroom", *arguments]))
+        try:
+            runpy.run_module("elbowroom.commands", run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise
     return _parts(spent, spawned_s, imported_s, first_token_s[0])
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import psutil
@@ -85,6 +86,34 @@ def gflop_per_s(num_threads: int, dtype: torch.dtype = torch.float32) -> float:
         return round(2 * _PROBE_SIZE**3 / _best_seconds(lambda: a @ a.t()) / 1e9, 1)
     finally:
         torch.set_num_threads(before)
+
+
+class ForeignCPU:
+    """Measures, while it is entered, the share of the machine's CPU time that others than this process tree take.
+
+    Threads that wait for each other by spinning suffer most from neighbours, so a comparison beside them is not fair.
+    """
+
+    share = 0.0
+
+    def __enter__(self) -> Self:
+        """Start."""
+        self._started, self._before = time.monotonic(), _foreign_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Set ``share``; processes of this tree that ended meanwhile count as others."""
+        passed = (time.monotonic() - self._started) * (os.cpu_count() or 1)
+        self.share = round(max(0.0, _foreign_seconds() - self._before) / passed, 3)
+
+
+def _foreign_seconds() -> float:
+    """Return the CPU seconds of all processes, and those taken by other machines of the host, less our tree's."""
+    whole = psutil.cpu_times()
+    busy = whole.user + whole.system + sum(getattr(whole, name, 0.0) for name in ("nice", "irq", "softirq", "steal"))
+    ours = psutil.Process()
+    times = [process.cpu_times() for process in (ours, *ours.children(recursive=True))]
+    return float(busy - sum(each.user + each.system for each in times))
 
 
 def _best_seconds(work: Callable[[], object]) -> float:

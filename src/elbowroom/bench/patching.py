@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def replaced(owner: object, name: str, replacement: Callable[..., object]) -> Iterator[None]:
+def replaced(owner: object, name: str, replacement: object) -> Iterator[None]:
     """Let ``owner.name`` (of an instance, a class or a module) be ``replacement`` inside the block.
 
     Raises:

@@ -20,7 +20,7 @@ import torch
 
 from elbowroom.bench.base import BenchOptions, Claim, Row
 from elbowroom.bench.gguf_file import write_gguf
-from elbowroom.bench.machine import usable_threads
+from elbowroom.bench.machine import ForeignCPU, usable_threads
 from elbowroom.bench.pairs import MedianInterval, Run, Turns, median_ratio, one_line, ratio_claim, take_turns
 from elbowroom.bench.random_model import write_random_model
 from elbowroom.bench.side import SIDES, Side, our_environment, rival_environment
@@ -87,6 +87,8 @@ class Contest:
         self.failures: dict[str, str] = {}
         self.about: dict[str, dict[str, Any]] = {}
         """Side -> version and how closely it agrees with ours."""
+        self.other_cpu_share = 0.0
+        """Of all CPU time in the last rounds: what went to processes that are no part of this benchmark."""
         self.config: ModelConfig
 
     def __enter__(self) -> Self:
@@ -120,7 +122,9 @@ class Contest:
         def play(name: str) -> Callable[[int], Run]:
             return lambda number: self._ask(name, command, arguments(number))
 
-        turns = take_turns({name: play(name) for name in self.sides if name not in self.failures}, num_rounds)
+        with ForeignCPU() as foreign:
+            turns = take_turns({name: play(name) for name in self.sides if name not in self.failures}, num_rounds)
+        self.other_cpu_share = foreign.share
         turns.failures |= self.failures
         self.failures = dict(turns.failures)
         return turns
@@ -148,6 +152,7 @@ class Contest:
             "low": rate.low,
             "high": rate.high,
             "rounds": [round(each, 3) for each in rates],
+            "other_cpu_share": self.other_cpu_share,
             "idle_cpu_s": round(self.sides[name].idle_cpu_s, 3),
             **self.about.get(name, {}),
         }
