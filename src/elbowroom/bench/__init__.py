@@ -3,9 +3,18 @@
 from elbowroom.bench.base import Benchmark, BenchOptions, BenchResult, Claim
 from elbowroom.registry import Registry
 
-BENCHES: Registry[Benchmark] = Registry(
-    "benchmark",
-    {name: f"elbowroom.bench.{name}:run" for name in ("budget", "http", "parity", "release", "retrieval")},
+NAMES = (
+    "budget",
+    "decode",
+    "decode8",
+    "http",
+    "long",
+    "overhead",
+    "parity",
+    "prefill",
+    "release",
+    "retrieval",
 )
+BENCHES: Registry[Benchmark] = Registry("benchmark", {name: f"elbowroom.bench.{name}:run" for name in NAMES})
 
 __all__ = ["BENCHES", "BenchOptions", "BenchResult", "Benchmark", "Claim"]

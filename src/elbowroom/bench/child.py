@@ -116,13 +116,15 @@ def _fall(free: Callable[[], object]) -> dict[str, int]:
 TASKS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"budget": budget, "release": release}
 
 
-def run_child(spec: Mapping[str, Any], timeout_s: float = 900.0) -> dict[str, Any]:
+def run_child(
+    spec: Mapping[str, Any], timeout_s: float = 900.0, module: str = "elbowroom.bench.child"
+) -> dict[str, Any]:
     """Run a task in a fresh process and return what it printed.
 
     Raises:
         ElbowroomError: the process failed; the message ends with what it wrote to stderr.
     """
-    command = [sys.executable, "-m", "elbowroom.bench.child", json.dumps(dict(spec))]
+    command = [sys.executable, "-m", module, json.dumps(dict(spec))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     if done.returncode != 0:
         raise ElbowroomError(f"the measured process failed: {done.stderr[-2000:]}")

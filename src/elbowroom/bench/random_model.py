@@ -12,26 +12,46 @@ from elbowroom.models.hf_config import read_config
 from elbowroom.models.loader import dummy_weights
 
 SHAPES: dict[str, dict[str, int]] = {
-    "20M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
-    "300M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20, "num_attention_heads": 16},
+    "20M": {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "vocab_size": 8192,
+        "max_position_embeddings": 8192,
+    },
+    "300M": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 32_000,
+        "max_position_embeddings": 8192,
+    },
+    "336M": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 32_000,
+        "max_position_embeddings": 40_960,
+    },
 }
-_VOCABULARY = {"20M": 8192, "300M": 32_000}
 
 
 def write_random_model(directory: Path, size: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
-    """Write a Llama of about ``size`` parameters (20M, 300M) without a tokenizer and return its directory."""
-    shape = SHAPES[size]
+    """Write a Llama of about ``size`` parameters (a key of ``SHAPES``) without a tokenizer; return its directory."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": _VOCABULARY[size],
-        "num_key_value_heads": shape["num_attention_heads"] // 2,
-        "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **shape,
+        **SHAPES[size],
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,73 @@
+"""A long context without reading one: a cached prefix of random keys and values, put into a running engine.
+
+What decoding costs at 32,768 tokens does not depend on what the keys are, and reading such a prompt takes minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from elbowroom.bench.patching import replaced
+from elbowroom.core import STRIP_TOKENS
+from elbowroom.engine.engine import Engine
+from elbowroom.engine.prefix import block_keys, root_key
+from elbowroom.engine.types import KVOp, StepPlan
+from elbowroom.errors import RequestError
+from elbowroom.kv.base import KVHandle, KVStore
+from elbowroom.kv.plan import BoundPlan
+from elbowroom.kv.span import pack_span
+
+_SPAN_BLOCKS = 16
+
+
+def fill_prefix(engine: Engine, tokens: Sequence[int], seed: int = 0) -> None:
+    """Make ``tokens`` a cached prefix of ``engine``, with keys and values drawn from N(0, 1).
+
+    Raises:
+        RequestError: the tokens are no whole blocks, or the engine's layers or codec are not plain.
+        OutOfBudget: the KV cache cannot hold them.
+    """
+    plan = engine.parts.plan
+    if len(tokens) % STRIP_TOKENS or not tokens:
+        raise RequestError(f"{len(tokens)} tokens are no whole blocks", f"give a multiple of {STRIP_TOKENS}")
+    if plan.has_windows or plan.plan.codec.name != "plain":
+        raise RequestError("only plain caches without sliding windows can be filled", "use kv=plain")
+    engine.call(lambda: _adopt(engine, tokens, seed)).result()
+
+
+def _adopt(engine: Engine, tokens: Sequence[int], seed: int) -> None:
+    """Do what ends with a cached prompt, without computing it; runs on the engine's thread, between steps."""
+    core, store = engine.parts.core, engine.parts.store
+    account = core.scheduler.account
+    account.next_slot += 1
+    slot = account.next_slot
+    opened: list[KVHandle] = []
+    with replaced(store, "open", _noting(store.open, opened)):
+        core.executor.collect(core.executor.submit(StepPlan((KVOp("open", slot),), ())))
+    _import_random(store, opened[0], engine.parts.plan, account.namespace, len(tokens), seed)
+    keys = block_keys(root_key(account.namespace), tokens, len(tokens) // STRIP_TOKENS)
+    account.index.insert(None, keys, slot)
+
+
+def _noting(function: Callable[[], KVHandle], into: list[KVHandle]) -> Callable[[], KVHandle]:
+    def call() -> KVHandle:
+        into.append(function())
+        return into[-1]
+
+    return call
+
+
+def _import_random(
+    store: KVStore, handle: KVHandle, plan: BoundPlan, fingerprint: bytes, num_tokens: int, seed: int
+) -> None:
+    """Append ``num_tokens`` to a stored sequence, in spans; all spans hold the same numbers."""
+    dtype: torch.dtype = getattr(torch, plan.formats[0].dtype)
+    count = _SPAN_BLOCKS * plan.block_bytes // dtype.itemsize
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.empty(count, dtype=dtype).normal_(generator=generator).view(torch.uint8).numpy()
+    for start in range(0, num_tokens, _SPAN_BLOCKS * STRIP_TOKENS):
+        stop = min(start + _SPAN_BLOCKS * STRIP_TOKENS, num_tokens)
+        used = (stop - start) // STRIP_TOKENS * plan.block_bytes
+        store.import_span(handle, pack_span(fingerprint, start, stop, [values[:used]]))
