@@ -10,7 +10,7 @@ from elbowroom.errors import ConfigError, ModelError
 
 BUILTIN = Path(__file__).parent / "builtin"
 READ_AHEAD_BYTES = 4 * 2**30
-"""More than a disk delivers while Python imports torch; a larger model would push its own beginning out again."""
+"""Two seconds of a fast disk; the readers go on from there, and a large model is not pushed out by its own end."""
 _ADVICE_BYTES = 128 * 1024
 """Linux may cut one piece of advice down to the device's read-ahead window, and this is the usual one."""
 
