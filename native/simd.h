@@ -78,7 +78,9 @@ inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 // Holds a loaded vector in a register: GCC would load it again for every product that uses it, and loads are what
 // the loops below run short of.
 inline void keep(vf& v) {
-#if defined(__AVX512F__)
+#if ELBOWROOM_WIDTH == 16 && !defined(__AVX512F__)
+    (void)v;  // emulated: a vector is several registers
+#elif defined(__AVX512F__)
     asm("" : "+v"(v));
 #elif defined(__x86_64__)
     asm("" : "+x"(v));

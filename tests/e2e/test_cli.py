@@ -13,7 +13,7 @@ import pytest
 from tests.support.cli import COMMAND, refused
 
 from elbowroom.commands import invoke
-from elbowroom.models.loader import BUILTIN
+from elbowroom.models.directory import BUILTIN
 from elbowroom.units import parse_bytes
 
 pytestmark = pytest.mark.skipif(not (BUILTIN / "config.json").is_file(), reason="the built-in model is not there")
@@ -48,6 +48,10 @@ def test_a_run_reports_text_bytes_and_speeds(capsys):
     assert sum(tiers["host"]["current_bytes"] for tiers in owners.values()) <= result["budget_bytes"]
     assert result["ledger_peak_bytes"] <= result["budget_bytes"]
     assert result["ttft_s"] > 0
+    assert result["imports_s"] >= 0
+    load = result["load"]
+    assert load["file_bytes"] > 0
+    assert 0 < load["open_s"] + load["read_s"] + load["convert_s"] <= load["total_s"]
     assert result["prefill_tokens_per_s"] > 0
     assert result["decode_tokens_per_s"] > 0
 
@@ -74,6 +78,7 @@ def test_the_table_names_budget_owners_and_speeds(capsys):
     for word in ("weights", "kv", "workspace", "runtime", "all owners", "budget", "64.0 MiB", "process over baseline"):
         assert word in text
     assert "tokens/s" in text
+    assert "of weights loaded in" in text
 
 
 def test_progress_goes_to_stderr(capsys):
@@ -96,9 +101,23 @@ def test_the_operating_system_confirms_the_budget(capsys):
     result, peak = json.loads(lines[0]), int(lines[1]) * 1024
     budget = parse_bytes(BUDGET)
     allowed = budget + max(budget * 0.02, 8 * 2**20)
-    assert peak - baseline <= allowed
+    assert result["baseline_bytes"] <= baseline + 2**20  # doctor imports the server too
+    assert peak - result["baseline_bytes"] <= allowed
     assert result["peak_over_baseline_bytes"] <= allowed
-    assert abs(result["baseline_bytes"] - baseline) < 8 * 2**20
+
+
+def test_a_run_imports_no_more_than_it_needs():
+    """No server, no terminal library and, for a plain prompt, no templates; pydantic is what typer itself imports."""
+    script = (
+        "import sys; from elbowroom.commands import invoke; code = invoke(sys.argv[1:]); "
+        "sys.stderr.write(' '.join({name.partition('.')[0] for name in sys.modules})); sys.exit(code)"
+    )
+    arguments = ["run", "--raw", "--json", "--no-progress", "--memory", BUDGET, "--max-tokens", "1", "import "]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    imported = set(done.stderr.split())
+    assert {"torch", "tokenizers", "typer"} <= imported
+    heavy = {"fastapi", "starlette", "uvicorn", "prometheus_client", "rich", "jinja2", "transformers"}
+    assert not imported & heavy
 
 
 def test_the_baseline_is_one_number(capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from elbowroom.models.loader import BUILTIN
+from elbowroom.models.directory import BUILTIN
 
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)

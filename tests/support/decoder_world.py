@@ -32,7 +32,12 @@ VOCAB = 199
 
 def spec(q: int = 4, kv: int = 2, dim: int = 8, v: int | None = None, **changes: Any) -> LayerSpec:
     base = LayerSpec(
-        num_q_heads=q, num_kv_heads=kv, head_dim=dim, v_head_dim=v or dim, scale=dim**-0.5, rope=changes.pop("rope", ROPE)
+        num_q_heads=q,
+        num_kv_heads=kv,
+        head_dim=dim,
+        v_head_dim=v or dim,
+        scale=dim**-0.5,
+        rope=changes.pop("rope", ROPE),
     )
     return dataclasses.replace(base, **changes)
 

@@ -11,7 +11,7 @@ import pytest
 from tests.support.chat import CHATML, SPECIALS
 
 from elbowroom.errors import RequestError, TokenizerError
-from elbowroom.models import chat
+from elbowroom.models import chat_sandbox
 from elbowroom.models.chat import ChatTemplate
 from elbowroom.models.tokenizer import Tokenizer
 
@@ -134,7 +134,7 @@ def test_templates_are_held_in(source: str) -> None:
 
 
 def test_prompts_have_a_longest_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "MAX_PROMPT_CHARS", 5)
+    monkeypatch.setattr(chat_sandbox, "MAX_PROMPT_CHARS", 5)
     assert render("12345") == "12345"
     with pytest.raises(TokenizerError, match="exceeds 5 characters"):
         render("123{{ 456 }}")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.support.models import random_tensors, write_config, write_model
 
 from elbowroom.errors import CheckpointError
-from elbowroom.models import checkpoint
+from elbowroom.models import reading
 from elbowroom.models.checkpoint import Checkpoint
 from elbowroom.models.hf_config import read_config
 from elbowroom.models.safetensors_file import read_header
@@ -43,7 +43,7 @@ def test_every_dtype_is_converted_as_torch_does(tmp_path: Path, source: torch.dt
     with opened(tmp_path) as weights:
         for name, shape in read_config(tmp_path).tensor_shapes().items():
             found = torch.empty(shape, dtype=target)
-            weights.read_into(name, found)
+            weights.read({name: found})
             expected = tensors.get(f"model.{name}", tensors.get(name))
             assert expected is not None
             assert torch.equal(found, expected.to(target))
@@ -51,24 +51,24 @@ def test_every_dtype_is_converted_as_torch_does(tmp_path: Path, source: torch.dt
 
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
 def test_chunks_join_without_seams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: torch.dtype) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 52)
+    monkeypatch.setattr(reading, "PIECE_BYTES", 52)
     tensors = write_model(tmp_path)
-    sizes: list[int] = []
+    done: list[int] = []
     with opened(tmp_path) as weights:
         found = torch.empty(48, 32, dtype=target)
-        weights.read_into(EMBED, found, sizes.append)
+        weights.read({EMBED: found}, done.append)
     assert torch.equal(found, tensors[f"model.{EMBED}"].to(target))
-    assert sum(sizes) == 48 * 32 * 4
-    assert max(sizes) <= 52
+    assert done[-1] == 48 * 32 * 4
+    assert done == sorted(set(done))
 
 
 def test_destinations_may_have_strides(tmp_path: Path) -> None:
     tensors = write_model(tmp_path)
     found = torch.zeros(48, 64)
     with opened(tmp_path) as weights:
-        weights.read_into(EMBED, found[:, 16:48])
+        weights.read({EMBED: found[:, 16:48]})
         with pytest.raises(CheckpointError, match="destination has the shape"):
-            weights.read_into(EMBED, torch.empty(32, 48))
+            weights.read({EMBED: torch.empty(32, 48)})
     assert torch.equal(found[:, 16:48], tensors[f"model.{EMBED}"])
     assert not found[:, :16].any()
     assert not found[:, 48:].any()
@@ -83,7 +83,7 @@ def test_names_of_other_wrappings_and_known_extras_are_understood(tmp_path: Path
     save_file(renamed, tmp_path / "model.safetensors")
     found = torch.empty(32)
     with opened(tmp_path) as weights:
-        weights.read_into(NORM, found)
+        weights.read({NORM: found})
         assert "lm_head.weight" not in weights.entries
     assert torch.equal(found, tensors[f"model.{NORM}"])
 
@@ -125,7 +125,7 @@ def test_shards(tmp_path: Path) -> None:
     found = torch.empty(32)
     with opened(tmp_path) as weights:
         assert weights.total_bytes == 4 * read_config(tmp_path).num_parameters()
-        weights.read_into(NORM, found)
+        weights.read({NORM: found})
     assert torch.equal(found, tensors[f"model.{NORM}"])
 
     index.write_text(json.dumps({"weight_map": shard_of | {"model.extra": "a.safetensors"}}))
@@ -166,7 +166,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     with opened(tmp_path) as weights:
         (tmp_path / "model.safetensors").write_bytes(b"")
         with pytest.raises(CheckpointError, match="became shorter"):
-            weights.read_into(EMBED, torch.empty(48, 32))
+            weights.read({EMBED: torch.empty(48, 32)})
 
 
 @pytest.mark.parametrize(

@@ -152,18 +152,27 @@ def test_the_mixed_model_sends_each_pass_to_one_side(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(kind, "step", watched)
     model = ComputePath(20).model(decoder)
     for count in (1, 19, 20, 21, 40):
-        close(dense_step(model, random_tokens(count), [count - 1]), dense_step(decoder, random_tokens(count), [count - 1]))
+        close(
+            dense_step(model, random_tokens(count), [count - 1]), dense_step(decoder, random_tokens(count), [count - 1])
+        )
     assert seen[::2] == [("native", 1), ("native", 19), ("native", 20), ("torch", 21), ("torch", 40)]
 
 
 # --- the workspace ---------------------------------------------------------------------------------------------------
 
-PATHS = [0, pytest.param(8, marks=needs_native), pytest.param(30, marks=needs_native), pytest.param(ANY, marks=needs_native)]
+PATHS = [
+    0,
+    pytest.param(8, marks=needs_native),
+    pytest.param(30, marks=needs_native),
+    pytest.param(ANY, marks=needs_native),
+]
 
 
 @pytest.mark.parametrize("native_tokens", PATHS)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", ["one head, one of everything", "layers of every width", "wide values", "gemma", "wide"])
+@pytest.mark.parametrize(
+    "name", ["one head, one of everything", "layers of every width", "wide values", "gemma", "wide"]
+)
 def test_the_planned_workspace_suffices_for_the_largest_passes(
     name: str, dtype: torch.dtype, native_tokens: int
 ) -> None:

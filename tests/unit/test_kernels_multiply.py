@@ -140,7 +140,9 @@ def test_empty_products_are_zeros_and_the_bias(isa: str, rows: int, cols: int, n
     x, weight = torch.ones(num_tokens, cols), torch.ones(rows, cols)
 
     assert torch.equal(multiply(x, weight), torch.zeros(num_tokens, rows))
-    assert torch.equal(multiply(x, weight, torch.arange(rows).float()), torch.arange(rows).float().repeat(num_tokens, 1))
+    assert torch.equal(
+        multiply(x, weight, torch.arange(rows).float()), torch.arange(rows).float().repeat(num_tokens, 1)
+    )
 
 
 @settings(max_examples=60, deadline=None, database=None)
@@ -192,7 +194,12 @@ def test_the_default_dtype_of_torch_changes_nothing() -> None:
         (torch.ones(2, 8), torch.ones(3, 16)[:, ::2], None, "adjacent columns"),
         (torch.ones(2, 8), torch.ones(3, 8, dtype=torch.float64), None, "got torch.float64"),
         (torch.ones(2, 8), torch.ones(3, 8, dtype=torch.int32), None, "got torch.int32"),
-        (torch.ones(2, 8), torch.ones(3, 8), torch.ones(2), r"the bias must be float32 \[3\], got torch.float32 \(2,\)"),
+        (
+            torch.ones(2, 8),
+            torch.ones(3, 8),
+            torch.ones(2),
+            r"the bias must be float32 \[3\], got torch.float32 \(2,\)",
+        ),
         (torch.ones(2, 8), torch.ones(3, 8), torch.ones(3, dtype=torch.bfloat16), "got torch.bfloat16"),
         (torch.ones(2, 8), torch.ones(3, 8), torch.ones(3, 1), r"the bias must be float32 \[3\]"),
     ],

@@ -340,7 +340,9 @@ def test_passes_do_not_depend_on_the_passes_before(isa: str) -> None:
                 self.taken[name] = torch.full((200_000,), float("nan"))
             return self.taken[name][: int(torch.tensor(shape).prod())].view(shape)
 
-    fresh = {count: dense_step(native, tokens[:count], range(count), GuardedScratch()) for count in COUNTS if count < 33}
+    fresh = {
+        count: dense_step(native, tokens[:count], range(count), GuardedScratch()) for count in COUNTS if count < 33
+    }
     kept = Kept()
     for count in (17, 1, 9, 16, 8, 7, 17):
         assert torch.equal(dense_step(native, tokens[:count], range(count), kept), fresh[count])

@@ -25,8 +25,8 @@ from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.sizing import plan_memory
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.tiers import HostTier
+from elbowroom.models.directory import find_model
 from elbowroom.models.hf_config import read_config
-from elbowroom.models.loader import find_model
 from elbowroom.models.path import ComputePath
 
 MIB = 2**20

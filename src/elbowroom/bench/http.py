@@ -27,8 +27,8 @@ from elbowroom.bench.base import BenchOptions, BenchResult, Claim
 from elbowroom.bench.http_visitor import HANG_S, KINDS, Outcome, Visitor
 from elbowroom.bench.machine import machine_info
 from elbowroom.errors import ElbowroomError
+from elbowroom.models.directory import find_model
 from elbowroom.models.hf_config import read_config
-from elbowroom.models.loader import find_model
 
 
 @contextlib.contextmanager

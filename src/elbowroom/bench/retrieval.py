@@ -24,7 +24,8 @@ from elbowroom.evals.engine_target import EngineTarget, PlainTokenizer, run_para
 from elbowroom.evals.retrieval import RetrievalResult
 from elbowroom.evals.samples import TaskSpec
 from elbowroom.models.dense import DenseContext
-from elbowroom.models.loader import find_model, load_model
+from elbowroom.models.directory import find_model
+from elbowroom.models.loader import load_model
 from elbowroom.models.tokenizer import Tokenizer
 
 LENGTHS = (512, 1024, 2048)

@@ -59,7 +59,7 @@ def gather() -> dict[str, object]:
     from elbowroom import __version__
     from elbowroom.kernels import backend_name
     from elbowroom.memory.meter import available_bytes
-    from elbowroom.models.loader import BUILTIN
+    from elbowroom.models.directory import BUILTIN
 
     return {
         "elbowroom": __version__,

@@ -42,9 +42,9 @@ def retrieval(
     """
     from elbowroom.commands.report import RunReport
     from elbowroom.commands.terminal import print_json, progress_bar, wants_progress
-    from elbowroom.serve.preload import preload
+    from elbowroom.models.directory import find_model, read_ahead
 
-    preload()
+    read_ahead(find_model(model))
     from elbowroom.engine.llm import LLM
     from elbowroom.evals.engine_target import EngineTarget, PlainTokenizer, run_parallel
     from elbowroom.evals.samples import TaskSpec

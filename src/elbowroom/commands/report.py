@@ -1,4 +1,4 @@
-"""RunReport: what a run took from its memory budget, as JSON and as a table."""
+"""RunReport: what a run took from its memory budget and how its time split, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from elbowroom.units import format_bytes
 if TYPE_CHECKING:
     from elbowroom.engine.engine import Engine
     from elbowroom.memory.ledger import Usage
+    from elbowroom.models.loader import LoadReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """Bytes by owner, what the process really held, and speeds."""
+    """Bytes by owner, what the process really held, how the start split, and speeds."""
 
     budget_bytes: int
     baseline_bytes: int
@@ -24,12 +25,15 @@ class RunReport:
     ledger: dict[str, dict[str, Usage]]
     ledger_peak_bytes: int
     """Most bytes that all owners together were charged at once."""
+    load: LoadReport
+    imports_s: float | None
+    """Seconds that importing torch and the engine took."""
     ttft_s: float | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
 
     @classmethod
-    def of(cls, engine: Engine, ttft_s: float | None = None) -> RunReport:
+    def of(cls, engine: Engine, ttft_s: float | None = None, imports_s: float | None = None) -> RunReport:
         """Return the report of a running engine."""
         parts = engine.parts
         times = parts.core.times
@@ -39,6 +43,8 @@ class RunReport:
             peak_over_baseline_bytes=parts.meter.peak_over_baseline_bytes,
             ledger=engine.ledger(),
             ledger_peak_bytes=parts.ledger.peak("host"),
+            load=parts.load,
+            imports_s=imports_s,
             ttft_s=ttft_s,
             prefill_tokens_per_s=_rate(times.prefill_tokens, times.prefill_s),
             decode_tokens_per_s=_rate(times.decode_tokens, times.decode_s),
@@ -68,7 +74,15 @@ class RunReport:
         table.add_row("process over baseline", "", format_bytes(self.peak_over_baseline_bytes))
         console = Console()
         console.print(table)
-        console.print(self._speeds(), highlight=False, soft_wrap=True)
+        for line in (self._start(), self._speeds()):
+            console.print(line, highlight=False, soft_wrap=True)
+
+    def _start(self) -> str:
+        load = self.load
+        threads = "1 thread" if load.num_threads == 1 else f"{load.num_threads} threads"
+        parts = f"check {load.open_s:.2f}, read {load.read_s:.2f}, convert {load.convert_s:.2f}; {threads}"
+        imports = "" if self.imports_s is None else f"imports {self.imports_s:.2f} s; "
+        return f"{imports}{format_bytes(load.file_bytes)} of weights loaded in {load.total_s:.2f} s ({parts})"
 
     def _speeds(self) -> str:
         first = "none" if self.ttft_s is None else f"{self.ttft_s:.2f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,22 +42,23 @@ def run(
     from elbowroom.commands.questions import answer, encode_prompts, read_document, read_prompts
     from elbowroom.commands.report import RunReport
     from elbowroom.commands.terminal import progress_bar, wants_progress
+    from elbowroom.models.directory import find_model, read_ahead
 
     texts, document, shown = read_prompts(prompts), read_document(file), wants_progress(progress)
-    from elbowroom.engine.sampling_params import SamplingParams
-    from elbowroom.serve.preload import preload
-
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    preload()
+    read_ahead(find_model(model))
+    begin = time.perf_counter()
     from elbowroom.engine.llm import LLM
+    from elbowroom.engine.sampling_params import SamplingParams
 
+    imports_s = time.perf_counter() - begin
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with progress_bar("loading", shown, in_bytes=True) as bar:
         llm = LLM(model, memory, kv, dtype, progress=bar)
     with llm:
         ids = encode_prompts(llm.tokenizer, document, texts, chat)
         with progress_bar("answering", shown) as bar:
             answers = answer(llm, ids, sampling, bar)
-        report = RunReport.of(llm.engine, answers.ttft_s)
+        report = RunReport.of(llm.engine, answers.ttft_s, imports_s)
     if json:
         _print_json(answers, report)
     else:

@@ -55,9 +55,12 @@ def serve(
 
     All models share the memory budget. Ctrl-C or SIGTERM ends the server once running requests have ended.
     """
+    from elbowroom.models.directory import model_path, read_ahead
     from elbowroom.serve.preload import preload
 
     directories = read_models(model or [])
+    for directory in directories.values():
+        read_ahead(model_path(directory))  # the address is checked first, so a missing model is no error yet
     preload()
     from elbowroom.serve import Server, ServerLimits
 
@@ -105,8 +108,9 @@ def share_memory(directories: Mapping[str, str | None], memory: str, dtype: str)
 
     from elbowroom.core import DTYPE_BYTES
     from elbowroom.memory.meter import available_bytes
+    from elbowroom.models.directory import find_model
     from elbowroom.models.hf_config import read_config
-    from elbowroom.models.loader import find_model, weights_bytes
+    from elbowroom.models.loader import weights_bytes
     from elbowroom.units import format_bytes, parse_bytes
 
     budget = parse_bytes(memory, available_bytes())

@@ -27,11 +27,14 @@ from elbowroom.memory.malloc import trim_malloc
 from elbowroom.memory.meter import available_bytes
 from elbowroom.memory.tiers import HostTier
 from elbowroom.memory.workspace import Workspace
+from elbowroom.models.decoder import Decoder
+from elbowroom.models.directory import find_model
 from elbowroom.models.hf_config import read_config
-from elbowroom.models.loader import find_model, load_model
+from elbowroom.models.loader import read_weights
 from elbowroom.models.path import ComputePath
 from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.units import parse_bytes
+from elbowroom.weights.resident import ResidentWeights
 
 Progress = Callable[[int, int], None]
 
@@ -79,7 +82,8 @@ def build_engine(
     ledger.charge("runtime", "host", sizes.runtime_bytes)
     arena = Arena(HostTier(), ledger)
     weights = _reserve(arena, "weights", sizes.weights_bytes)
-    decoder = load_model(directory, kind, _bump_allocator(weights), progress)
+    tensors, load = read_weights(directory, config, kind, _bump_allocator(weights), progress)
+    decoder = Decoder(config, ResidentWeights(tensors, config.activation))
     workspace = Workspace(arena, sizes.workspace)
     kv_bytes = budget_bytes - ledger.total("host")
     store = PagedStore(plan, arena, kv_bytes, model_fingerprint(directory))
@@ -115,6 +119,7 @@ def build_engine(
             store=store,
             core=core,
             meter=meter,
+            load=load,
             close=close,
         )
     )

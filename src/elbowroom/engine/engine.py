@@ -26,6 +26,7 @@ from elbowroom.kv.plan import BoundPlan
 from elbowroom.memory.ledger import Ledger, Usage
 from elbowroom.memory.meter import Meter
 from elbowroom.models.config import ModelConfig
+from elbowroom.models.loader import LoadReport
 from elbowroom.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class EngineParts:
     store: KVStore
     core: EngineCore
     meter: Meter
+    load: LoadReport
     close: Callable[[], None]
     """Gives all memory back."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -17,8 +18,10 @@ class HostMapping:
     def __init__(self, virtual_bytes: int) -> None:
         self._map = mmap.mmap(-1, virtual_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         if _NO_HUGE_PAGES is not None:
-            # A huge page would make 2 MiB resident for one touched token, and the ledger would be wrong.
-            self._map.madvise(_NO_HUGE_PAGES)
+            # A huge page would make 2 MiB resident for one touched token, and the ledger would be wrong. For weights,
+            # which fill their range, docs/memory.md says what huge pages would gain and cost.
+            with contextlib.suppress(OSError):  # a kernel that has none refuses the advice
+                self._map.madvise(_NO_HUGE_PAGES)
         self.base: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def decommit(self, start_byte: int, stop_byte: int) -> None:

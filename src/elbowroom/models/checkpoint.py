@@ -7,7 +7,7 @@ by pread, never mapped: mapped pages would count as resident memory of the proce
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,10 +18,9 @@ from torch import Tensor
 from elbowroom.errors import CheckpointError
 from elbowroom.models.config import ModelConfig
 from elbowroom.models.fields import Fields, read_object
+from elbowroom.models.reading import Piece, ReadTimes, cut, read_pieces
 from elbowroom.models.safetensors_file import TensorEntry, read_header
 
-CHUNK_BYTES = 4 * 2**20
-"""Size of one read, and of the staging buffer where a dtype is converted."""
 SOURCE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -49,29 +48,30 @@ class Checkpoint:
         self.entries = {name: found[name] for name in shapes}
         self.total_bytes = sum(entry.num_bytes for entry in self.entries.values())
         self._files: dict[Path, int] = {}
-        self._buffer: Tensor | None = None
 
-    def read_into(self, name: str, destination: Tensor, progress: Callable[[int], None] | None = None) -> None:
-        """Read tensor ``name`` into ``destination``, converting the dtype; needs at most ``CHUNK_BYTES`` beside it.
+    def read(self, destinations: Mapping[str, Tensor], progress: Callable[[int], None] | None = None) -> ReadTimes:
+        """Read tensors into their final memory, converting the dtype; needs at most 2 MiB beside them.
 
         Args:
-            name: as in ``ModelConfig.tensor_shapes``.
-            destination: of the tensor's shape; float32, bfloat16 or float16; any device.
-            progress: called with the bytes of each chunk read.
+            destinations: by names of ``ModelConfig.tensor_shapes``, each of the tensor's shape; float32, bfloat16 or
+                float16; any device.
+            progress: called from this thread with the file bytes read so far, which only grow.
 
         Raises:
-            CheckpointError: the file cannot be read or became shorter, or ``destination`` has another shape.
+            CheckpointError: a file cannot be read or became shorter, or a destination has another shape.
         """
-        entry = self.entries[name]
-        if tuple(destination.shape) != entry.shape:
-            raise CheckpointError(f"{name}: destination has the shape {tuple(destination.shape)}, not {entry.shape}")
-        self._copy(entry, entry.offset, destination, progress or (lambda _: None))
+        for name, target in destinations.items():
+            if tuple(target.shape) != self.entries[name].shape:
+                expected = self.entries[name].shape
+                raise CheckpointError(f"{name}: destination has the shape {tuple(target.shape)}, not {expected}")
+        on_disk = sorted(destinations, key=lambda name: (self.entries[name].path, self.entries[name].offset))
+        self._open({self.entries[name].path for name in on_disk})
+        return read_pieces(self._pieces(on_disk, destinations), self._files, progress)
 
     def close(self) -> None:
-        """Close the files and free the staging buffer."""
+        """Close the files."""
         while self._files:
             os.close(self._files.popitem()[1])
-        self._buffer = None
 
     def __enter__(self) -> Self:
         return self
@@ -81,43 +81,21 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _copy(self, entry: TensorEntry, offset: int, destination: Tensor, progress: Callable[[int], None]) -> None:
-        source = SOURCE_DTYPES[entry.dtype]
-        if not destination.is_contiguous():
-            row_bytes = destination[0].numel() * source.itemsize
-            for index, row in enumerate(destination.unbind(0)):
-                self._copy(entry, offset + index * row_bytes, row, progress)
-            return
-        flat = destination.detach().view(-1)
-        direct = source == flat.dtype and flat.device.type == "cpu"
-        step = CHUNK_BYTES // source.itemsize
-        for begin in range(0, flat.numel(), step):
-            part = flat[begin : begin + step]
-            staging = part if direct else self._staging()[: part.numel() * source.itemsize].view(source)
-            self._pread(entry.path, offset + begin * source.itemsize, staging)
-            if not direct:
-                part.copy_(staging)
-            progress(part.numel() * source.itemsize)
+    def _pieces(self, names: Iterable[str], destinations: Mapping[str, Tensor]) -> Iterator[Piece]:
+        for name in names:
+            entry = self.entries[name]
+            yield from cut(entry.path, entry.offset, SOURCE_DTYPES[entry.dtype], destinations[name])
 
-    def _staging(self) -> Tensor:
-        if self._buffer is None:
-            self._buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-        return self._buffer
-
-    def _pread(self, path: Path, offset: int, target: Tensor) -> None:
-        """Fill the contiguous CPU tensor ``target`` from ``offset`` of the file."""
-        view = target.view(torch.uint8).numpy().data
-        done = 0
-        try:
-            if path not in self._files:
+    def _open(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            if path in self._files:
+                continue
+            try:
                 self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            while done < len(view):
-                count = os.preadv(self._files[path], [view[done:]], offset + done)
-                if count == 0:
-                    raise CheckpointError(f"{path} became shorter while it was read", "leave the file in place")
-                done += count
-        except OSError as reason:
-            raise CheckpointError(f"{path} cannot be read: {reason.strerror}", "check the disk") from reason
+            except OSError as reason:
+                raise CheckpointError(f"{path} cannot be read: {reason.strerror}", "check the disk") from reason
+            if hasattr(os, "posix_fadvise"):  # threads that take turns do not look sequential by themselves
+                os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 def _all_entries(directory: Path) -> dict[str, TensorEntry]:

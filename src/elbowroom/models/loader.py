@@ -1,15 +1,17 @@
-"""From a model directory to a Decoder, with every weight in memory that the caller provides."""
+"""From a model directory to its weights, in memory that the caller provides, and to a Decoder."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from elbowroom.core import DTYPE_BYTES
-from elbowroom.errors import ConfigError, ModelError
+from elbowroom.errors import ConfigError
 from elbowroom.models.checkpoint import Checkpoint
 from elbowroom.models.config import ModelConfig
 from elbowroom.models.decoder import Decoder
@@ -21,9 +23,26 @@ Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and in total."""
 
-BUILTIN = Path(__file__).parent / "builtin"
 _INIT_STD = 0.02
 _FILL_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """How the seconds of loading weights split; the parts add up to the total, less the making of threads."""
+
+    file_bytes: int
+    """Bytes read from the files."""
+    memory_bytes: int
+    """Bytes of the weights in memory."""
+    num_threads: int
+    total_s: float
+    open_s: float
+    """Reading and checking the headers of all files."""
+    read_s: float
+    """Reading from page cache or disk into memory, page faults included; of several threads the mean."""
+    convert_s: float
+    """Converting to another dtype; of several threads the mean."""
 
 
 def torch_allocate(_name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -31,61 +50,59 @@ def torch_allocate(_name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Te
     return torch.empty(shape, dtype=dtype)
 
 
-def find_model(model: str | None) -> Path:
-    """Return the directory of ``model``; None is the model that comes with Elbowroom.
-
-    Raises:
-        ModelError: there is no such directory.
-        ConfigError: the directory has no config.json.
-    """
-    directory = BUILTIN if model is None else Path(model).expanduser()
-    if not directory.is_dir():
-        if model is None:
-            raise ModelError(f"the built-in model is not installed ({directory})", "name a model directory")
-        found = "a file" if directory.exists() else "nothing"
-        raise ModelError(
-            f"model {model!r}: expected a directory, found {found} at {directory.absolute()}",
-            "give a directory with config.json and safetensors files; models are never downloaded",
-        )
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"{directory} has no config.json", "give the directory that holds config.json")
-    return directory
-
-
 def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes of all weights of ``config`` in ``dtype`` (tied ones once, without alignment)."""
     return config.num_parameters() * dtype.itemsize
 
 
+def read_weights(
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    allocate: Allocate = torch_allocate,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Return every weight of a model directory, in memory that the caller provides, and how long that took.
+
+    Args:
+        directory: holds the safetensors files.
+        config: of the model.
+        dtype: float32, bfloat16 or float16: of the weights in memory, whatever the file has.
+        allocate: called once for each weight in the decoder's order, after all files have been checked.
+        progress: called from this thread with the file bytes read and their total, which only grow.
+
+    Raises:
+        ModelError: ConfigError or CheckpointError; nothing was allocated unless a disk failed.
+    """
+    _check_dtype(dtype)
+    begin = time.perf_counter()
+    with Checkpoint(directory, config) as checkpoint:
+        opened = time.perf_counter()
+        tensors = {name: allocate(name, shape, dtype) for name, shape in config.tensor_shapes().items()}
+        total = checkpoint.total_bytes
+        times = checkpoint.read(tensors, None if progress is None else lambda done: progress(done, total))
+    report = LoadReport(
+        file_bytes=total,
+        memory_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        num_threads=times.num_threads,
+        total_s=time.perf_counter() - begin,
+        open_s=opened - begin,
+        read_s=times.read_s,
+        convert_s=times.convert_s,
+    )
+    return tensors, report
+
+
 def load_model(
     directory: Path, dtype: torch.dtype, allocate: Allocate = torch_allocate, progress: Progress | None = None
 ) -> Decoder:
-    """Return the decoder of a model directory; at most 16 MiB are needed beside the weights.
-
-    Args:
-        directory: Hugging Face layout: config.json and safetensors.
-        dtype: float32, bfloat16 or float16: of the weights in memory, whatever the file has.
-        allocate: called once for each weight in loading order, after all files have been checked.
-        progress: called after each chunk with the file bytes read and their total.
+    """Return the decoder of a model directory (Hugging Face layout); arguments and errors as in ``read_weights``.
 
     Raises:
-        ModelError: UnknownArchitecture, ConfigError or CheckpointError; nothing was allocated unless a disk failed.
+        ModelError: UnknownArchitecture, ConfigError or CheckpointError.
     """
     config = read_config(directory)
-    _check_dtype(dtype)
-    tensors: dict[str, Tensor] = {}
-    done = 0
-    with Checkpoint(directory, config) as checkpoint:
-
-        def advance(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            if progress is not None:
-                progress(done, checkpoint.total_bytes)
-
-        for name, shape in config.tensor_shapes().items():
-            tensors[name] = allocate(name, shape, dtype)
-            checkpoint.read_into(name, tensors[name], advance)
+    tensors, _ = read_weights(directory, config, dtype, allocate, progress)
     return Decoder(config, ResidentWeights(tensors, config.activation))
 
 
