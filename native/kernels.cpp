@@ -368,7 +368,8 @@ void attend(const AttendArgs& args, const Item& item, float* scratch) {
 
 namespace elbowroom {
 
+extern const SamplingTable ELBOWROOM_SAMPLING;
 extern const KernelTable ELBOWROOM_TABLE;
-const KernelTable ELBOWROOM_TABLE = {ELBOWROOM_NAME(ELBOWROOM_ISA), attend, convert};
+const KernelTable ELBOWROOM_TABLE = {ELBOWROOM_NAME(ELBOWROOM_ISA), ELBOWROOM_SAMPLING, attend, convert};
 
 }  // namespace elbowroom

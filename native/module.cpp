@@ -1,16 +1,19 @@
 // The one seam between Python and C++: elbowroom._native. Addresses and strides come in as integers, so nothing here
-// knows torch; src/elbowroom/_native.pyi is the typed description and kernels/native.py the only caller.
+// knows torch; src/elbowroom/_native.pyi is the typed description and kernels/native.py and kernels/native_sampling.py the only callers.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdint>
+#include <stdexcept>
 #include <tuple>
 
 #include "attention.h"
 #include "isa.h"
 #include "pool.h"
+#include "sampling.h"
 
 namespace nb = nanobind;
 
@@ -58,6 +61,15 @@ void py_attend(int64_t num_sequences, const StepTuple& step, const StripsTuple& 
            pointer<float>(lse));
 }
 
+std::vector<int64_t> py_sample(uintptr_t logits, int64_t row_stride, int64_t vocab_size, const nb::bytes& draws,
+                               const std::vector<uint64_t>& positions) {
+    if (draws.size() != positions.size() * sizeof(Draw)) throw std::invalid_argument("one draw and position for each row");
+    if (vocab_size < 1 || vocab_size > UINT32_MAX) throw std::invalid_argument("no vocabulary has that size");
+    const auto* records = reinterpret_cast<const Draw*>(draws.c_str());
+    const nb::gil_scoped_release release;
+    return sample(pointer<const float>(logits), row_stride, vocab_size, records, positions);
+}
+
 }  // namespace
 }  // namespace elbowroom
 
@@ -68,6 +80,9 @@ NB_MODULE(_native, m) {
           nb::arg("v"));
     m.def("attend", &py_attend, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"), nb::arg("spec"),
           nb::arg("q"), nb::arg("out"), nb::arg("lse"));
+    m.def("sample", &py_sample, nb::arg("logits"), nb::arg("row_stride"), nb::arg("vocab_size"), nb::arg("draws"),
+          nb::arg("positions"));
+    m.def("uniform", &uniform, nb::arg("seed"), nb::arg("sample"), nb::arg("position"));
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("set_isa", &set_isa, nb::arg("name"));
     m.def("supported_isas", &supported_isas);
