@@ -109,10 +109,12 @@ class TorchExecutor:
             weights.end()
 
     def _kv_step(self, rows: tuple[Row, ...]) -> KVStep:
+        counts = np.array([row.num_tokens for row in rows])
         starts = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum([row.num_tokens for row in rows], out=starts[1:])
-        pieces = [np.arange(row.start, row.start + row.num_tokens, dtype=np.int64) for row in rows]
-        return KVStep(tuple(self._handles[row.slot] for row in rows), starts, np.concatenate(pieces))
+        np.cumsum(counts, out=starts[1:])
+        offsets = np.array([row.start for row in rows], dtype=np.int64) - starts[:-1]
+        positions = np.repeat(offsets, counts) + np.arange(starts[-1])
+        return KVStep(tuple([self._handles[row.slot] for row in rows]), starts, positions)
 
     def _tokens(self, rows: tuple[Row, ...]) -> Tensor:
         ids: list[int] = []
@@ -127,9 +129,10 @@ class TorchExecutor:
         chosen = [index for index, row in enumerate(rows) if row.sample is not None]
         if not chosen:
             return {}
-        last = torch.from_numpy(step.row_starts[1:].astype(np.int64))[chosen] - 1
         states = [self._sampler(rows[index]) for index in chosen]
-        picked = hidden[last]
+        picked = hidden
+        if len(chosen) < len(hidden):  # else each row is one token, and each is continued
+            picked = hidden[torch.from_numpy(step.row_starts[1:].astype(np.int64))[chosen] - 1]
         buffer = self._scratch.take("logits", (len(chosen), self._decoder.config.vocab_size), picked.dtype)
         results = sample(self._decoder.logits(picked, buffer), states)
         return {rows[index].slot: [result] for index, result in zip(chosen, results, strict=True)}
