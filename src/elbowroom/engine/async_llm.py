@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
@@ -28,13 +27,12 @@ class AsyncLLM:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.tokenizer = engine.parts.tokenizer
-        self._thread = engine.call(threading.current_thread).result()
         self._mail: _Mail | None = None
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        """Whether the engine runs."""
+        return self.engine.is_alive
 
     async def start(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> OutputStream:
         """Queue one request for each prompt and return the stream of their outputs, which the caller must close.

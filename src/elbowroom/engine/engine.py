@@ -202,6 +202,11 @@ class Engine:
 
         self.call(check).result()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread takes commands."""
+        return not self._ended
+
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run ``function`` on the engine's thread between two steps, unless the future is cancelled before."""
         future: Future[T] = Future()
