@@ -31,6 +31,7 @@ from elbowroom.memory.arena import Arena
 OWNER = "kv"
 
 Blocks = npt.NDArray[np.int64]
+_NO_BLOCKS: Blocks = np.empty(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
@@ -169,7 +170,9 @@ class PagedStore:
             if first != last or first != sequence.num_tokens or starts[row + 1] - starts[row] > 1:
                 _check_positions(sequence, step.positions[starts[row] : starts[row + 1]])
             if last >= sequence.num_blocks * STRIP_TOKENS or first < sequence.shared_blocks * STRIP_TOKENS:
-                copies = self._shared_blocks(sequence, step.positions[starts[row] : starts[row + 1]])
+                copies = _NO_BLOCKS
+                if first < sequence.shared_blocks * STRIP_TOKENS:
+                    copies = self._shared_blocks(sequence, step.positions[starts[row] : starts[row + 1]])
                 new_blocks = max(last // STRIP_TOKENS + 1 - sequence.num_blocks, 0)
                 if new_blocks > 0 or copies.size:
                     needs.append(_Need(sequence, new_blocks, copies))
