@@ -332,9 +332,11 @@ void attend(const AttendArgs& args, const Item& item, float* scratch) {
 
 namespace elbowroom {
 
+extern const SamplingTable ELBOWROOM_SAMPLING;
 extern const KernelTable ELBOWROOM_TABLE;
 const KernelTable ELBOWROOM_TABLE = {
     .name = ELBOWROOM_NAME(ELBOWROOM_ISA),
+    .sampling = ELBOWROOM_SAMPLING,
     .attend = attend,
     .convert = convert,
     .widen = widen_row,

@@ -32,8 +32,19 @@ inline constexpr int64_t kMultiplyDepth = 256;  // columns of weights that `mult
 // Whole vectors of every instruction set.
 inline constexpr int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }
 
+inline constexpr int64_t kBlock = 64;  // logits that sampling looks at together
+
+struct SamplingTable {
+    // The greatest of each kBlock values; NaN where one is NaN.
+    void (*block_maxima)(const float* x, int64_t count, float* maxima);
+    // exponents[i] = (x[i] - top) / temperature and weights[i] = exp(exponents[i]) of at most kBlock values; returns the
+    // sum of the weights. Both arrays have room for kBlock.
+    float (*weigh_block)(const float* x, int64_t count, float top, float temperature, float* exponents, float* weights);
+};
+
 struct KernelTable {
     const char* name;
+    const SamplingTable& sampling;
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
     void (*convert)(const char* source, DType from, char* target, DType to, int64_t count);
     void (*widen)(const char* source, DType from, float* target, int64_t count);

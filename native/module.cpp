@@ -1,11 +1,14 @@
 // The one seam between Python and C++: elbowroom._native. Addresses and strides come in as integers, so nothing here
-// knows torch; src/elbowroom/_native.pyi is the typed description, kernels/native.py and models/native.py call it.
+// knows torch; src/elbowroom/_native.pyi is the typed description; only kernels/native.py, kernels/native_sampling.py
+// and models/native.py call it.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdint>
+#include <stdexcept>
 #include <tuple>
 
 #include "attention.h"
@@ -14,6 +17,7 @@
 #include "peaks.h"
 #include "pool.h"
 #include "product.h"
+#include "sampling.h"
 
 namespace nb = nanobind;
 
@@ -124,6 +128,15 @@ void logits(const Decoder& decoder, uintptr_t rows, int64_t count, uintptr_t out
     decoder.logits(pointer<const int64_t>(rows), count, pointer<float>(out));
 }
 
+std::vector<int64_t> py_sample(uintptr_t logits, int64_t row_stride, int64_t vocab_size, const nb::bytes& draws,
+                               const std::vector<uint64_t>& positions) {
+    if (draws.size() != positions.size() * sizeof(Draw)) throw std::invalid_argument("one draw and position for each row");
+    if (vocab_size < 1 || vocab_size > UINT32_MAX) throw std::invalid_argument("no vocabulary has that size");
+    const auto* records = reinterpret_cast<const Draw*>(draws.c_str());
+    const nb::gil_scoped_release release;
+    return sample(pointer<const float>(logits), row_stride, vocab_size, records, positions);
+}
+
 }  // namespace
 }  // namespace elbowroom
 
@@ -151,6 +164,9 @@ NB_MODULE(_native, m) {
         .def("project", &Decoder::project, nb::arg("layer"), nb::call_guard<nb::gil_scoped_release>())
         .def("finish", &Decoder::finish, nb::arg("layer"), nb::call_guard<nb::gil_scoped_release>())
         .def("logits", &logits, nb::arg("rows"), nb::arg("count"), nb::arg("out"));
+    m.def("sample", &py_sample, nb::arg("logits"), nb::arg("row_stride"), nb::arg("vocab_size"), nb::arg("draws"),
+          nb::arg("positions"));
+    m.def("uniform", &uniform, nb::arg("seed"), nb::arg("sample"), nb::arg("position"));
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("set_isa", &set_isa, nb::arg("name"));
     m.def("supported_isas", &supported_isas);

@@ -3,6 +3,7 @@
 dtype codes: 0 float32, 1 bfloat16, 2 float16.
 """
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 Step: TypeAlias = tuple[int, int, int, int]
@@ -65,6 +66,15 @@ def append(num_sequences: int, step: Step, strips: Strips, k: Rows, v: Rows) -> 
 
 def attend(num_sequences: int, step: Step, strips: Strips, spec: Spec, q: Rows, out: Rows, lse: int) -> None:
     """Write attention to ``out`` and log-sum-exps to ``lse``; ValueError when a strip lies outside ``base``."""
+
+def sample(logits: int, row_stride: int, vocab_size: int, draws: bytes, positions: Sequence[int]) -> list[int]:
+    """Return one token for each float32 row; -1 where its greatest logit is not finite.
+
+    ValueError when ``draws`` does not hold one record (struct Draw of native/sampling.h) for each position.
+    """
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """Return the random number of three keys below 2^64."""
 
 def isa() -> str:
     """Return the instruction set in use: ``baseline``, ``avx2``, ``avx512``, or ``emulated512`` in tests."""

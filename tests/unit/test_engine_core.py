@@ -263,3 +263,35 @@ def test_the_budget_of_a_running_engine_can_be_changed(llm: LLM) -> None:
     engine.check_integrity()
     assert llm.clear_cache() > 0
     assert engine.kv_report().live_bytes == 0
+
+
+def test_a_cancelled_submission_never_runs_and_stops_nobody(tmp_path: Path) -> None:
+    """A request whose future is cancelled while it is queued is dropped; what comes behind it is served."""
+    with LLM(str(write_tiny_model(tmp_path)), memory="48MiB") as llm:
+        engine, busy = llm.engine, threading.Event()
+        held = engine.call(lambda: busy.wait(10))
+        got: list[OutputDelta] = []
+        _, cancelled = engine.enqueue([1], GREEDY, lambda delta, output: got.append(delta))
+        assert cancelled.cancel()
+        after = engine.enqueue([1], GREEDY, lambda delta, output: None)[1]
+        busy.set()
+        assert held.result(10)
+        after.result(10)
+        assert len(engine.generate([1], GREEDY).result(10).outputs[0].token_ids) == 8
+        assert not got
+
+
+def test_what_waits_behind_the_end_of_the_engine_is_told(tmp_path: Path) -> None:
+    """Commands queued behind one that kills the thread get EngineClosed instead of waiting for ever."""
+    llm = LLM(str(write_tiny_model(tmp_path)), memory="48MiB")
+    engine, busy = llm.engine, threading.Event()
+    engine.call(lambda: busy.wait(10))
+    engine._commands.put(None)  # what close() sends
+    waiting = [engine.enqueue([1], GREEDY, lambda delta, output: None)[1], engine.call(lambda: 5)]
+    busy.set()
+    for future in waiting:
+        with pytest.raises(EngineClosed):
+            future.result(10)
+    with pytest.raises(EngineClosed):
+        engine.submit([1], GREEDY, lambda delta, output: None)
+    llm.close()

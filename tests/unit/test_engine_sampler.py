@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elbowroom.engine.sampler import SlotSampler, _penalise, sample, uniform
+from elbowroom.engine.drawing import uniform
+from elbowroom.engine.sampler import SlotSampler, _penalise, sample
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import SampledToken, SampleSpec
 from elbowroom.errors import ModelError, RequestError

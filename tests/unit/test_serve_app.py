@@ -15,8 +15,8 @@ from tests.support.http import assert_no_leak, parse_metrics, tiny_llm, wait_idl
 from tests.support.tiny_model import VOCAB_SIZE
 
 from elbowroom import __version__
-from elbowroom.engine.async_llm import AsyncLLM
-from elbowroom.engine.output import OutputDelta
+from elbowroom.engine.async_llm import AsyncLLM, OutputStream
+from elbowroom.engine.output import OutputDelta, RequestOutput
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.errors import ContextTooLong, ElbowroomError, EngineClosed, RequestError
 from elbowroom.serve import ServerLimits, create_app
@@ -431,3 +431,28 @@ def test_a_dead_engine_thread_ends_its_readers_and_shows_in_health(tmp_path_fact
     assert call("GET", "/health").json()["models"]["tiny"]["status"] == "dead"
     response = call("POST", "/v1/completions", json={"prompt": "a"})
     assert (response.status_code, error_of(response)["code"]) == (503, "engine_closed")
+
+
+def test_the_loop_is_woken_once_for_the_deltas_of_many_streams(llm: AsyncLLM) -> None:
+    """However much arrives before the loop looks, it comes in order, to its own stream, with one call."""
+
+    async def play() -> tuple[list[int], list[int], int]:
+        loop, calls = asyncio.get_running_loop(), 0
+        real = loop.call_soon_threadsafe
+
+        def counted(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return real(*args, **options)
+
+        streams = [OutputStream(llm), OutputStream(llm)]
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        for number in range(10):
+            stream = streams[number % 2]
+            llm.mail().send(stream, (number, OutputDelta(0, "", [], [], None), RequestOutput(7, (), [])))
+        for stream in streams:
+            stream._open[7] = 1
+        seen = [[(await anext(stream))[0] for _ in range(5)] for stream in streams]
+        return seen[0], seen[1], calls
+
+    assert asyncio.run(play()) == ([0, 2, 4, 6, 8], [1, 3, 5, 7, 9], 1)

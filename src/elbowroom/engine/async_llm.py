@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Self
 
-from elbowroom.engine.core import Sink
 from elbowroom.engine.engine import Engine
 from elbowroom.engine.output import OutputDelta, RequestOutput
 from elbowroom.engine.sampling_params import SamplingParams
-from elbowroom.errors import EngineClosed
 
-_ALIVE_POLL_S = 1.0
-"""A caller that waits looks this often whether the engine's thread still runs."""
-_SUBMIT_THREADS = 64
-"""Requests that can be on their way into the engine at once; each waits for the end of the current step."""
+News = tuple[int, OutputDelta, RequestOutput]
+"""Number of the prompt, delta, output so far."""
 
 
 class AsyncLLM:
@@ -31,13 +27,12 @@ class AsyncLLM:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.tokenizer = engine.parts.tokenizer
-        self._thread = engine.call(threading.current_thread).result()
-        self._submitters = ThreadPoolExecutor(_SUBMIT_THREADS, thread_name_prefix="elbowroom-submit")
+        self._mail: _Mail | None = None
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        """Whether the engine runs."""
+        return self.engine.is_alive
 
     async def start(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> OutputStream:
         """Queue one request for each prompt and return the stream of their outputs, which the caller must close.
@@ -49,7 +44,8 @@ class AsyncLLM:
         """
         stream = OutputStream(self)
         try:
-            await asyncio.gather(*(stream.submit(index, ids, sampling) for index, ids in enumerate(prompts)))
+            accepted = [stream.enqueue(index, ids, sampling) for index, ids in enumerate(prompts)]
+            await asyncio.gather(*map(asyncio.wrap_future, accepted))
         except BaseException:
             stream.close()
             raise
@@ -75,15 +71,38 @@ class AsyncLLM:
         assert result is not None
         return result
 
-    def submit(self, prompt: Sequence[int], sampling: SamplingParams, sink: Sink) -> asyncio.Future[int]:
-        """Queue a request from a thread of its own (the engine answers between two steps); return its id to come."""
+    def mail(self) -> _Mail:
+        """Return the mail to the running event loop."""
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._submitters, self.engine.submit, prompt, sampling, sink)
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = _Mail(loop)
+        return self._mail
 
-    def abort(self, request_id: int) -> None:
-        """Drop a request; it is no error if the engine was closed meanwhile."""
-        with contextlib.suppress(EngineClosed):
-            self.engine.abort(request_id)
+
+class _Mail:
+    """Carries deltas from the engine's thread to one event loop.
+
+    The loop is woken once for all that comes until it looks, such as the tokens of one step for all streams.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._items: deque[tuple[OutputStream, News]] = deque()
+        self._is_called = False
+
+    def send(self, stream: OutputStream, news: News) -> None:
+        """Hand over ``news``; called on the engine's thread."""
+        self._items.append((stream, news))
+        if not self._is_called:
+            self._is_called = True
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_called = False  # first: what comes from here on calls again
+        while self._items:
+            stream, news = self._items.popleft()
+            stream.take(news)
 
 
 class OutputStream:
@@ -93,33 +112,31 @@ class OutputStream:
     """
 
     def __init__(self, llm: AsyncLLM) -> None:
-        self._llm, self._loop = llm, asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[tuple[int, OutputDelta, RequestOutput]] = asyncio.Queue()
+        self._engine, self._mail = llm.engine, llm.mail()
+        self._arrived: deque[News] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self._open: dict[int, int] = {}
-        self._closed = False
 
-    async def submit(self, index: int, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
-        """Queue one request; errors as in ``AsyncLLM.start``."""
-        if not self._llm.is_alive:
-            raise EngineClosed("the engine does not run any more")
+    def enqueue(self, index: int, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Future[None]:
+        """Queue one request; errors as in ``AsyncLLM.start``, here or from the future."""
 
         def sink(delta: OutputDelta, output: RequestOutput) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed
-                self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, delta, output))
+            self._mail.send(self, (index, delta, output))
 
-        request_id = self._llm.submit(prompt_token_ids, sampling, sink)
-        request_id.add_done_callback(lambda done: self._queued(done, sampling.n))
-        while not request_id.done():
-            await asyncio.wait({request_id}, timeout=_ALIVE_POLL_S)
-            if not self._llm.is_alive:
-                raise EngineClosed("the engine does not run any more")
-        request_id.result()
+        request_id, accepted = self._engine.enqueue(prompt_token_ids, sampling, sink)
+        self._open[request_id] = sampling.n
+        return accepted
+
+    def take(self, news: News) -> None:
+        """Take in what arrived; called on the event loop."""
+        self._arrived.append(news)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def close(self) -> None:
         """Abort what has not ended, or is only being queued."""
-        self._closed = True
         for request_id in self._open:
-            self._llm.abort(request_id)
+            self._engine.abort(request_id)
         self._open.clear()
 
     def __enter__(self) -> Self:
@@ -134,7 +151,7 @@ class OutputStream:
         """Return itself."""
         return self
 
-    async def __anext__(self) -> tuple[int, OutputDelta, RequestOutput]:
+    async def __anext__(self) -> News:
         """Return the next delta.
 
         Raises:
@@ -142,7 +159,10 @@ class OutputStream:
         """
         if not self._open:
             raise StopAsyncIteration
-        index, delta, output = await self._next()
+        while not self._arrived:
+            self._waiter = self._mail.loop.create_future()
+            await self._waiter
+        index, delta, output = self._arrived.popleft()
         if delta.error is not None:
             raise delta.error
         if delta.finish_reason is not None:
@@ -150,20 +170,3 @@ class OutputStream:
             if self._open[output.request_id] == 0:
                 del self._open[output.request_id]
         return index, delta, output
-
-    async def _next(self) -> tuple[int, OutputDelta, RequestOutput]:
-        while True:
-            try:
-                async with asyncio.timeout(_ALIVE_POLL_S):
-                    return await self._arrived.get()
-            except TimeoutError:
-                if not self._llm.is_alive and self._arrived.empty():
-                    raise EngineClosed("the engine does not run any more") from None
-
-    def _queued(self, request_id: asyncio.Future[int], num_samples: int) -> None:
-        if request_id.cancelled() or request_id.exception() is not None:
-            return
-        if self._closed:
-            self._llm.abort(request_id.result())
-        else:
-            self._open[request_id.result()] = num_samples

@@ -1,98 +1,133 @@
-"""Drawing tokens from logits: temperature, top-k, top-p and min-p for many rows at once.
+"""Drawing tokens from logits: greedy, or by temperature, top-k, top-p and min-p. Written to be read.
 
-Rows are grouped by how they are cut, never by who else is there, and each group runs the same operations row by row:
-a row's token does not depend on its batch. Groups run in pieces, so that temporaries stay small at any vocabulary.
+This is the oracle of native/sampling.cpp, which does the same for many rows at once, and what runs where nothing
+native was built. Tokens are ordered by falling logit, then by rising id; each of top-k, top-p and min-p keeps a
+beginning of that order.
 """
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.kernels.attention import backend_name
 
-PIECE_ELEMENTS = 2**17
-"""Logits worked on at once (at least one row); a piece needs about 30 bytes for each."""
-_FIRST_LOOK = 512
-"""Most likely tokens that top-p and min-p look at before they sort a vocabulary of more than ``_SMALL``."""
-_SMALL = 4096
+BROKEN = -1
+"""Stands for the token of a row whose greatest logit is not finite."""
+_MASK = 2**64 - 1
+_RECORD = struct.Struct("=dddqQQ")
+"""Layout of ``Draw`` in native/sampling.h."""
 
 
-def draw(logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], points: Sequence[float]) -> list[int]:
-    """Return one token for each of ``rows``.
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one row is drawn, whatever its position."""
 
-    Args:
-        logits: float32 ``[R, V]``, finite or minus infinity.
-        rows: n rows to draw for; none is greedy.
-        params: of each of them.
-        points: for each of them a number in [0, 1) that decides.
+    temperature: float
+    """0 is greedy."""
+    top_k: int
+    """0 keeps all."""
+    top_p: float
+    min_p: float
+    seed: int
+    sample: int
+    packed: bytes = field(init=False, repr=False)
+    """The same for native code."""
+
+    def __post_init__(self) -> None:
+        """Pack it, once for all steps."""
+        numbers = (self.temperature, self.top_p, self.min_p, self.top_k, self.seed & _MASK, self.sample)
+        object.__setattr__(self, "packed", _RECORD.pack(*numbers))
+
+    @classmethod
+    def of(cls, params: SamplingParams, seed: int, sample: int) -> Draw:
+        """Return how sample ``sample`` of a request with ``params`` is drawn."""
+        temperature = 0.0 if params.is_greedy else params.temperature
+        return cls(temperature, max(params.top_k, 0), params.top_p, params.min_p, seed, sample)
+
+
+class DrawRows(Protocol):
+    """A backend: draws one token for each row, which depends on nothing but that row and its keys."""
+
+    def __call__(self, logits: Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> list[int]:
+        """Return R tokens for float32 logits ``[R, V]``; BROKEN where the greatest is NaN or infinite."""
+
+
+@functools.cache
+def backend() -> DrawRows:
+    """Return what this process draws with; ``ELBOWROOM_KERNELS`` chooses it together with attention."""
+    return draw_natively if backend_name() == "native" else draw_in_torch
+
+
+def draw_natively(logits: Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> list[int]:
+    """Draw by native/sampling.cpp.
+
+    Raises:
+        ValueError: the logits are not float32 rows on the CPU, or not as many as ``draws``.
     """
-    groups: dict[int, list[int]] = {}
-    for place, each in enumerate(params):
-        groups.setdefault(_num_candidates(each, logits.shape[1]), []).append(place)
-    tokens = [0] * len(rows)
-    size = max(PIECE_ELEMENTS // logits.shape[1], 1)
-    for count, places in groups.items():
-        for begin in range(0, len(places), size):
-            piece = places[begin : begin + size]
-            picked = logits[[rows[i] for i in piece]]
-            chosen = _draw_piece(picked, [params[i] for i in piece], [points[i] for i in piece], count)
-            for place, token in zip(piece, chosen, strict=True):
-                tokens[place] = token
-    return tokens
+    from elbowroom.kernels import native_sampling  # absent where nothing native was built
+
+    return native_sampling.sample(logits, b"".join([draw.packed for draw in draws]), positions)
 
 
-def _num_candidates(params: SamplingParams, vocab_size: int) -> int:
-    """Return how many of the most likely tokens to sort; 0 when nothing is cut off."""
-    if params.top_k > 0:
-        return min(params.top_k, vocab_size)
-    if params.top_p < 1.0 or params.min_p > 0.0:
-        return vocab_size if vocab_size <= _SMALL else _FIRST_LOOK
-    return 0
+def draw_in_torch(logits: Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> list[int]:
+    """Draw row by row."""
+    return [_token(row, draw, position) for row, draw, position in zip(logits, draws, positions, strict=True)]
 
 
-def _draw_piece(logits: Tensor, params: Sequence[SamplingParams], points: Sequence[float], count: int) -> list[int]:
-    probs = torch.softmax(logits / _column([each.temperature for each in params]), dim=-1)
-    if count == 0:
-        plain: list[int] = _pick(probs, points).tolist()
-        return plain
-    values, ids = _most_likely(probs, count)
-    kept = _kept(values, params)
-    chosen: list[int] = ids.gather(1, _pick(values * kept, points)[:, None])[:, 0].tolist()
-    if count < probs.shape[1]:
-        for row, each in enumerate(params):
-            if each.top_k <= 0 and bool(kept[row, -1]):  # the cut lies behind the first look
-                values, ids = _most_likely(probs[row : row + 1], probs.shape[1])
-                place = int(_pick(values * _kept(values, [each]), [points[row]]))
-                chosen[row] = int(ids[0, place])
-    return chosen
+def uniform(seed: int, sample: int, position: int) -> float:
+    """Return a number in [0, 1) that depends on the three keys only (SplitMix64 finaliser over their mix)."""
+    x = (seed ^ (sample * 0xD1342543DE82EF95) ^ (position * 0x9E3779B97F4A7C15)) & _MASK
+    for _ in range(2):
+        x = (x + 0x9E3779B97F4A7C15) & _MASK
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        x ^= x >> 31
+    return (x >> 11) / 2.0**53
 
 
-def _most_likely(probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` largest probabilities of each row, descending, and their token ids."""
-    if count < probs.shape[1]:
-        return probs.topk(count)
-    return probs.sort(dim=-1, descending=True, stable=True)
+def _token(logits: Tensor, draw: Draw, position: int) -> int:
+    highest, best = logits.max(dim=-1)  # NaN counts as the highest
+    if not bool(torch.isfinite(highest)):
+        return BROKEN
+    if draw.temperature == 0:
+        return int(best)
+    return choose(logits, draw, uniform(draw.seed, draw.sample, position))
 
 
-def _kept(values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Return which of the descending probabilities ``[R, K]`` top-p and then min-p leave: a prefix of each row."""
-    totals = torch.stack([v.sum() if p.top_k > 0 else v.new_tensor(1.0) for v, p in zip(values, params, strict=True)])
-    mass_before = (values.cumsum(dim=-1) - values) / totals[:, None]
-    top_p = _column([each.top_p for each in params])
-    kept = (mass_before < top_p) | (top_p >= 1.0)
-    return kept & (values >= _column([each.min_p for each in params]) * values[:, :1])
+def choose(logits: Tensor, draw: Draw, point: float) -> int:
+    """Return the token of ``logits [V]`` at which the share of weight so far passes ``point`` in [0, 1).
+
+    What is cut off is left out. Without any cut the walk is in the order of ids, which needs no sorting.
+    """
+    weights = torch.exp((logits - logits.max()) / draw.temperature).double()
+    if draw.top_k == 0 and draw.top_p >= 1.0 and draw.min_p == 0.0:
+        return _pick(weights, point)
+    order = _in_order(logits, draw.top_k)
+    weights = weights[order]
+    mass_before = weights.cumsum(dim=0) - weights
+    kept = (mass_before < draw.top_p * weights.sum()) | (draw.top_p >= 1.0)
+    kept &= weights >= draw.min_p
+    return int(order[_pick(weights[kept], point)])
 
 
-def _pick(weights: Tensor, points: Sequence[float]) -> Tensor:
-    """Return for each row of ``weights [R, K]`` the index at which the cumulated weight passes its point."""
-    cumulative = weights.double().cumsum(dim=-1)
-    marks = torch.tensor(points, dtype=torch.float64)[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, marks, right=True)[:, 0]
-    return index.clamp(max=weights.shape[1] - 1)
+def _in_order(logits: Tensor, top_k: int) -> Tensor:
+    """Return the ids of the ``top_k`` first tokens of the order, of all when it is 0."""
+    ids = torch.arange(logits.numel())
+    if 0 < top_k < logits.numel():
+        ids = ids[logits >= logits.topk(top_k).values[-1]]  # and perhaps some more, equal to the last of them
+    return ids[logits[ids].argsort(descending=True, stable=True)][: top_k or None]
 
 
-def _column(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)[:, None]
+def _pick(weights: Tensor, point: float) -> int:
+    """Return the index at which the cumulated weight passes its share ``point``."""
+    cumulative = weights.cumsum(dim=0)
+    index = int(torch.searchsorted(cumulative, point * cumulative[-1:], right=True))
+    return min(index, weights.numel() - 1)

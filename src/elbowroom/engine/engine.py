@@ -67,7 +67,8 @@ class Engine:
         self._ids = itertools.count(1)
         self._session_keys = itertools.count(1)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._closed = False
+        self._closed = self._ended = False
+        """Whether the end was asked for, and whether the thread takes no more commands."""
         self._posting = threading.Lock()
         """Held while a command is queued, so that none is queued behind the end."""
         self._thread = threading.Thread(target=self._run, name="elbowroom-engine", daemon=True)
@@ -85,13 +86,33 @@ class Engine:
         priority: int = 0,
         salt: bytes = b"",
     ) -> int:
-        """Queue a request and return its id; ``sink`` gets every delta on the engine's thread.
+        """Queue a request and return its id once it is accepted; ``sink`` gets every delta on the engine's thread.
 
         Raises:
             RequestError: malformed, too long for the context, or too large for the budget.
             Overloaded: too many requests are live.
             EngineClosed: the engine was shut down.
             TokenizerError: stop strings are given and the model has no tokenizer.
+        """
+        request_id, accepted = self.enqueue(
+            prompt_token_ids, sampling, sink, session=session, priority=priority, salt=salt
+        )
+        accepted.result()
+        return request_id
+
+    def enqueue(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        sink: Sink,
+        *,
+        session: SessionRef | None = None,
+        priority: int = 0,
+        salt: bytes = b"",
+    ) -> tuple[int, Future[None]]:
+        """Queue a request and return its id at once, with a future that ends when it is accepted.
+
+        What ``submit`` raises is raised here or by the future, which can be cancelled; ``abort`` may come at any time.
         """
         request = Request(
             id=next(self._ids),
@@ -107,8 +128,7 @@ class Engine:
         if sampling.stop and not tokenizer.available:
             raise TokenizerError("stop strings need a tokenizer, and the model has none", "use stop_token_ids")
         decoders = [tokenizer.stream_decoder() for _ in range(sampling.n)]
-        self.call(lambda: self._add(request, decoders, sink)).result()
-        return request.id
+        return request.id, self.call(lambda: self._add(request, decoders, sink))
 
     def _add(self, request: Request, decoders: Sequence[TextDecoder | None], sink: Sink) -> None:
         if self._core.num_live >= self._max_queue:
@@ -184,11 +204,21 @@ class Engine:
 
         self.call(check).result()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread takes commands."""
+        return not self._ended
+
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run ``function`` on the engine's thread between two steps."""
+        """Run ``function`` on the engine's thread between two steps, unless the future is cancelled before."""
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            if self._ended:
+                future.set_exception(EngineClosed("the engine was shut down"))
+                return
             try:
                 future.set_result(function())
             except BaseException as error:  # noqa: BLE001  it belongs to the caller, who gets it from the future
@@ -215,11 +245,30 @@ class Engine:
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._posting:
-            if self._closed:
+            if self._closed or self._ended:
                 raise EngineClosed("the engine was shut down")
             self._commands.put(command)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:  # also when the thread dies: nobody may wait for it
+            self._end()
+
+    def _end(self) -> None:
+        """End all live requests and refuse all commands, those that wait included."""
+        with self._posting:
+            self._ended = True
+        try:
+            self._core.fail(EngineClosed("the engine was shut down"))
+        finally:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    command = self._commands.get_nowait()
+                    if command is not None:
+                        command()
+
+    def _work(self) -> None:
         while self._run_commands():
             try:
                 if self._core.has_work():
@@ -228,7 +277,6 @@ class Engine:
                     self._core.idle()
             except Exception as error:  # noqa: BLE001  a bug here must end requests with its text, not hang them
                 self._core.fail(error)
-        self._core.fail(EngineClosed("the engine was shut down"))
 
     def _run_commands(self) -> bool:
         """Run what has arrived, waiting for something when there is no other work; False at the end."""

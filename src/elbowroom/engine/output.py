@@ -33,10 +33,16 @@ class SampleOutput:
     """One sample of a request, complete or so far."""
 
     index: int
-    text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
+    pieces: list[str] = field(default_factory=list)
+    """Text in the pieces in which it came."""
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
 
 
 @dataclass(slots=True)
@@ -86,18 +92,22 @@ class SampleProcessor:
 
     def push(self, update: SequenceUpdate) -> tuple[OutputDelta, bool]:
         """Take in an update; return what to send, and whether a stop string ended the sample just now."""
-        delta = OutputDelta(self.output.index, "", [], [], update.finish_reason, update.error)
+        output = self.output
+        delta = OutputDelta(output.index, "", [], [], update.finish_reason, update.error)
         hit = False
         for token in update.tokens:
             self._add_token(token, delta)
-            hit = self._push_text(token.token_id, delta)
-            if hit:
-                delta.finish_reason = "stop"
-                break
-        if delta.finish_reason is not None and not hit:
-            self._flush(delta)
-        self.output.text += delta.text
-        self.output.finish_reason = delta.finish_reason
+            if self._decoder is not None:
+                hit = self._push_text(self._decoder.push(token.token_id), delta)
+                if hit:
+                    delta.finish_reason = "stop"
+                    break
+        if delta.finish_reason is not None:
+            output.finish_reason = delta.finish_reason
+            if self._decoder is not None and not hit:
+                self._emit(self._pending + self._decoder.flush(), 0, delta)
+        if delta.text:
+            output.pieces.append(delta.text)
         return delta, hit
 
     def _add_token(self, token: SampledToken, delta: OutputDelta) -> None:
@@ -108,28 +118,20 @@ class SampleProcessor:
             self.output.logprobs.append(entry)
             delta.logprobs.append(entry)
 
-    def _push_text(self, token_id: int, delta: OutputDelta) -> bool:
-        """Decode one token; True when a stop string is complete (its text is cut off)."""
-        if self._decoder is None:
+    def _push_text(self, text: str, delta: OutputDelta) -> bool:
+        """Take in the text of one token; True when a stop string is complete (its text is cut off)."""
+        if not self._stops:
+            delta.text += text
             return False
-        self._pending += self._decoder.push(token_id)
-        return self._emit(delta, self._hold)
+        return self._emit(self._pending + text, self._hold, delta)
 
-    def _flush(self, delta: OutputDelta) -> None:
-        if self._decoder is not None:
-            self._pending += self._decoder.flush()
-            self._emit(delta, 0)
-
-    def _emit(self, delta: OutputDelta, hold: int) -> bool:
-        found = [at for at in (self._pending.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            delta.text += self._pending[: min(found)]
-            self._pending = ""
-            return True
-        cut = max(len(self._pending) - hold, 0)
-        delta.text += self._pending[:cut]
-        self._pending = self._pending[cut:]
-        return False
+    def _emit(self, text: str, hold: int, delta: OutputDelta) -> bool:
+        """Hand out ``text`` but for the last ``hold`` characters, or up to a stop string; True in that case."""
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        cut = min(found) if found else max(len(text) - hold, 0)
+        delta.text += text[:cut]
+        self._pending = "" if found else text[cut:]
+        return bool(found)
 
 
 class RequestProcessor:

@@ -13,23 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from elbowroom.engine.drawing import draw
+from elbowroom.engine.drawing import BROKEN, Draw, backend
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import SampledToken, SampleSpec
 from elbowroom.errors import ModelError
-
-_MASK = 2**64 - 1
-
-
-def uniform(seed: int, sample: int, position: int) -> float:
-    """Return a number in [0, 1) that depends on the three keys only (SplitMix64 finaliser over their mix)."""
-    x = (seed ^ (sample * 0xD1342543DE82EF95) ^ (position * 0x9E3779B97F4A7C15)) & _MASK
-    for _ in range(2):
-        x = (x + 0x9E3779B97F4A7C15) & _MASK
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-        x ^= x >> 31
-    return (x >> 11) / 2.0**53
 
 
 @dataclass(slots=True)
@@ -44,6 +31,15 @@ class SlotSampler:
     last_token: int = 0
     prompt: frozenset[int] = frozenset()
     output: Counter[int] = field(default_factory=Counter)
+    draw: Draw = field(init=False)
+    has_penalties: bool = field(init=False)
+    changes_logits: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive what is asked for at every token."""
+        self.draw = Draw.of(self.params, self.seed, self.sample)
+        self.has_penalties = self.params.has_penalties
+        self.changes_logits = self.has_penalties or bool(self.params.logit_bias)
 
     @classmethod
     def start(cls, spec: SampleSpec) -> SlotSampler:
@@ -60,7 +56,7 @@ class SlotSampler:
         """Take in a chosen token."""
         self.last_token = token
         self.position += 1
-        if self.params.has_penalties:
+        if self.has_penalties:
             self.output[token] += 1
 
 
@@ -75,28 +71,22 @@ def sample(logits: Tensor, slots: Sequence[SlotSampler]) -> list[SampledToken]:
         ModelError: a row holds NaN or infinity, or nothing finite (the weights are broken).
     """
     rows = logits.float()
-    highest, best = rows.max(dim=-1)  # NaN counts as the highest
-    if not bool(torch.isfinite(highest).all()):
-        broken = highest[~torch.isfinite(highest)][0].item()
-        raise ModelError(f"the model gave the logit {broken}", "its weights are broken: check the files and reload")
-    tokens = best.tolist()
     originals: dict[int, Tensor] = {}
     for row, slot in enumerate(slots):
-        if slot.params.has_penalties or slot.params.logit_bias:
+        if slot.changes_logits:
             if slot.params.logprobs is not None:
                 originals[row] = rows[row].clone()
             _penalise(rows[row], slot)
-            tokens[row] = int(rows[row].argmax())
-    drawn = [row for row, slot in enumerate(slots) if not slot.params.is_greedy]
-    points = [uniform(slots[row].seed, slots[row].sample, slots[row].position) for row in drawn]
-    for row, token in zip(drawn, draw(rows, drawn, [slots[row].params for row in drawn], points), strict=True):
-        tokens[row] = token
-    for slot, token in zip(slots, tokens, strict=True):
+    tokens = backend()(rows, [slot.draw for slot in slots], [slot.position for slot in slots])
+    if BROKEN in tokens:
+        broken = rows[tokens.index(BROKEN)].max().item()
+        raise ModelError(f"the model gave the logit {broken}", "its weights are broken: check the files and reload")
+    chosen: list[SampledToken] = []
+    for row, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
         slot.accept(token)
-    return [
-        _with_logprobs(originals[row] if row in originals else rows[row], token, slot.params.logprobs)
-        for row, (slot, token) in enumerate(zip(slots, tokens, strict=True))
-    ]
+        top = slot.params.logprobs
+        chosen.append(SampledToken(token) if top is None else _with_logprobs(originals.get(row, rows[row]), token, top))
+    return chosen
 
 
 def _penalise(row: Tensor, slot: SlotSampler) -> None:
@@ -114,9 +104,7 @@ def _penalise(row: Tensor, slot: SlotSampler) -> None:
             row[token] += bias
 
 
-def _with_logprobs(logits: Tensor, token: int, top: int | None) -> SampledToken:
-    if top is None:
-        return SampledToken(token)
+def _with_logprobs(logits: Tensor, token: int, top: int) -> SampledToken:
     logprobs = torch.log_softmax(logits, dim=-1)
     values, ids = logprobs.topk(min(top, logits.numel()))
     pairs = tuple(zip(ids.tolist(), values.tolist(), strict=True))

@@ -80,6 +80,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, pricing: KVPricing, capacity_bytes: int) -> None:
         self.config, self.pricing = config, pricing
+        self._eos_token_ids = frozenset(config.eos_token_ids)
         caches = config.prefix_cache and pricing.can_share
         self._state = _State(KVAccount(pricing, capacity_bytes, config.namespace, caches))
 
@@ -98,6 +99,9 @@ class Scheduler:
         state.next_order += 1
         seed = request.sampling.seed
         keys = state.account.keys(request)
+        stops = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
+            stops |= self._eos_token_ids
         for sample in range(request.sampling.n):
             seq = SeqState(
                 request=request,
@@ -105,6 +109,7 @@ class Scheduler:
                 order=order,
                 seed=seed if seed is not None else _fresh_seed(self.config.seed, order),
                 max_new_tokens=limit,
+                stop_token_ids=stops,
                 tokens=list(request.prompt_token_ids),
                 keys=list(keys),
             )
@@ -169,9 +174,9 @@ class Scheduler:
         if account.free_bytes < 0:
             self._make_room(0, None)
         rows: Rows = []
-        budget = self.config.max_step_tokens
-        for seq in sorted(state.running, key=lambda each: each.num_left > 1):
-            row = self._extend(seq, min(seq.num_left, budget)) if seq.slot >= 0 else None
+        budget, preemptions = self.config.max_step_tokens, state.stats.preemptions
+        for seq in _decodes_first(state.running):
+            row = self._extend(seq, budget) if seq.slot >= 0 else None
             if row is not None:
                 rows.append((seq, row))
                 budget -= row.num_tokens
@@ -182,15 +187,15 @@ class Scheduler:
                     break
                 self._give_up(seq)
                 continue
-            row = self._extend(seq, min(seq.num_left, budget))
+            row = self._extend(seq, budget)
             if row is not None:
                 rows.append((seq, row))
                 budget -= row.num_tokens
-        # A sequence may have been preempted for an older one after its row was made.
-        rows = [(seq, row) for seq, row in rows if seq.slot == row.slot]
+        if state.stats.preemptions > preemptions:  # perhaps for an older sequence, after the row was made
+            rows = [(seq, row) for seq, row in rows if seq.slot == row.slot]
         state.in_flight = rows
         ops, account.ops = tuple(account.ops), []
-        return StepPlan(ops, tuple(row for _, row in rows), self._valid_for_steps(rows))
+        return StepPlan(ops, tuple([row for _, row in rows]), self._valid_for_steps(rows))
 
     def update(self, result: StepResult) -> list[SequenceUpdate]:
         """Take in what the executor did; return the news for every sample that got tokens or ended."""
@@ -199,10 +204,12 @@ class Scheduler:
         if result.shortfall_bytes > 0:
             self._retreat(rows, result.shortfall_bytes)
             rows = []
+        repeats = result.num_steps - 1
         for seq, row in rows:
             if seq.slot != row.slot:
                 continue  # ended while the step ran
-            before, seq.num_computed = seq.num_computed, seq.num_computed + row.num_tokens + result.num_steps - 1
+            before = seq.num_computed
+            seq.num_computed = before + row.num_tokens + repeats
             if before < seq.num_prompt <= seq.num_computed:
                 self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
             if row.sample is not None:
@@ -343,27 +350,29 @@ class Scheduler:
 
     # Growth and preemption
 
-    def _extend(self, seq: SeqState, num_tokens: int) -> Row | None:
-        """Pay for the next ``num_tokens`` of a running sequence and return its row; None if it had to give way."""
-        if num_tokens <= 0:
+    def _extend(self, seq: SeqState, most_tokens: int) -> Row | None:
+        """Pay for the next tokens of a running sequence, ``most_tokens`` at most, and return its row.
+
+        None if nothing may be computed, or the sequence had to give way.
+        """
+        start, end = seq.num_computed, len(seq.tokens)
+        stop = end if end - start <= most_tokens else start + most_tokens
+        if stop == start:
             return None
-        start = seq.num_computed
-        blocks = num_blocks(start + num_tokens)
-        if blocks > seq.num_blocks:
-            if not self._make_room(self.account.growth_bytes(seq, blocks), seq):
-                self._preempt(seq)
-                return None
-            self.account.grow(seq, blocks)
-        is_last = start + num_tokens == len(seq.tokens)
-        is_decode = is_last and num_tokens == 1 and seq.num_generated > 0 and not seq.is_new_to_executor
-        return Row(
-            slot=seq.slot,
-            kind="decode" if is_decode else "chunk",
-            start=start,
-            num_tokens=num_tokens,
-            tokens=None if is_decode else seq.tokens[start : start + num_tokens],
-            sample=seq.sample_spec() if is_last and seq.max_new_tokens > 0 else None,
-        )
+        if stop > seq.num_blocks * STRIP_TOKENS and not self._pay(seq, num_blocks(stop)):
+            return None
+        if stop == end == start + 1 and start >= seq.num_prompt and not seq.is_new_to_executor:
+            return Row(seq.slot, "decode", start, 1, None, seq.spec)
+        sample = seq.sample_spec() if stop == end and seq.max_new_tokens > 0 else None
+        return Row(seq.slot, "chunk", start, stop - start, seq.tokens[start:stop], sample)
+
+    def _pay(self, seq: SeqState, blocks: int) -> bool:
+        """Let a running sequence have ``blocks`` in all; it gives way, and False is returned, if there is no room."""
+        if not self._make_room(self.account.growth_bytes(seq, blocks), seq):
+            self._preempt(seq)
+            return False
+        self.account.grow(seq, blocks)
+        return True
 
     def _make_room(self, need: int, seq: SeqState | None) -> bool:
         """Free bytes until ``need`` fits, preempting only what is younger than ``seq`` (anything when it is None)."""
@@ -402,29 +411,28 @@ class Scheduler:
     # Progress
 
     def _append_tokens(self, seq: SeqState, tokens: list[SampledToken]) -> None:
-        update = SequenceUpdate(seq.request.id, seq.sample, [], cached_tokens=seq.num_cached_tokens)
-        self._state.updates.append(update)
-        for token in tokens:
-            seq.tokens.append(token.token_id)
-            update.tokens.append(token)
-            self._state.stats.generated_tokens += 1
-            update.finish_reason = self._finish_reason(seq, token.token_id)
-            if update.finish_reason is not None:
-                ran_on = seq.num_computed >= len(seq.tokens)  # a repeated step went behind the end
-                if ran_on:
-                    seq.num_computed = len(seq.tokens) - 1
-                # A sliding window may have dropped what the last token needs: then there is no way back.
-                may_park = self.pricing.can_share or not ran_on
-                if ran_on and may_park:
-                    self.account.ops.append(KVOp("truncate", seq.slot, num_tokens=seq.num_computed))
-                self._finish(seq, update.finish_reason, report=False, may_park=may_park)
+        known = seq.tokens
+        for count, token in enumerate(tokens, start=1):
+            known.append(token.token_id)
+            if token.token_id in seq.stop_token_ids or len(known) >= seq.limit:
+                reason: FinishReason | None = "stop" if token.token_id in seq.stop_token_ids else "length"
+                tokens = tokens[:count]
                 break
-
-    def _finish_reason(self, seq: SeqState, token: int) -> FinishReason | None:
-        sampling = seq.request.sampling
-        if token in sampling.stop_token_ids or (token in self.config.eos_token_ids and not sampling.ignore_eos):
-            return "stop"
-        return "length" if seq.num_generated >= seq.max_new_tokens else None
+        else:
+            reason = None
+        state = self._state
+        state.stats.generated_tokens += len(tokens)
+        update = SequenceUpdate(seq.request.id, seq.sample, tokens, reason, None, seq.num_cached_tokens)
+        state.updates.append(update)
+        if reason is not None:
+            ran_on = seq.num_computed >= len(known)  # a repeated step went behind the end
+            if ran_on:
+                seq.num_computed = len(known) - 1
+            # A sliding window may have dropped what the last token needs: then there is no way back.
+            may_park = self.pricing.can_share or not ran_on
+            if ran_on and may_park:
+                self.account.ops.append(KVOp("truncate", seq.slot, num_tokens=seq.num_computed))
+            self._finish(seq, reason, report=False, may_park=may_park)
 
     def _finish(
         self,
@@ -452,15 +460,27 @@ class Scheduler:
 
     def _valid_for_steps(self, rows: Rows) -> int:
         """Return how often pure decode rows may be repeated before a block, a limit or a waiting request matters."""
-        if self._state.waiting or not rows or any(row.kind != "decode" for _, row in rows):
+        if self._state.waiting or not rows:
             return 1
-        return max(1, min(self._steps_left(seq, row) for seq, row in rows))
-
-    def _steps_left(self, seq: SeqState, row: Row) -> int:
-        return min(seq.num_blocks * STRIP_TOKENS - row.start, seq.max_new_tokens - seq.num_generated)
+        fewest = self.config.max_positions
+        for seq, row in rows:
+            if row.kind != "decode":
+                return 1
+            paid, last = seq.num_blocks * STRIP_TOKENS, seq.limit - 1
+            left = (min(last, paid)) - row.start
+            fewest = min(fewest, left)
+        return max(fewest, 1)
 
     def _live(self) -> list[SeqState]:
         return [*self._state.running, *self._state.waiting]
+
+
+def _decodes_first(running: list[SeqState]) -> list[SeqState]:
+    """Return a copy with the sequences that have one token left to compute before those that have more."""
+    decodes = [seq for seq in running if len(seq.tokens) - seq.num_computed == 1]
+    if len(decodes) < len(running):
+        decodes += [seq for seq in running if len(seq.tokens) - seq.num_computed > 1]
+    return decodes
 
 
 def _insert(ordered: list[SeqState], seq: SeqState) -> None:

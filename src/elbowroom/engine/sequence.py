@@ -22,6 +22,8 @@ class SeqState:
     """Arrival number; ties of priority are settled by it, and the youngest is preempted first."""
     seed: int
     max_new_tokens: int
+    stop_token_ids: frozenset[int]
+    """Tokens behind which it ends."""
     tokens: list[int]
     keys: list[bytes]
     """Block keys of the prompt's full blocks, then of generated ones as they fill."""
@@ -35,15 +37,19 @@ class SeqState:
     is_new_to_executor: bool = True
     num_prompt: int = field(init=False)
     """Prompt tokens."""
+    limit: int = field(init=False)
+    """Tokens in all at which it ends."""
     rank: tuple[int, int, int] = field(init=False)
     """Order of service: priority, then arrival, then sample."""
-    _spec: SampleSpec = field(init=False)
+    spec: SampleSpec = field(init=False)
+    """What the executor needs for choosing the next token, once it knows the slot."""
 
     def __post_init__(self) -> None:
         """Derive what is asked for in every step."""
         self.num_prompt = len(self.request.prompt_token_ids)
         self.rank = (self.request.priority, self.order, self.sample)
-        self._spec = SampleSpec(self.request.sampling, self.seed, self.sample, self.num_prompt, None)
+        self.limit = self.num_prompt + self.max_new_tokens
+        self.spec = SampleSpec(self.request.sampling, self.seed, self.sample, self.num_prompt, None)
 
     @property
     def num_generated(self) -> int:
@@ -63,9 +69,9 @@ class SeqState:
     def sample_spec(self) -> SampleSpec:
         """Return what the executor needs for choosing the next token."""
         if not self.is_new_to_executor:
-            return self._spec
+            return self.spec
         self.is_new_to_executor = False
-        return replace(self._spec, history=tuple(self.tokens))
+        return replace(self.spec, history=tuple(self.tokens))
 
 
 @dataclass(slots=True, eq=False)

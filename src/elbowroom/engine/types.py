@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from elbowroom.engine.sampling_params import SamplingParams
 
@@ -70,8 +70,7 @@ class SampleSpec:
     """Tokens before the new one (prompt and output), given when the slot is new to the executor."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """Work for one slot in one step: compute positions ``start .. start + num_tokens - 1``."""
 
     slot: int
@@ -99,8 +98,7 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A chosen token and, when asked for, log-probabilities (natural log, of the unchanged distribution)."""
 
     token_id: int

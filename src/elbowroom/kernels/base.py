@@ -59,28 +59,36 @@ class StripStep:
 
     def __post_init__(self) -> None:
         """Check the fields against each other and note what every layer asks."""
-        self._check()
+        self._check_vectors()
+        self._check_values()
+        lengths = self.lengths.numpy()
         tensors = (self.row_starts, self.positions, self.lengths, self.first_slots)
         object.__setattr__(self, "num_rows", self.positions.numel())
-        object.__setattr__(self, "num_sequences", self.lengths.numel())
-        object.__setattr__(self, "max_length", max(self.lengths.tolist(), default=0))
-        object.__setattr__(self, "addresses", tuple(tensor.data_ptr() for tensor in tensors))
+        object.__setattr__(self, "num_sequences", lengths.size)
+        object.__setattr__(self, "max_length", int(lengths.max(initial=0)))
+        object.__setattr__(self, "addresses", tuple([tensor.data_ptr() for tensor in tensors]))
 
-    def _check(self) -> None:
+    def _check_vectors(self) -> None:
         _check_vector("row_starts", self.row_starts, torch.int32)
         for name in ("positions", "lengths", "first_slots"):
             _check_vector(name, getattr(self, name), torch.int64)
         sequences = self.lengths.numel()
         if self.row_starts.numel() != sequences + 1 or self.first_slots.numel() != sequences:
             raise ValueError(f"row_starts, lengths and first_slots disagree on the number of sequences ({sequences})")
+
+    def _check_values(self) -> None:
         starts, positions = self.row_starts.numpy(), self.positions.numpy()
-        counts = np.diff(starts)
-        if starts[0] != 0 or starts[-1] != positions.size or (counts < 0).any():
-            raise ValueError(f"row_starts must rise from 0 to the number of rows ({positions.size})")
         lengths, first_slots = self.lengths.numpy(), self.first_slots.numpy()
-        if (first_slots < 0).any() or (first_slots > lengths).any():
+        counts = starts[1:] - starts[:-1]
+        fewest = counts.min(initial=1)
+        if starts[0] != 0 or starts[-1] != positions.size or fewest < 0:
+            raise ValueError(f"row_starts must rise from 0 to the number of rows ({positions.size})")
+        if first_slots.min(initial=0) < 0 or (first_slots > lengths).any():
             raise ValueError("first_slots must lie in 0 .. lengths")
-        if (positions < np.repeat(first_slots, counts)).any() or (positions >= np.repeat(lengths, counts)).any():
+        low, high = first_slots, lengths
+        if fewest != 1 or positions.size != lengths.size:  # else one row a sequence, as in every decoding step
+            low, high = np.repeat(first_slots, counts), np.repeat(lengths, counts)
+        if (positions < low).any() or (positions >= high).any():
             raise ValueError("positions must lie in first_slots .. lengths - 1 of their sequence")
 
     @classmethod

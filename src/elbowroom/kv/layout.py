@@ -73,8 +73,13 @@ class PoolSet:
         for pool, count in zip(self._pools, counts, strict=True):
             if count > pool.num_free_groups:
                 return Shortfall(count * pool.group_bytes, pool.num_free_groups * pool.group_bytes)
-        cost = sum(pool.cost(count) for pool, count in zip(self._pools, counts, strict=True))
         available = self._available()
+        # A group begins and ends somewhere in a page. Mostly there is room for the worst case: no need to look closer.
+        slack = 2 * self._arena.tier.page_bytes
+        worst = sum(count * (pool.group_bytes + slack) for pool, count in zip(self._pools, counts, strict=True))
+        if worst <= available:
+            return None
+        cost = sum(pool.cost(count) for pool, count in zip(self._pools, counts, strict=True))
         return Shortfall(cost, max(available, 0)) if cost and cost > available else None
 
     def take(self, counts: Sequence[int]) -> list[Table]:

@@ -7,7 +7,6 @@ allocates nothing).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -32,12 +31,14 @@ from elbowroom.memory.arena import Arena
 OWNER = "kv"
 
 Blocks = npt.NDArray[np.int64]
+_NO_BLOCKS: Blocks = np.empty(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
 class _Prepared:
-    """What ``attend`` needs, computed once in ``reserve``."""
+    """What ``attend`` and ``end_step`` need, computed once in ``reserve``."""
 
+    rows: list[Sequence]
     lengths: npt.NDArray[np.int64]
     steps: list[StripStep]
     """One for each pool."""
@@ -148,6 +149,7 @@ class PagedStore:
             IntegrityError: rows or positions are not what the sequences can take; nothing changes then.
         """
         rows = [self._sequence(handle) for handle in step.handles]
+        _check_rows(step, rows)
         lengths, needs = self._needs(step, rows)
         steps = [self._strip_step(step, rows, lengths, pool) for pool in self._pools]
         if needs:
@@ -156,25 +158,26 @@ class PagedStore:
             if shortfall is not None:
                 return shortfall
             self._provide(needs, self._pools.take([num_blocks] * len(self._pools)))
-        step.prepared = _Prepared(lengths, steps, self._tables.update(rows))
+        step.prepared = _Prepared(rows, lengths, steps, self._tables.update(rows))
         return None
 
     def _needs(self, step: KVStep, rows: Rows[Sequence]) -> tuple[npt.NDArray[np.int64], list[_Need]]:
-        """Check the rows; return each sequence's length after the step, and who needs blocks."""
-        starts = step.row_starts.tolist()
-        _check_rows(step, starts)
-        lengths, needs = [], []
-        firsts, lasts = step.positions[step.row_starts[:-1]].tolist(), step.positions[step.row_starts[1:] - 1].tolist()
+        """Check the positions; return each sequence's length after the step, and who needs blocks."""
+        starts, needs = step.row_starts, []
+        firsts, lasts = step.positions[starts[:-1]].tolist(), step.positions[starts[1:] - 1].tolist()
         for row, (sequence, first, last) in enumerate(zip(rows, firsts, lasts, strict=True)):
+            # A decoding row appends one token, mostly to a block that it has alone.
             if first != last or first != sequence.num_tokens or starts[row + 1] - starts[row] > 1:
                 _check_positions(sequence, step.positions[starts[row] : starts[row + 1]])
-            lengths.append(max(sequence.num_tokens, last + 1))
-            new_blocks = last // STRIP_TOKENS + 1 - sequence.num_blocks
-            if new_blocks > 0 or first // STRIP_TOKENS < sequence.shared_blocks:
-                copies = self._shared_blocks(sequence, step.positions[starts[row] : starts[row + 1]])
+            if last >= sequence.num_blocks * STRIP_TOKENS or first < sequence.shared_blocks * STRIP_TOKENS:
+                copies = _NO_BLOCKS
+                if first < sequence.shared_blocks * STRIP_TOKENS:
+                    copies = self._shared_blocks(sequence, step.positions[starts[row] : starts[row + 1]])
+                new_blocks = max(last // STRIP_TOKENS + 1 - sequence.num_blocks, 0)
                 if new_blocks > 0 or copies.size:
-                    needs.append(_Need(sequence, max(new_blocks, 0), copies))
-        return np.asarray(lengths, dtype=np.int64), needs
+                    needs.append(_Need(sequence, new_blocks, copies))
+        before = np.asarray([sequence.num_tokens for sequence in rows], dtype=np.int64)
+        return np.maximum(before, np.asarray(lasts, dtype=np.int64) + 1), needs
 
     def _shared_blocks(self, sequence: Sequence, positions: Positions) -> Blocks:
         """Return the blocks under ``positions`` that somebody else holds too."""
@@ -257,13 +260,13 @@ class PagedStore:
         The last ``ROLLBACK_TOKENS`` of the step can still be taken back (speculation), so they move no window yet.
         """
         prepared = self._prepared(step)
-        for sequence, length in zip(
-            [self._sequence(handle) for handle in step.handles], prepared.lengths.tolist(), strict=True
-        ):
+        for sequence, length in zip(prepared.rows, prepared.lengths.tolist(), strict=True):
             sequence.step_start = sequence.num_tokens
             sequence.num_tokens = length
             sequence.writable = None
-            self._expire(sequence, max(sequence.step_start, length - ROLLBACK_TOKENS))
+        if self._pools.windowed:
+            for sequence in prepared.rows:
+                self._expire(sequence, max(sequence.step_start, sequence.num_tokens - ROLLBACK_TOKENS))
         step.prepared = None
 
     def _prepared(self, step: KVStep) -> _Prepared:
@@ -450,14 +453,14 @@ class PagedStore:
         self._pools.close()
 
 
-def _check_rows(step: KVStep, starts: list[int]) -> None:
+def _check_rows(step: KVStep, rows: Rows[Sequence]) -> None:
     """Every row of a step has a sequence of its own, and tokens."""
-    ids = {handle.id for handle in step.handles}
-    if len(ids) != len(step.handles):
+    if len(set(rows)) != len(rows):
         raise IntegrityError("a sequence occurs in two rows of a step", "put its tokens into one row")
-    rising = len(starts) == len(ids) + 1 and all(low < high for low, high in itertools.pairwise(starts))
-    if not rising or starts[0] != 0 or starts[-1] != step.positions.size:
-        raise IntegrityError(f"row_starts {starts} do not divide {step.positions.size} tokens into {len(ids)} rows")
+    starts, num_tokens = step.row_starts, step.positions.size
+    rising = starts.size == len(rows) + 1 and bool((starts[1:] > starts[:-1]).all())
+    if not rising or starts[0] != 0 or starts[-1] != num_tokens:
+        raise IntegrityError(f"row_starts {starts.tolist()} do not divide {num_tokens} tokens into {len(rows)} rows")
 
 
 def _check_positions(sequence: Sequence, positions: Positions) -> None:

@@ -28,16 +28,19 @@ class TableCache:
 
     def update(self, rows: Rows[Sequence]) -> Table:
         """Return the tables of ``rows``, contiguous for each layer; blocks that a row lacks are ABSENT."""
+        batch, versions = tuple(rows), [sequence.version for sequence in rows]
+        if batch == self._rows and versions == self._versions:
+            return self._tables
         width = max((sequence.num_blocks for sequence in rows), default=0)
-        if tuple(rows) != self._rows or width > self._tables.shape[2]:
-            self._rows = tuple(rows)
+        if batch != self._rows or width > self._tables.shape[2]:
+            self._rows = batch
             self._versions = [-1] * len(rows)
             self._tables = np.full((self._num_layers, len(rows), width + _SPARE_BLOCKS), ABSENT, dtype=np.uint32)
         for row, sequence in enumerate(rows):
             if sequence.version != self._versions[row]:
                 self._tables[:, row, : sequence.num_blocks] = sequence.table
                 self._tables[:, row, sequence.num_blocks :] = ABSENT
-                self._versions[row] = sequence.version
+        self._versions = versions
         return self._tables
 
     def clear(self) -> None:

@@ -18,7 +18,15 @@ from elbowroom.serve.errors import InvalidField
 from elbowroom.serve.generation import Choice, Generation
 from elbowroom.serve.reply import head, respond, wants_usage
 from elbowroom.serve.requests import ChatMessage, ChatRequest
-from elbowroom.serve.responses import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, Message
+from elbowroom.serve.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChunkHead,
+    Message,
+)
 from elbowroom.serve.sampling import chat_sampling
 from elbowroom.serve.token_text import chat_logprobs
 
@@ -39,6 +47,7 @@ class ChatReply:
         self._with_logprobs = with_logprobs
         self._head = head("chat.completion", "chatcmpl", generation.model.name)
         self._chunk_head = self._head | {"object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
+        self._chunks = ChunkHead(self._chunk_head)
 
     def full(self) -> ChatCompletion:
         """Return the whole answer."""
@@ -53,11 +62,11 @@ class ChatReply:
         ]
         return ChatCompletion(**self._head, choices=choices, usage=self._generation.usage)
 
-    def opening(self, choice: Choice) -> ChatChunk:
+    def opening(self, choice: Choice) -> bytes:
         """Return the chunk that names the role."""
         return self._one(choice, Message(role="assistant", content=""), None, None)
 
-    def chunk(self, choice: Choice, delta: OutputDelta) -> ChatChunk | None:
+    def chunk(self, choice: Choice, delta: OutputDelta) -> bytes | None:
         """Return the chunk for ``delta``."""
         if not (delta.text or delta.logprobs or delta.finish_reason):
             return None
@@ -68,9 +77,9 @@ class ChatReply:
         """Return the chunk with the usage."""
         return ChatChunk(**self._chunk_head | {"usage": self._generation.usage}, choices=[])
 
-    def _one(self, choice: Choice, piece: Message, logprobs: ChatLogprobs | None, reason: str | None) -> ChatChunk:
+    def _one(self, choice: Choice, piece: Message, logprobs: ChatLogprobs | None, reason: str | None) -> bytes:
         made = ChatChunkChoice(index=choice.index, delta=piece, logprobs=logprobs, finish_reason=reason)
-        return ChatChunk(**self._chunk_head, choices=[made])
+        return self._chunks.chunk(made)
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         return chat_logprobs(self._tokenizer, entries) if self._with_logprobs else None

@@ -16,7 +16,7 @@ from elbowroom.serve.context import ServerContext
 from elbowroom.serve.generation import Choice, Generation
 from elbowroom.serve.reply import head, respond, wants_usage
 from elbowroom.serve.requests import CompletionRequest
-from elbowroom.serve.responses import Completion, CompletionChoice, CompletionLogprobs
+from elbowroom.serve.responses import ChunkHead, Completion, CompletionChoice, CompletionLogprobs
 from elbowroom.serve.sampling import completion_sampling
 from elbowroom.serve.token_text import completion_logprobs
 
@@ -37,7 +37,7 @@ class CompletionReply:
         self._generation, self._tokenizer = generation, generation.model.llm.tokenizer
         self._with_logprobs, self._echoes = with_logprobs, echoes
         self._head = head("text_completion", "cmpl", generation.model.name)
-        self._chunk_head = self._head | ({"usage": None} if with_usage else {})
+        self._chunks = ChunkHead(self._head | ({"usage": None} if with_usage else {}))
         self._offsets = [0] * len(generation.choices)
 
     def full(self) -> Completion:
@@ -53,11 +53,11 @@ class CompletionReply:
         ]
         return Completion(**self._head, choices=choices, usage=self._generation.usage)
 
-    def opening(self, choice: Choice) -> Completion | None:
+    def opening(self, choice: Choice) -> bytes | None:
         """Return the chunk that repeats the prompt, if that was asked for."""
         return self._one(choice, self._echo(choice), None, None) if self._echoes else None
 
-    def chunk(self, choice: Choice, delta: OutputDelta) -> Completion | None:
+    def chunk(self, choice: Choice, delta: OutputDelta) -> bytes | None:
         """Return the chunk for ``delta``."""
         if not (delta.text or delta.logprobs or delta.finish_reason):
             return None
@@ -67,9 +67,9 @@ class CompletionReply:
         """Return the chunk with the usage."""
         return Completion(**self._head, choices=[], usage=self._generation.usage)
 
-    def _one(self, choice: Choice, text: str, logprobs: CompletionLogprobs | None, reason: str | None) -> Completion:
+    def _one(self, choice: Choice, text: str, logprobs: CompletionLogprobs | None, reason: str | None) -> bytes:
         piece = CompletionChoice(index=choice.index, text=text, logprobs=logprobs, finish_reason=reason)
-        return Completion(**self._chunk_head, choices=[piece])
+        return self._chunks.chunk(piece)
 
     def _echo(self, choice: Choice) -> str:
         return self._echoes[choice.prompt_index] if self._echoes else ""

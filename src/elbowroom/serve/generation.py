@@ -21,12 +21,17 @@ class Choice:
 
     index: int
     prompt_index: int
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     num_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     first_s: float = 0.0
     last_s: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
 
 
 Deltas = AsyncGenerator[tuple[Choice, OutputDelta] | None]
@@ -92,7 +97,7 @@ class Generation:
         if delta.token_ids:
             choice.last_s = time.perf_counter()
             choice.first_s = choice.first_s or choice.last_s
-        choice.text += delta.text
+        choice.pieces.append(delta.text)
         choice.num_tokens += len(delta.token_ids)
         choice.logprobs += delta.logprobs
         choice.finish_reason = delta.finish_reason

@@ -25,10 +25,10 @@ class Reply(Protocol):
     def full(self) -> Schema:
         """Return the whole answer."""
 
-    def opening(self, choice: Choice) -> Schema | None:
+    def opening(self, choice: Choice) -> bytes | None:
         """Return the chunk that a streamed choice begins with."""
 
-    def chunk(self, choice: Choice, delta: OutputDelta) -> Schema | None:
+    def chunk(self, choice: Choice, delta: OutputDelta) -> bytes | None:
         """Return the chunk for ``delta``, or None if there is nothing to send yet."""
 
     def closing(self) -> Schema:
@@ -71,10 +71,10 @@ async def _chunks(generation: Generation, deltas: Deltas, reply: Reply, with_usa
     for choice in generation.choices:
         opening = reply.opening(choice)
         if opening is not None:
-            yield opening.json_bytes()
+            yield opening
     async for news in deltas:
         chunk = None if news is None else reply.chunk(*news)
         if chunk is not None:
-            yield chunk.json_bytes()
+            yield chunk
     if with_usage:
         yield reply.closing().json_bytes()

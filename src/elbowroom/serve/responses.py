@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 LOWEST_LOGPROB = -9999.0
@@ -16,6 +20,21 @@ class Schema(BaseModel):
     def json_bytes(self) -> bytes:
         """Return the JSON of all fields that were set."""
         return self.model_dump_json(exclude_unset=True).encode()
+
+
+class ChunkHead:
+    """What all chunks of a stream begin with, written once.
+
+    Args:
+        fields: those of ``Answer`` that every chunk has.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._begin = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()[:-1] + b',"choices":['
+
+    def chunk(self, choice: Schema) -> bytes:
+        """Return the JSON of the chunk that holds one piece of a choice."""
+        return self._begin + choice.json_bytes() + b"]}"
 
 
 class PromptTokensDetails(Schema):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -120,10 +121,12 @@ class TorchExecutor:
             torch.set_num_threads(threads)
 
     def _kv_step(self, rows: tuple[Row, ...]) -> KVStep:
-        starts = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum([row.num_tokens for row in rows], out=starts[1:])
-        pieces = [np.arange(row.start, row.start + row.num_tokens, dtype=np.int64) for row in rows]
-        return KVStep(tuple(self._handles[row.slot] for row in rows), starts, np.concatenate(pieces))
+        counts = [row.num_tokens for row in rows]
+        starts = np.fromiter(itertools.accumulate(counts, initial=0), dtype=np.int32, count=len(rows) + 1)
+        positions = np.array([row.start for row in rows], dtype=np.int64)
+        if max(counts) > 1:
+            positions = np.repeat(positions - starts[:-1], counts) + np.arange(starts[-1])
+        return KVStep(tuple([self._handles[row.slot] for row in rows]), starts, positions)
 
     def _tokens(self, rows: tuple[Row, ...]) -> Tensor:
         ids: list[int] = []
