@@ -22,15 +22,15 @@ from elbowroom.engine.llm import LLM
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import StepPlan
 from elbowroom.kv import paged
-from elbowroom.models import decoder
+from elbowroom.models import decoder, native
 
 PARTS: tuple[tuple[str, object, str], ...] = (
     ("schedule", scheduler.Scheduler, "schedule"),
     ("prepare", local.TorchExecutor, "submit"),
     ("prepare", paged.PagedStore, "reserve"),
     ("prepare", paged.PagedStore, "end_step"),
-    ("model", decoder.Decoder, "forward"),
-    ("model", decoder.Decoder, "logits"),
+    ("model", decoder.Decoder, "step"),
+    ("model", native.NativeDecoder, "step"),
     ("sampling", local, "sample"),
     ("update", scheduler.Scheduler, "update"),
     ("deliver", output.RequestProcessor, "push"),
