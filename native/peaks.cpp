@@ -52,18 +52,24 @@ void touch_item(void* context, int64_t index, float*) {
     std::memset(mapping.item(index), 1, size_t(mapping.item_bytes(index)));
 }
 
-// Whole lines only; a sum in 8 parts, so that loads and not additions bound it.
+// Several streams side by side: a core that follows one keeps too few lines in flight (30 instead of 40 GB/s were seen).
+// Sums in parts of 16 bytes, which every CPU keeps in registers. Up to 255 bytes at the end of an item are left out.
 void read_item(void* context, int64_t index, float* sink) {
-    typedef uint64_t Line __attribute__((vector_size(64)));
+    typedef uint64_t Part __attribute__((vector_size(16)));
+    constexpr int kStreams = 4, kParts = 4;  // parts of a cache line
     const Mapping& mapping = *static_cast<const Mapping*>(context);
     const char* data = mapping.item(index);
-    Line sum{};
-    for (int64_t i = 0; i + 64 <= mapping.item_bytes(index); i += 64) {
-        Line line;
-        std::memcpy(&line, data + i, sizeof line);
-        sum += line;
+    const int64_t stride = mapping.item_bytes(index) / kStreams / 64 * 64;
+    Part sums[kParts] = {};
+    for (int64_t line = 0; line < stride; line += 64) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kStreams * kParts; ++i) {
+            Part part;
+            std::memcpy(&part, data + i / kParts * stride + line + i % kParts * int64_t{sizeof part}, sizeof part);
+            sums[i % kParts] += part;
+        }
     }
-    std::memcpy(sink, &sum, sizeof sum);
+    std::memcpy(sink, sums, sizeof sums);
 }
 
 void multiply_add_item(void* context, int64_t, float* sink) {
