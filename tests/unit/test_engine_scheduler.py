@@ -228,7 +228,7 @@ def test_whatever_happens_every_request_ends_once_with_its_own_tokens(
 
 @pytest.mark.parametrize(("name", "repeats"), [("full", True), ("mixed", False)])
 def test_steps_are_repeated_only_where_an_early_end_can_be_cut_back(name: str, repeats: bool) -> None:
-    """With sliding windows, a sequence that may stop at a token decodes one step a plan: a cut might go too far back."""
+    """With sliding windows, a sequence that may stop at a token decodes one step a plan: a cut could reach too far."""
     for ignore_eos in (False, True):
         world, plans = make_world(name, 40, 1), []
         for seed in range(5):
