@@ -226,6 +226,21 @@ def test_whatever_happens_every_request_ends_once_with_its_own_tokens(
     assert driver.world.shortfalls == 0, "the store had less than the scheduler counted on"
 
 
+@pytest.mark.parametrize(("name", "repeats"), [("full", True), ("mixed", False)])
+def test_steps_are_repeated_only_where_an_early_end_can_be_cut_back(name: str, repeats: bool) -> None:
+    """With sliding windows, a sequence that may stop at a token decodes one step a plan: a cut could reach too far."""
+    for ignore_eos in (False, True):
+        world, plans = make_world(name, 40, 1), []
+        for seed in range(5):
+            sampling = SamplingParams(max_tokens=40, ignore_eos=ignore_eos, seed=seed)
+            world.scheduler.add(Request(id=seed, prompt_token_ids=(9,) * 70, sampling=sampling))
+            while world.scheduler.has_work():
+                plan = world.scheduler.schedule(0.0)
+                plans.append(plan.valid_for_steps)
+                world.scheduler.update(world.executor.run(plan, plan.valid_for_steps))
+        assert (max(plans) > 1) == (repeats or ignore_eos)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(actions=st.lists(ACTION, max_size=15), blocks=st.integers(6, 30), missing=st.integers(1, 25))
 def test_a_store_with_less_than_promised_slows_or_refuses_but_never_hangs(

@@ -464,7 +464,8 @@ class Scheduler:
             return 1
         fewest = self.config.max_positions
         for seq, row in rows:
-            if row.kind != "decode":
+            # One that ends early is cut back, and a sliding window may have dropped what lies before.
+            if row.kind != "decode" or (seq.stop_token_ids and not self.pricing.can_share):
                 return 1
             paid, last = seq.num_blocks * STRIP_TOKENS, seq.limit - 1
             left = (min(last, paid)) - row.start
