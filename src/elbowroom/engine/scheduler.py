@@ -425,23 +425,12 @@ class Scheduler:
         update = SequenceUpdate(seq.request.id, seq.sample, tokens, reason, None, seq.num_cached_tokens)
         state.updates.append(update)
         if reason is not None:
-            ran_on = seq.num_computed >= len(known)  # a repeated step went behind the end
-            if ran_on:
+            if seq.num_computed >= len(known):  # a repeated step ran on behind the end
                 seq.num_computed = len(known) - 1
-            # A sliding window may have dropped what the last token needs: then there is no way back.
-            may_park = self.pricing.can_share or not ran_on
-            if ran_on and may_park:
                 self.account.ops.append(KVOp("truncate", seq.slot, num_tokens=seq.num_computed))
-            self._finish(seq, reason, report=False, may_park=may_park)
+            self._finish(seq, reason, report=False)
 
-    def _finish(
-        self,
-        seq: SeqState,
-        reason: FinishReason,
-        report: bool = True,
-        error: Exception | None = None,
-        may_park: bool = True,
-    ) -> None:
+    def _finish(self, seq: SeqState, reason: FinishReason, report: bool = True, error: Exception | None = None) -> None:
         state, session = self._state, seq.request.session
         self.account.lacking_bytes = 0
         if seq in state.waiting:
@@ -449,7 +438,7 @@ class Scheduler:
         else:
             state.running.remove(seq)
             self.account.cache(seq, seq.num_computed // STRIP_TOKENS)
-            if session is not None and may_park and seq.sample == 0 and reason in ("stop", "length"):
+            if session is not None and seq.sample == 0 and reason in ("stop", "length"):
                 self.account.park(seq, session.key)
             else:
                 self.account.give_back(seq)
