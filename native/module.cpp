@@ -143,6 +143,7 @@ std::vector<int64_t> py_sample(uintptr_t logits, int64_t row_stride, int64_t voc
 NB_MODULE(_native, m) {
     using namespace elbowroom;
     m.doc() = "Native kernels of Elbowroom.";
+    nb::set_leak_warnings(false);  // a program that ends with an open engine is no bug to shout about
     m.def("append", &py_append, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"), nb::arg("k"),
           nb::arg("v"));
     m.def("attend", &py_attend, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"), nb::arg("spec"),
