@@ -217,20 +217,20 @@ void Decoder::logits_block(const int64_t* rows, int64_t count, float* out) const
         load_hidden(rows[i], normed + i * width);
         kernels().rms_norm(normed + i * width, model_.final_norm.data(), model_.eps, width, normed + i * width);
     }
-    const bool in_rows = count <= kFewTokens;
+    const bool rowwise = in_rows(count);
     const int64_t panels = ceil_div(count, kPanelTokens);
-    if (!in_rows) {
+    if (!rowwise) {
         for (int64_t p = 0; p < panels; ++p) {
             kernels().to_panel(normed + p * kPanelTokens * width, width, std::min(kPanelTokens, count - p * kPanelTokens),
                                width, panel_of(buffers_.input, width, p));
         }
     }
-    const float* x = in_rows ? arranged(model_.head, normed, count) : buffers_.input;
-    const int64_t item_rows = rows_per_item(model_.head, in_rows);
-    const int64_t scratch_floats = in_rows ? 0 : item_rows * (kMultiplyDepth + panels * kPanelTokens);
+    const float* x = rowwise ? arranged(model_.head, normed, count) : buffers_.input;
+    const int64_t item_rows = rows_per_item(model_.head, rowwise);
+    const int64_t scratch_floats = rowwise ? 0 : item_rows * (kMultiplyDepth + panels * kPanelTokens);
     parallel(ceil_div(vocabulary, item_rows), scratch_floats, [&](int64_t item, float* scratch) {
         const int64_t first = item * item_rows, end = std::min(vocabulary, first + item_rows), wide = end - first;
-        if (in_rows) {
+        if (rowwise) {
             kernels().dot(model_.head, first, end, x, count, out + first, vocabulary, false);
         } else {
             float* result = scratch + item_rows * kMultiplyDepth;

@@ -1,7 +1,7 @@
 // A decoder from plain descriptors: what models/decoder.py computes in torch, as a few calls that use the pool.
 //
-// Activations are float32, whatever the weights are. Up to kFewTokens tokens of a pass lie in rows [N, width]; more
-// lie in panels [width][16] (product.h). Queries, keys, values and attention outputs always lie in rows.
+// Activations are float32, whatever the weights are. Few tokens of a pass lie in rows [N, width], more in panels
+// [width][16] (in_rows in product.h). Queries, keys, values and attention outputs always lie in rows.
 #pragma once
 
 #include <cstdint>
@@ -94,7 +94,7 @@ class Decoder {
     void logits(const int64_t* rows, int64_t count, float* out) const;
 
    private:
-    bool few() const { return num_tokens_ <= kFewTokens; }
+    bool few() const { return in_rows(num_tokens_); }
     int64_t num_panels() const { return (num_tokens_ + kPanelTokens - 1) / kPanelTokens; }
     template <class T>
     static T* panel_of(T* panels, int64_t width, int64_t index) {

@@ -30,7 +30,7 @@ const float* arranged(const Matrix& matrix, const float* x, int64_t num_tokens) 
 }
 
 void multiply(std::initializer_list<Product> products, const float* x, int64_t num_tokens, bool add) {
-    const bool few = num_tokens <= kFewTokens;
+    const bool few = in_rows(num_tokens);
     const int64_t num_panels = ceil_div(num_tokens, kPanelTokens);
     int64_t num_items = 0, most_rows = 0;
     for (const Product& product : products) {
@@ -59,7 +59,7 @@ void multiply(std::initializer_list<Product> products, const float* x, int64_t n
 }
 
 void multiply_rows(const Matrix& matrix, const float* x, int64_t num_tokens, float* y) {
-    if (num_tokens <= kFewTokens) return multiply({{matrix, y, matrix.rows}}, x, num_tokens, false);
+    if (in_rows(num_tokens)) return multiply({{matrix, y, matrix.rows}}, x, num_tokens, false);
     const int64_t num_panels = ceil_div(num_tokens, kPanelTokens), panel_in = matrix.cols * kPanelTokens,
                   panel_out = matrix.rows * kPanelTokens;
     std::vector<float> in(size_t(num_panels * panel_in)), out(size_t(num_panels * panel_out));

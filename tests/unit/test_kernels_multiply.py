@@ -23,8 +23,8 @@ from elbowroom.kernels.native import multiply
 
 _native = importlib.import_module("elbowroom._native")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33, 100)
-"""Both sides of 8 (rows, then panels) and of 16 (one panel, then more)."""
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 47, 48, 100)
+"""Both sides of every change between rows and panels."""
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -109,7 +109,7 @@ def test_every_finite_16_bit_weight_is_widened_exactly(isa: str, dtype: torch.dt
     assert torch.equal(rows, weight.float().T)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 8, 9, 16, 35])
+@pytest.mark.parametrize("num_tokens", [1, 5, 8, 9, 16, 32, 35])
 def test_a_poisoned_token_or_weight_spoils_its_own_results_only(isa: str, num_tokens: int) -> None:
     x, weight = draw(num_tokens, 300), draw(50, 300)
     clean = multiply(x, weight)
@@ -124,16 +124,16 @@ def test_a_poisoned_token_or_weight_spoils_its_own_results_only(isa: str, num_to
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_token_has_the_same_bits_whatever_its_neighbours(isa: str, dtype: torch.dtype) -> None:
-    """Among 2 to 16 tokens, and among more; one alone is summed in another order."""
-    x, weight = draw(40, 270), draw(77, 270, seed=1).to(dtype)
-    few, many = multiply(x[:16], weight), multiply(x, weight)
-    for num_tokens in range(2, 16):
-        assert torch.equal(multiply(x[:num_tokens], weight), few[:num_tokens])
-        assert torch.equal(multiply(x[16 - num_tokens : 16], weight), few[16 - num_tokens :])
-    torch.testing.assert_close(multiply(x[:1], weight), few[:1], rtol=1e-4, atol=1e-4)
-    for num_tokens in (17, 31, 33):
-        assert torch.equal(multiply(x[:num_tokens], weight), many[:num_tokens])
-        assert torch.equal(multiply(x[40 - num_tokens :], weight), many[40 - num_tokens :])
+    """Among tokens in rows, and among tokens in panels; one alone is summed in another order."""
+    x, weight = draw(80, 270), draw(77, 270, seed=1).to(dtype)
+    rows, panels = multiply(x[:47], weight), multiply(x, weight)
+    for num_tokens in (*range(2, 32), *range(33, 47)):
+        assert torch.equal(multiply(x[:num_tokens], weight), rows[:num_tokens])
+        assert torch.equal(multiply(x[47 - num_tokens : 47], weight), rows[47 - num_tokens :])
+    torch.testing.assert_close(multiply(x[:1], weight), rows[:1], rtol=1e-4, atol=1e-4)
+    for num_tokens in (32, 48, 49, 63):
+        assert torch.equal(multiply(x[:num_tokens], weight), panels[:num_tokens])
+        assert torch.equal(multiply(x[80 - num_tokens :], weight), panels[80 - num_tokens :])
 
 
 @pytest.mark.parametrize(("rows", "cols", "num_tokens"), [(0, 8, 3), (0, 8, 20), (5, 8, 0), (5, 0, 3), (5, 0, 20)])
