@@ -1,8 +1,8 @@
 // Attention of one work item, compiled once for each instruction set (ELBOWROOM_KERNELS names the table).
 //
 // An item is M query vectors (a few rows x the query heads of one KV head) against consecutive strips; each strip is
-// read once. Up to kFewVectors vectors, keys are dotted where they lie: the item is bound by bytes. Above, K and V are
-// packed into panels and both products run in register tiles: the item is bound by arithmetic.
+// read once. Up to kFewVectors vectors, keys and values are used where they lie: the item is bound by bytes. Above, K
+// and V are packed into panels and both products run in register tiles: the item is bound by arithmetic.
 // Legend: G query heads of a KV head, M = rows * G, W lanes of a vector, Dk/Dv widths.
 
 #include "kernels.h"
@@ -19,7 +19,6 @@ using namespace elbowroom;
 constexpr int kFewVectors = 8;
 constexpr int kPanel = 2 * W;                   // columns of a register tile
 constexpr int kTileRows = W == 16 ? 12 : 6;     // rows of a register tile: what 32 or 16 registers hold
-constexpr int kChunk = 16;                      // slots between two prefetches of the next strip
 constexpr float kNegInf = -__builtin_inff();
 
 inline void prefetch(const char* p, int64_t bytes) {
@@ -80,6 +79,7 @@ class Attention {
                 weigh_many(values, low, high);
             }
         }
+        if (M_ <= kFewVectors) finish_few();
         if (item_.partial >= 0) {
             write_partials();
         } else {
@@ -99,8 +99,20 @@ class Attention {
                 load_query(row, q_ + (r * group_ + g) * ldk_);
             }
         }
+        if constexpr (std::is_same_v<T, bf16>) {
+            if (M_ <= kFewVectors) arrange_queries();
+        }
         for (int64_t i = 0; i < M_ * ldv_; ++i) out_[i] = 0;
         for (int64_t m = 0; m < M_; ++m) max_[m] = kNegInf, sum_[m] = 0;
+    }
+
+    void arrange_queries() const {
+        for (int64_t i = 0; i < M_ * ldk_; i += kPanel) {
+            vf first = load<vf>(q_ + i), second = load<vf>(q_ + i + W);
+            deinterleave(first, second);
+            store(q_ + i, first);
+            store(q_ + i + W, second);
+        }
     }
 
     void load_query(const char* row, float* target) const {
@@ -127,52 +139,110 @@ class Attention {
 
     int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - 1); }
 
-    // Scores of W keys at a time, dotted where they lie (float32 of whole vectors) or from a widened copy.
+    // W keys at a time, widened once for all query vectors.
     void score_few(const T* keys, const T* values, int64_t low, int64_t high) {
+        const char* ahead = reinterpret_cast<const char*>(values + low * Dv_);
+        const int64_t ahead_bytes = W * Dv_ * int64_t{sizeof(T)} / M_;
         for (int64_t key = low / W * W; key < high; key += W) {
-            prefetch(reinterpret_cast<const char*>(values + key * Dv_), W * Dv_ * int64_t{sizeof(T)});
-            const float* rows = widen_rows(keys + key * Dk_, Dk_, ldk_, keys_, W);
-            const int64_t stride = rows == keys_ ? ldk_ : Dk_;
+            const T* rows = keys + key * Dk_;
+            for (int64_t i = 0; i < W; ++i) widen_key(rows + i * Dk_, keys_ + i * ldk_);
             for (int64_t m = 0; m < M_; ++m) {
+                prefetch(ahead, ahead_bytes);
+                ahead += ahead_bytes;
                 vf dots[W] = {};
-                for (int64_t d = 0; d < Dk_; d += W) {
+#pragma GCC unroll 2
+                for (int64_t d = 0; d < ldk_; d += W) {
                     const vf q = load<vf>(q_ + m * ldk_ + d);
 #pragma GCC unroll 16
-                    for (int i = 0; i < W; ++i) dots[i] += q * load<vf>(rows + i * stride + d);
+                    for (int i = 0; i < W; ++i) dots[i] += q * load<vf>(keys_ + i * ldk_ + d);
                 }
                 store(scores_ + m * kStripTokens + key, sum_each(dots));
             }
         }
     }
 
-    // Float32 rows of a multiple of W wide are used in place; others are widened into `copy`.
-    static const float* widen_rows(const T* rows, int64_t width, int64_t stride, float* copy, int64_t count) {
-        if constexpr (sizeof(T) == sizeof(float)) {
-            if (width % W == 0) return reinterpret_cast<const float*>(rows);
+    // Columns in the order of widen_first and widen_second, as `begin` laid out the queries.
+    void widen_key(const T* key, float* out) const {
+        int64_t d = 0;
+        for (; d + kPanel <= Dk_; d += kPanel) {
+            store(out + d, widen_first(key + d));
+            store(out + d + W, widen_second(key + d));
         }
-        for (int64_t i = 0; i < count; ++i) {
-            for (int64_t d = 0; d < width; d += W) {
-                store(copy + i * stride + d, widen_padded(rows + i * width, d, width));
-            }
-        }
-        return copy;
+        if (d == Dk_) return;
+        T tail[kPanel] = {};
+        __builtin_memcpy(tail, key + d, (Dk_ - d) * sizeof(T));
+        store(out + d, widen_first(tail));
+        store(out + d + W, widen_second(tail));
     }
 
+    // Sums in the order of widen_first and widen_second (see `finish_few`), two vectors of columns at a time.
     void weigh_few(const T* values, const char* next, int64_t low, int64_t high) {
-        for (int64_t slot = low; slot < high; slot += kChunk) {
-            const int64_t count = min(kChunk, high - slot);
-            if (next != nullptr) {
-                const int64_t bytes = kChunk * Dk_ * int64_t{sizeof(T)};
-                prefetch(next + (slot - low) / kChunk * bytes, bytes);
+        const int64_t lines = next == nullptr ? 0 : kStripTokens * Dk_ * int64_t{sizeof(T)} * kPanel / ldv_ / 64;
+        for (int64_t d = 0; d < Dv_; d += kPanel, next += lines * 64) {
+            const T* rows = values + low * Dv_ + d;
+            int64_t stride = Dv_;
+            T tail[kStripTokens * kPanel];
+            if (d + kPanel > Dv_) {
+                rows = pad_rows(rows, high - low, tail);
+                stride = kPanel;
             }
-            const float* rows = widen_rows(values + slot * Dv_, Dv_, ldv_, values_, count);
-            const int64_t stride = rows == values_ ? ldv_ : Dv_;
-            int64_t d = 0;
-            for (; d + kPanel <= Dv_; d += kPanel) {
-                panel<2>(M_, scores_ + slot, kStripTokens, rows + d, stride, out_ + d, ldv_, count, true);
+            for_groups(M_, [&](int64_t m, int64_t vectors) {
+                weigh_group(vectors, scores_ + m * kStripTokens + low, rows, stride, high - low, out_ + m * ldv_ + d,
+                            next, m == 0 ? lines : 0);
+            });
+        }
+    }
+
+    // The last columns of rows that do not fill a panel.
+    const T* pad_rows(const T* rows, int64_t count, T* padded) const {
+        const int64_t columns = Dv_ % kPanel;
+        for (int64_t i = 0; i < count; ++i) {
+            __builtin_memcpy(padded + i * kPanel, rows + i * Dv_, columns * sizeof(T));
+            __builtin_memset(padded + i * kPanel + columns, 0, (kPanel - columns) * sizeof(T));
+        }
+        return padded;
+    }
+
+    template <int M = kMostTokens>
+    void weigh_group(int64_t vectors, const float* weights, const T* rows, int64_t stride, int64_t slots, float* out,
+                     const char* next, int64_t lines) {
+        if constexpr (M > 1) {
+            if (vectors < M) return weigh_group<M - 1>(vectors, weights, rows, stride, slots, out, next, lines);
+        }
+        vf sum[2 * M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            sum[2 * m] = load<vf>(out + m * ldv_);
+            sum[2 * m + 1] = load<vf>(out + m * ldv_ + W);
+        }
+        int64_t line = 0;
+#pragma GCC unroll 2
+        for (int64_t slot = 0; slot < slots; ++slot) {
+            if (line < lines) __builtin_prefetch(next + 64 * line++, 0, 2);
+            const vf first = widen_first(rows + slot * stride), second = widen_second(rows + slot * stride);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+                const vf weight = splat(weights[m * kStripTokens + slot]);
+                sum[2 * m] += weight * first;
+                sum[2 * m + 1] += weight * second;
             }
-            for (; d < Dv_; d += W) {
-                panel<1>(M_, scores_ + slot, kStripTokens, rows + d, stride, out_ + d, ldv_, count, true);
+        }
+        prefetch(next + 64 * line, 64 * (lines - line));
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            store(out + m * ldv_, sum[2 * m]);
+            store(out + m * ldv_ + W, sum[2 * m + 1]);
+        }
+    }
+
+    // Puts the sums into the order of their columns.
+    void finish_few() {
+        if constexpr (std::is_same_v<T, bf16>) {
+            for (int64_t i = 0; i < M_ * ldv_; i += kPanel) {
+                vf first = load<vf>(out_ + i), second = load<vf>(out_ + i + W);
+                interleave(first, second);
+                store(out_ + i, first);
+                store(out_ + i + W, second);
             }
         }
     }

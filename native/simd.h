@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -93,7 +93,18 @@ inline void keep(vf& v) {
 
 inline vf widen(const float* p) { return load<vf>(p); }
 
-inline vf widen(const bf16* p) { return bit_cast<vf>(__builtin_convertvector(load<vh>(p), vu) << 16); }
+inline vu widen_bits(const uint16_t* p) {
+    // Compilers turn the conversion of a whole vector into two halves and five instructions.
+#if defined(__AVX512F__) && ELBOWROOM_WIDTH == 16
+    return bit_cast<vu>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__) && ELBOWROOM_WIDTH == 8
+    return bit_cast<vu>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    return __builtin_convertvector(load<vh>(p), vu);
+#endif
+}
+
+inline vf widen(const bf16* p) { return bit_cast<vf>(widen_bits(&p->bits) << 16); }
 
 inline vf widen(const f16* p) {
 #if defined(__AVX512F__) && ELBOWROOM_WIDTH == 16
@@ -194,6 +205,16 @@ inline void deinterleave_lanes(vf& a, vf& b, std::integer_sequence<int, I...>) {
 
 // The 2 * W values of (a, b): those of even places into a, those of odd places into b.
 inline void deinterleave(vf& a, vf& b) { deinterleave_lanes(a, b, Lanes{}); }
+
+template <int... I>
+inline void interleave_lanes(vf& a, vf& b, std::integer_sequence<int, I...>) {
+    const vf low = __builtin_shufflevector(a, b, ((I & 1) ? W + I / 2 : I / 2)...);
+    b = __builtin_shufflevector(a, b, ((I & 1) ? W + (W + I) / 2 : (W + I) / 2)...);
+    a = low;
+}
+
+// The way back.
+inline void interleave(vf& a, vf& b) { interleave_lanes(a, b, Lanes{}); }
 
 // Transposes W x W in place: each stage swaps the off-diagonal blocks of size Step.
 template <int Step = W / 2>
