@@ -103,8 +103,9 @@ inline void dot_tile(const T* w, int64_t ldw, int64_t cols, const float* x, floa
         x += M * kGroup;
     };
     const int64_t whole = cols / kGroup * kGroup;
+#pragma GCC unroll 2
     for (int64_t k = 0; k < whole; k += kGroup) {
-        if constexpr (Prefetch) {
+        if (Prefetch && k % (64 / int64_t{sizeof(T)}) == 0) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * ldw + k, 0, 3);
         }

@@ -16,6 +16,7 @@ def test_reading_memory_and_multiplying_have_rates(monkeypatch):
     monkeypatch.setattr(machine, "_PROBE_SIZE", 64)
     assert machine.read_gb_per_s(2) > 0
     assert machine.gflop_per_s(1) > 0
+    assert (machine.fma_gflop_per_s() is None) == (machine.attention.backend_name() != "native")
 
 
 def test_a_slow_probe_is_not_repeated():

@@ -1,10 +1,13 @@
 """prefill: tokens a second of reading a prompt of 512 tokens, up to the first new token.
 
 Model, sides and rounds are those of ``decode``. Arithmetic counts every multiplication and addition that the matrices
-and causal attention need; its rate is compared with matmuls of float32 and of bfloat16 on the same machine.
+and causal attention need; its rate is compared with multiply-adds in registers (fma) and with torch's matmuls
+of float32 and of bfloat16 on the same machine.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -27,7 +30,7 @@ def run(options: BenchOptions) -> BenchResult:
             return {"prompt": contest.prompts(number, 1, load.prompt_tokens)[0]}
 
         turns = contest.rounds("prefill", arguments, load.num_rounds)
-        peaks = {dtype: float(str(machine[f"{dtype}_gflop_per_s"])) for dtype in ("fp32", "bf16")}
+        peaks = {name: machine[f"{name}_gflop_per_s"] for name in ("fma", "fp32", "bf16")}
         rows = [_row(contest, side, turns, load.prompt_tokens, peaks) for side in ITEM_BYTES]
     rows.append(best_dtype_row(turns))
     return BenchResult(name="prefill", machine=machine, rows=rows, claims=rival_claims("prefill", turns, TARGETS))
@@ -42,10 +45,14 @@ def prompt_gflop(config: ModelConfig, num_tokens: int) -> float:
     return (matrices + attention) / 1e9
 
 
-def _row(contest: Contest, side: str, turns: Turns, num_tokens: int, peaks: dict[str, float]) -> Row:
+def _row(contest: Contest, side: str, turns: Turns, num_tokens: int, peaks: Mapping[str, object]) -> Row:
     row = contest.rate_row(side, turns)
     rate = row["tokens_per_s"]
     if not isinstance(rate, float):
         return row
     done = rate / num_tokens * prompt_gflop(contest.config, num_tokens)
-    return row | {"gflop_per_s": done} | {f"share_of_{dtype}_matmul": done / peak for dtype, peak in peaks.items()}
+    return (
+        row
+        | {"gflop_per_s": done}
+        | {f"share_of_{n}": done / peak for n, peak in peaks.items() if isinstance(peak, float)}
+    )
