@@ -64,3 +64,17 @@ def test_rivals_that_are_installed_are_measured():
     for name, row in rows.items():
         assert row["tokens_per_s"] is None or name == "ours" or row["max_logprob_error"] < 0.25
         assert row["tokens_per_s"] is None or len(row["rounds"]) == 2
+
+
+def test_overhead_splits_steps_and_a_cold_start():
+    made = measured("overhead")
+    *steps, cold = made["rows"]
+    assert [row["batch"] for row in steps] == [1, 8, 64]
+    for row in steps:
+        parts = sum(row[f"{part}_us"] for part in ("schedule", "prepare", "model", "sampling", "update", "deliver"))
+        assert row["model_us"] > 0 and parts == pytest.approx(row["total_us"], rel=0.2)
+    parts = [
+        value for name, value in cold.items() if name.endswith("_s") and name not in ("first_token_s", "process_s")
+    ]
+    assert cold["weights_s"] > 0
+    assert sum(parts) == pytest.approx(cold["first_token_s"], rel=0.05)

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from elbowroom.commands import app
-from elbowroom.commands.reference import commands_page
+from elbowroom.commands.reference import commands_page, with_claims
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "elbowroom"
@@ -33,6 +33,11 @@ def shown_commands(page: Path) -> list[str]:
 
 def test_the_commands_page_is_the_help():
     assert (ROOT / "docs" / "commands.md").read_text() == commands_page(), "run: python -m elbowroom.commands.reference"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_of_claims_are_the_newest_results(page: Path):
+    assert page.read_text() == with_claims(page.read_text()), "run: python -m elbowroom.commands.reference"
 
 
 def test_every_module_is_in_the_architecture():

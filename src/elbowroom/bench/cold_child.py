@@ -23,9 +23,6 @@ from typing import Any  # noqa: E402
 def measure(arguments: Sequence[str], spawned_s: float) -> dict[str, float]:
     """Run the command line and return the seconds of its parts; they add up to ``first_token``."""
     from elbowroom.bench.patching import replaced
-    from elbowroom.serve.preload import preload
-
-    preload()
     from elbowroom.engine import build, llm, output
     from elbowroom.models.tokenizer import Tokenizer
 
@@ -54,7 +51,7 @@ def measure(arguments: Sequence[str], spawned_s: float) -> dict[str, float]:
     with contextlib.ExitStack() as patches, contextlib.redirect_stdout(io.StringIO()):
         for part, owner, name in (
             ("baseline", build, "measure_baseline"),
-            ("weights", build, "load_model"),
+            ("weights", build, "read_weights"),
             ("tokenizer", Tokenizer, "from_directory"),
             ("build", llm, "build_engine"),
         ):

@@ -32,7 +32,7 @@ def retrieval(
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the contexts.")] = 0,
     memory: Memory = "80%",
     kv: KV = "plain",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     json: Json = False,
     progress: Progress = None,
 ) -> None:

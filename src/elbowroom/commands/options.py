@@ -19,7 +19,9 @@ Memory = Annotated[
     ),
 ]
 KV = Annotated[str, typer.Option(metavar="PLAN", help="How keys and values are kept: plain, plain(bf16).")]
-Dtype = Annotated[str, typer.Option(metavar="TYPE", help="Weights and activations: float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(metavar="TYPE", help="Weights and KV cache: float32, bfloat16, float16; auto: the checkpoint's.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Progress = Annotated[
     bool | None,

@@ -1,12 +1,14 @@
 """Writes what docs/ takes from the code: ``python -m elbowroom.commands.reference``.
 
-docs/commands.md is the help of every command; the floors in docs/architecture.md are the first sentences of modules.
+docs/commands.md is the help of every command; the floors in docs/architecture.md are the first sentences of modules;
+tables of claims, in the README too, are the newest results of the benchmarks that their markers name.
 With ``--readme`` the README's first command is run and its output put below it.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -21,6 +23,7 @@ from elbowroom.commands import app
 
 SOURCE = Path(__file__).parents[1]
 DOCS = SOURCE.parents[1] / "docs"
+RESULTS = SOURCE.parents[1] / "benchmarks" / "results"
 WIDTH = 100
 FLOORS = (
     ("7", ("commands",)),
@@ -33,6 +36,7 @@ FLOORS = (
     ("0", ("memory", "")),
 )
 """Rooms by floor, the top first; the empty name is the package itself."""
+_CLAIMS = re.compile(r"(<!-- claims: ([\w ]+) -->\n).*?(<!-- /claims -->)", re.DOTALL)
 _MODULES = re.compile(r"<!-- modules -->.*<!-- /modules -->", re.DOTALL)
 _SHOWN = re.compile(r"(```sh\nelbowroom (.*?)\n```\n\n```text\n).*?(```)", re.DOTALL)
 _HEAD = """\
@@ -82,8 +86,27 @@ def _line(path: Path) -> str:
     return f"- `{path.relative_to(SOURCE).as_posix()}`: {summary}"
 
 
+def with_claims(text: str) -> str:
+    """Return a page whose tables of claims show the newest results."""
+    return _CLAIMS.sub(lambda match: match[1] + "\n".join(_claim_lines(match[2].split())) + "\n" + match[3], text)
+
+
+def _claim_lines(names: list[str]) -> Iterator[str]:
+    yield from ("| claim | measured | interval | target | holds |", "| --- | --- | --- | --- | --- |")
+    for name in names:
+        newest = max(RESULTS.glob(f"{name}_*.json"))  # dated: the last by name
+        for claim in json.loads(newest.read_text(encoding="utf-8"))["claims"]:
+            low, high, value = claim["low"], claim["high"], claim["value"]
+            span = "" if low is None else f"{low:.3g} to {high:.3g}"
+            found = "not measured" if value is None else f"{value:.3g} {claim['unit']}"
+            target, holds = f"{claim['op']} {claim['target']:g}", "yes" if claim["holds"] else "**no**"
+            yield f"| `{claim['id']}` | {found} | {span} | {target} | {holds} |"
+
+
 def write() -> None:
-    """Write both pages."""
+    """Write all that is taken from the code."""
+    for page in (DOCS.parent / "README.md", *DOCS.glob("*.md")):
+        page.write_text(with_claims(page.read_text(encoding="utf-8")), encoding="utf-8")
     (DOCS / "commands.md").write_text(commands_page(), encoding="utf-8")
     page = DOCS / "architecture.md"
     text = _MODULES.sub(lambda _: modules_section(), page.read_text(encoding="utf-8"))

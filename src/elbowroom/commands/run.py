@@ -19,7 +19,7 @@ def run(
     model: Model = None,
     memory: Memory = "80%",
     kv: KV = "plain",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most new tokens of each answer.")] = 48,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Repeats a sampling.", show_default=False)] = None,

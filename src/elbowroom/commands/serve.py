@@ -30,7 +30,7 @@ def serve(
     ] = None,
     memory: Memory = "80%",
     kv: KV = "plain",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     max_sequences: Annotated[
@@ -103,21 +103,24 @@ def share_memory(directories: Mapping[str, str | None], memory: str, dtype: str)
 
     Raises:
         BudgetTooSmall: not even the fixed parts fit.
+        RequestError: ``dtype`` is unknown.
     """
     import torch
 
-    from elbowroom.core import DTYPE_BYTES
     from elbowroom.memory.meter import available_bytes
     from elbowroom.models.directory import find_model
-    from elbowroom.models.hf_config import read_config
+    from elbowroom.models.hf_config import check_dtype, choose_dtype, read_config
     from elbowroom.models.loader import weights_bytes
     from elbowroom.units import format_bytes, parse_bytes
 
+    check_dtype(dtype)
     budget = parse_bytes(memory, available_bytes())
-    if len(directories) == 1 or dtype not in DTYPE_BYTES:
+    if len(directories) == 1:
         return dict.fromkeys(directories, budget)
-    kind = getattr(torch, dtype)
-    weights = {name: weights_bytes(read_config(find_model(each)), kind) for name, each in directories.items()}
+    weights = {}
+    for name, each in directories.items():
+        directory = find_model(each)
+        weights[name] = weights_bytes(read_config(directory), getattr(torch, choose_dtype(dtype, directory)))
     rest = budget - FIXED_BYTES * len(weights)
     if rest < sum(weights.values()):
         minimum = budget - rest + sum(weights.values())

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elbowroom.core import DTYPE_BYTES
 from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.baseline import measure_baseline
 from elbowroom.engine.core import EngineCore
@@ -18,7 +17,6 @@ from elbowroom.engine.engine import Engine, EngineParts
 from elbowroom.engine.executors.local import TorchExecutor
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.sizing import ALIGN, plan_memory
-from elbowroom.errors import RequestError
 from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena, Range
@@ -29,7 +27,7 @@ from elbowroom.memory.tiers import HostTier
 from elbowroom.memory.workspace import Workspace
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.directory import find_model
-from elbowroom.models.hf_config import read_config
+from elbowroom.models.hf_config import check_dtype, choose_dtype, read_config
 from elbowroom.models.loader import read_weights
 from elbowroom.models.path import ComputePath
 from elbowroom.models.tokenizer import Tokenizer
@@ -43,7 +41,7 @@ def build_engine(
     model: str | None = None,
     memory: str | int = "80%",
     kv: str | KVPlan | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
     *,
     max_sequences: int = 64,
     prefix_cache: bool = True,
@@ -57,7 +55,7 @@ def build_engine(
         memory: bound on what this process holds over its baseline: bytes, ``512MiB``, ``6GiB``, or ``80%`` of what is
             available now.
         kv: how keys and values are kept, e.g. ``plain`` or ``plain(bf16)``.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, for weights and activations.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, for weights and KV cache; ``auto``: what the checkpoint says.
         max_sequences: most sequences that run at once.
         prefix_cache: keep finished prefixes for requests that share them.
         seed: seeds requests that bring none.
@@ -68,11 +66,12 @@ def build_engine(
         ModelError: the directory cannot be used.
         RequestError: an argument is malformed.
     """
-    kind = _dtype(dtype)
+    check_dtype(dtype)
     meter = measure_baseline()
     budget_bytes = parse_bytes(memory, available_bytes())
     directory = find_model(model)
-    config = read_config(directory)
+    config, dtype = read_config(directory), choose_dtype(dtype, directory)
+    kind: torch.dtype = getattr(torch, dtype)
     plan = KVPlan.parse(kv).bind(config.layers, dtype)
     path = ComputePath.choose(kind)
     sizes = plan_memory(config, kind, path, plan, budget_bytes, max_sequences)
@@ -164,10 +163,3 @@ def model_fingerprint(directory: Path) -> bytes:
             file.seek(max(size - 65536, 0))
             digest.update(file.read(65536))
     return digest.digest()
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPE_BYTES:
-        raise RequestError(f"unknown dtype {name!r}", f"choose one of: {', '.join(DTYPE_BYTES)}")
-    made: torch.dtype = getattr(torch, name)
-    return made

@@ -31,7 +31,7 @@ class LLM:
         model: str | None = None,
         memory: str | int = "80%",
         kv: str | KVPlan | None = None,
-        dtype: str = "float32",
+        dtype: str = "auto",
         *,
         max_sequences: int = 64,
         prefix_cache: bool = True,

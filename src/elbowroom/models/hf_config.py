@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import get_args
 
 from elbowroom.core import DTYPE_BYTES, LayerSpec, RopeSpec
-from elbowroom.errors import ConfigError, UnknownArchitecture
+from elbowroom.errors import ConfigError, RequestError, UnknownArchitecture
 from elbowroom.models.config import Activation, ModelConfig
 from elbowroom.models.fields import Fields, read_object
 from elbowroom.models.hf_families import FAMILIES, Family
 from elbowroom.models.hf_rope import extended_positions, read_rope
+
+AUTO_DTYPE = "auto"
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -84,6 +86,21 @@ def read_dtype(path: Path) -> str | None:
     if name not in DTYPE_BYTES:
         raise fields.wrong(key, f"one of: {', '.join(DTYPE_BYTES)}")
     return name
+
+
+def check_dtype(name: str) -> None:
+    """Refuse a name that ``choose_dtype`` does not know.
+
+    Raises:
+        RequestError: neither a dtype nor ``auto``.
+    """
+    if name != AUTO_DTYPE and name not in DTYPE_BYTES:
+        raise RequestError(f"unknown dtype {name!r}", f"choose one of: {', '.join((*DTYPE_BYTES, AUTO_DTYPE))}")
+
+
+def choose_dtype(name: str, path: Path) -> str:
+    """Return ``name``, or for ``auto`` the dtype that the model at ``path`` was saved in (not stated: float32)."""
+    return (read_dtype(path) or "float32") if name == AUTO_DTYPE else name
 
 
 def _family_name(values: dict[str, object], where: str) -> str:
