@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from elbowroom.bench.random_model import write_random_model
 
@@ -36,7 +37,7 @@ def run(llm, lengths, new=8, start=0):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with 16 million parameters: 61 MiB in float32."""
-    return write_random_model(tmp_path_factory.mktemp("r20"), "20M")
+    return write_random_model(tmp_path_factory.mktemp("r20"), "20M", torch.float32)
 
 
 def child(model: Path, body: str) -> dict[str, Any]:

@@ -103,6 +103,16 @@ def test_a_long_tensor_is_shared_among_threads(tmp_path: Path, target: torch.dty
     assert times.read_s > 0
 
 
+def test_tensors_of_a_caller_in_inference_mode_are_filled(tmp_path: Path) -> None:
+    """The mode belongs to a thread: the helpers have to enter it too."""
+    wanted = torch.arange(500_000, dtype=torch.float32) / 7
+    (tmp_path / "x").write_bytes(wanted.numpy().tobytes())
+    with torch.inference_mode():
+        found = torch.empty(500_000, dtype=torch.float16)
+        read_all(list(cut(tmp_path / "x", 0, torch.float32, found)), 3)
+    assert torch.equal(found, wanted.to(torch.float16))
+
+
 def many_pieces(path: Path) -> list[Piece]:
     write_numbers(path)
     found = torch.zeros(NUM_ELEMENTS)

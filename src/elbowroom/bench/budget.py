@@ -1,9 +1,9 @@
 """budget: does the process stay inside the memory that it was given, as the operating system sees it?
 
-For the built-in model and a random one of 300 million parameters (float32): 32 mixed requests in budgets from "the
-longest request just fits" upwards, each in a fresh process. Excess is VmHWM minus the baseline (VmRSS of
-``elbowroom doctor --baseline`` in another fresh process) minus the budget; max(2 %, 8 MiB) of it is allowed. Below
-the minimum the engine must refuse and name it, and that named minimum must run.
+For the built-in model and a random one of 300 million parameters, in the dtype of the checkpoint (bfloat16): 32 mixed
+requests in budgets from "the longest request just fits" upwards, each in a fresh process. Excess is VmHWM minus the
+baseline (VmRSS of ``elbowroom doctor --baseline`` in another fresh process) minus the budget; max(2 %, 8 MiB) of it is
+allowed. Below the minimum the engine must refuse and name it, and that named minimum must run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from elbowroom.engine.sizing import plan_memory
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.tiers import HostTier
 from elbowroom.models.directory import find_model
-from elbowroom.models.hf_config import read_config
+from elbowroom.models.hf_config import AUTO_DTYPE, choose_dtype, read_config
 from elbowroom.models.path import ComputePath
 
 MIB = 2**20
@@ -93,11 +93,12 @@ def _measure(name: str, model: str | None, baseline: int, options: BenchOptions)
 
 def _fitting_budget(model: str | None, minimum: int, tokens: int) -> int:
     """Return the smallest budget, in steps of 1 MiB from the minimum, in which ``tokens`` fit as one sequence."""
-    config = read_config(find_model(model))
-    plan = KVPlan.parse(None).bind(config.layers, "float32")
+    directory = find_model(model)
+    config, dtype = read_config(directory), choose_dtype(AUTO_DTYPE, directory)
+    plan, kind = KVPlan.parse(None).bind(config.layers, dtype), getattr(torch, dtype)
     budget = minimum
     while True:
-        sizes = plan_memory(config, torch.float32, ComputePath.choose(torch.float32), plan, budget, 64)
+        sizes = plan_memory(config, kind, ComputePath.choose(kind), plan, budget, 64)
         pricing = KVPricing.of(plan, config.max_positions, sizes.max_step_tokens, HostTier.page_bytes)
         if pricing.largest(sizes.kv_bytes) >= tokens:
             return budget

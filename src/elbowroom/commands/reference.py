@@ -95,12 +95,18 @@ def _claim_lines(names: list[str]) -> Iterator[str]:
     yield from ("| claim | measured | interval | target | holds |", "| --- | --- | --- | --- | --- |")
     for name in names:
         newest = max(RESULTS.glob(f"{name}_*.json"))  # dated: the last by name
-        for claim in json.loads(newest.read_text(encoding="utf-8"))["claims"]:
+        result = json.loads(newest.read_text(encoding="utf-8"))
+        for claim in result["claims"]:
             low, high, value = claim["low"], claim["high"], claim["value"]
             span = "" if low is None else f"{low:.3g} to {high:.3g}"
             found = "not measured" if value is None else f"{value:.3g} {claim['unit']}"
             target, holds = f"{claim['op']} {claim['target']:g}", "yes" if claim["holds"] else "**no**"
             yield f"| `{claim['id']}` | {found} | {span} | {target} | {holds} |"
+        for row in result["rows"]:
+            if row.get("ratio") and row["value"] is not None:
+                where = f" behind {row['context_tokens']} tokens" if "context_tokens" in row else ""
+                span = f"{row['low']:.3g} to {row['high']:.3g}"
+                yield f"| {name}{where}: {row['ratio']} ({row['best']}) | {row['value']:.3g} x | {span} | | |"
 
 
 def write() -> None:

@@ -141,6 +141,7 @@ class _Reading:
                 self._error = self._error or error
             self._stopped = True
 
+    @torch.inference_mode()  # a mode of the thread: the tensors may be those of a caller in inference mode
     def _work(self, after_each: Callable[[], None]) -> None:
         staging = torch.empty(0, dtype=torch.uint8)
         while (piece := self._next()) is not None:
