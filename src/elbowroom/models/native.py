@@ -41,6 +41,8 @@ class NativeDecoder:
         self.config = config
         self.weights = weights
         self._kept: list[Tensor] = []
+        self._last: tuple[Scratch, int, list[Tensor], list[int]] | None = None
+        """Buffers of the last pass, with what they were taken from and for how many tokens."""
         ropes = _ropes(config)
         self._native = _native.Decoder(
             embed=self._matrix(weights.linear("embed_tokens").descriptor()),
@@ -70,11 +72,11 @@ class NativeDecoder:
     def step(self, tokens: Tensor, context: AttentionContext, rows: Tensor, scratch: Scratch) -> Tensor:
         """Return the logits, float32 ``[M, V]``, of the tokens ``rows`` of a pass; see ``StepModel.step``."""
         count, vocab = rows.numel(), self.config.vocab_size
-        buffers = self._buffers(tokens.numel(), scratch)
+        buffers, addresses = self._buffers(tokens.numel(), scratch)
         tokens, rows, positions = tokens.contiguous(), rows.contiguous(), context.positions.contiguous()
         # Held until the pass ends: native code gets addresses only.
         strips = [context.strips(layer) for layer in range(self.config.num_layers)]
-        self._native.begin(tokens.data_ptr(), positions.data_ptr(), tokens.numel(), [b.data_ptr() for b in buffers])
+        self._native.begin(tokens.data_ptr(), positions.data_ptr(), tokens.numel(), addresses)
         for plain, layers in itertools.groupby(enumerate(strips), lambda each: each[1] is not None):
             if plain:
                 run = [(layer, self._layer_step(layer, found)) for layer, found in layers if found is not None]
@@ -110,13 +112,17 @@ class NativeDecoder:
         context.end_layer(layer)
         self._native.finish(layer)
 
-    def _buffers(self, num_tokens: int, scratch: Scratch) -> list[Tensor]:
-        sizes = native_buffers(self.config, num_tokens)
-        taken = [scratch.take(name, (size,), torch.float32) for name, size in sizes.items()]
-        return [
-            torch.empty(size, dtype=torch.float32) if buffer is None else buffer
-            for buffer, size in zip(taken, sizes.values(), strict=True)
-        ]
+    def _buffers(self, num_tokens: int, scratch: Scratch) -> tuple[list[Tensor], list[int]]:
+        """Return the buffers of a pass and their addresses; those of the last pass where it was as long."""
+        if self._last is None or self._last[0] is not scratch or self._last[1] != num_tokens:
+            sizes = native_buffers(self.config, num_tokens)
+            taken = [scratch.take(name, (size,), torch.float32) for name, size in sizes.items()]
+            buffers = [
+                torch.empty(size, dtype=torch.float32) if buffer is None else buffer
+                for buffer, size in zip(taken, sizes.values(), strict=True)
+            ]
+            self._last = scratch, num_tokens, buffers, [buffer.data_ptr() for buffer in buffers]
+        return self._last[2], self._last[3]
 
     def _add_layer(self, index: int, spec: LayerSpec, rope: int) -> None:
         prefix, config = f"layers.{index}", self.config
