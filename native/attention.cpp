@@ -167,26 +167,34 @@ struct AppendJob {
     int64_t num_rows;
 };
 
-void append_row(const AppendJob& job, int64_t sequence, int64_t row) {
+// Writes a vector to its slot of the arrays that begin at codes and scales.
+void append_vector(const AppendJob& job, const RowFormat& format, const char* source, DType dtype, int64_t width,
+                   int64_t slot, char* codes, char* scales, float* scratch) {
+    codes += slot * format.code_bytes(width);
+    if (format.kind == RowKind::plain) return job.kernels.convert(source, dtype, codes, job.strips.dtype, width);
+    job.kernels.widen(source, dtype, scratch, width);
+    job.kernels.encode(format, scratch, width, codes, scales + slot * format.scale_bytes(width));
+}
+
+void append_row(const AppendJob& job, int64_t sequence, int64_t row, float* scratch) {
     const Strips& strips = job.strips;
     const int64_t position = job.step.positions[row], slot = position % kStripTokens;
-    const int64_t size = size_of(strips.dtype);
     char* strip = strips.strip(sequence, position / kStripTokens);
     for (int head = 0; head < strips.num_kv_heads; ++head) {
-        char* key = strips.keys(strip, head) + slot * strips.head_dim * size;
-        char* value = strips.values(strip, head) + slot * strips.v_head_dim * size;
-        job.kernels.convert(job.k.at(row, head), job.k.dtype, key, strips.dtype, strips.head_dim);
-        job.kernels.convert(job.v.at(row, head), job.v.dtype, value, strips.dtype, strips.v_head_dim);
+        append_vector(job, strips.key, job.k.at(row, head), job.k.dtype, strips.head_dim, slot, strips.keys(strip, head),
+                      strips.key_scales(strip, head), scratch);
+        append_vector(job, strips.value, job.v.at(row, head), job.v.dtype, strips.v_head_dim, slot,
+                      strips.values(strip, head), strips.value_scales(strip, head), scratch);
     }
 }
 
-void append_item(void* context, int64_t index, float*) {
+void append_item(void* context, int64_t index, float* scratch) {
     const AppendJob& job = *static_cast<AppendJob*>(context);
     const int32_t* starts = job.step.row_starts;
     const int64_t end = std::min(job.num_rows, (index + 1) * kAppendRows);
     for (int64_t row = index * kAppendRows; row < end; ++row) {
         const int64_t sequence = std::upper_bound(starts, starts + job.step.num_sequences + 1, int32_t(row)) - starts - 1;
-        append_row(job, sequence, row);
+        append_row(job, sequence, row, scratch);
     }
 }
 
@@ -200,7 +208,8 @@ void append(const Step& step, const Strips& strips, const Rows& k, const Rows& v
         }
     }
     AppendJob job{step, strips, k, v, kernels(), rows};
-    Pool::instance().run((rows + kAppendRows - 1) / kAppendRows, 0, append_item, &job);
+    const int64_t scratch = strips.plain() ? 0 : padded(std::max(strips.head_dim, strips.v_head_dim));
+    Pool::instance().run((rows + kAppendRows - 1) / kAppendRows, scratch, append_item, &job);
 }
 
 void attend(const Step& step, const Strips& strips, const Spec& spec, const Rows& q, const Rows& out, float* lse) {
@@ -210,7 +219,7 @@ void attend(const Step& step, const Strips& strips, const Spec& spec, const Rows
     plan.build(job.args, pool.num_threads());
     job.args.partials = plan.partials();
     const int64_t vectors = std::max(kItemVectors, job.args.group_size());
-    const int64_t scratch = scratch_floats(vectors, strips.head_dim, strips.v_head_dim);
+    const int64_t scratch = scratch_floats(vectors, strips);
     pool.run(int64_t(plan.items().size()), scratch, attend_item, &job);
 }
 

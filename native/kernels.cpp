@@ -9,6 +9,7 @@
 #include "layer_kernels.h"
 #include "matmul_kernels.h"
 #include "peak_kernels.h"
+#include "row_formats.h"
 #include "simd.h"
 #include "tile.h"
 
@@ -54,6 +55,8 @@ class Attention {
         values_ = keys_ + kStripTokens * ldk_;
         max_ = values_ + kStripTokens * ldv_;
         sum_ = max_ + M_;
+        open_keys_ = sum_ + M_;
+        open_values_ = open_keys_ + kStripTokens * Dk_;
     }
 
     void run() {
@@ -65,6 +68,9 @@ class Attention {
             char* strip = args_.strips.strip(item_.sequence, block);
             const T* keys = reinterpret_cast<const T*>(args_.strips.keys(strip, item_.head));
             const T* values = reinterpret_cast<const T*>(args_.strips.values(strip, item_.head));
+            if constexpr (std::is_same_v<T, float>) {
+                if (!args_.strips.plain()) decode(strip, low, high, keys, values);
+            }
             const char* next = nullptr;
             if (block + 1 < item_.end_block) {
                 next = args_.strips.keys(args_.strips.strip(item_.sequence, block + 1), item_.head);
@@ -139,6 +145,21 @@ class Attention {
 
     int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - 1); }
 
+    // Keys and values of a strip in float32, for the one tile that is being worked on.
+    void decode(char* strip, int64_t low, int64_t high, const float*& keys, const float*& values) const {
+        const Strips& strips = args_.strips;
+        const RowFormat &key = strips.key, &value = strips.value;
+        const int64_t first = low / kPanel * kPanel, count = round_up(high, kPanel) - first;
+        decode_rows(key, strips.keys(strip, item_.head) + first * key.code_bytes(Dk_),
+                    strips.key_scales(strip, item_.head) + first * key.scale_bytes(Dk_), Dk_, count,
+                    open_keys_ + first * Dk_, Dk_);
+        decode_rows(value, strips.values(strip, item_.head) + first * value.code_bytes(Dv_),
+                    strips.value_scales(strip, item_.head) + first * value.scale_bytes(Dv_), Dv_, count,
+                    open_values_ + first * Dv_, Dv_);
+        keys = open_keys_;
+        values = open_values_;
+    }
+
     // W keys at a time, widened once for all query vectors.
     void score_few(const T* keys, const T* values, int64_t low, int64_t high) {
         const char* ahead = reinterpret_cast<const char*>(values + low * Dv_);
@@ -177,7 +198,8 @@ class Attention {
 
     // Sums in the order of widen_first and widen_second (see `finish_few`), two vectors of columns at a time.
     void weigh_few(const T* values, const char* next, int64_t low, int64_t high) {
-        const int64_t lines = next == nullptr ? 0 : kStripTokens * Dk_ * int64_t{sizeof(T)} * kPanel / ldv_ / 64;
+        const int64_t key_bytes = kStripTokens * args_.strips.key.code_bytes(Dk_);
+        const int64_t lines = next == nullptr ? 0 : key_bytes * kPanel / ldv_ / 64;
         for (int64_t d = 0; d < Dv_; d += kPanel, next += lines * 64) {
             const T* rows = values + low * Dv_ + d;
             int64_t stride = Dv_;
@@ -351,7 +373,7 @@ class Attention {
     const int group_;
     const int64_t M_, Dk_, Dv_, ldk_, ldv_;
     int64_t low_, high_;
-    float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_;
+    float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_, *open_keys_, *open_values_;
 };
 
 template <class From, class To>
@@ -388,6 +410,7 @@ void Attention<T>::store_row(const float* row, char* target) const {
 }
 
 void attend(const AttendArgs& args, const Item& item, float* scratch) {
+    if (!args.strips.plain()) return Attention<float>(args, item, scratch).run();
     switch (args.strips.dtype) {
         case DType::float32: return Attention<float>(args, item, scratch).run();
         case DType::bfloat16: return Attention<bf16>(args, item, scratch).run();
@@ -408,6 +431,7 @@ const KernelTable ELBOWROOM_TABLE = {
     .name = ELBOWROOM_NAME(ELBOWROOM_ISA),
     .sampling = ELBOWROOM_SAMPLING,
     .attend = attend,
+    .encode = encode_row,
     .convert = convert,
     .widen = widen_row,
     .arrange = arrange,

@@ -46,6 +46,8 @@ struct KernelTable {
     const char* name;
     const SamplingTable& sampling;
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
+    // One vector x [width] -> its codes and scales.
+    void (*encode)(const RowFormat& format, const float* x, int64_t width, char* codes, char* scales);
     void (*convert)(const char* source, DType from, char* target, DType to, int64_t count);
     void (*widen)(const char* source, DType from, float* target, int64_t count);
     // Tokens x [num_tokens, cols] in the order in which `dot` reads them: num_tokens * padded(cols) floats.
@@ -68,10 +70,12 @@ struct KernelTable {
     int64_t (*multiply_add)(int64_t rounds, float* sink);
 };
 
-// Floats of scratch that an item of `vectors` query vectors needs: q, out, scores, statistics, one strip of K and V.
-inline constexpr int64_t scratch_floats(int64_t vectors, int64_t head_dim, int64_t v_head_dim) {
-    const int64_t widths = padded(head_dim) + padded(v_head_dim);
-    return vectors * (widths + kStripTokens) + padded(2 * vectors) + kStripTokens * widths;
+// Floats of scratch that an item of `vectors` query vectors needs: q, out, scores, statistics, one strip of K and V, and
+// that strip once more where it must be decoded.
+inline int64_t scratch_floats(int64_t vectors, const Strips& strips) {
+    const int64_t widths = padded(strips.head_dim) + padded(strips.v_head_dim);
+    const int64_t decoded = strips.plain() ? 0 : kStripTokens * widths;
+    return vectors * (widths + kStripTokens) + padded(2 * vectors) + kStripTokens * widths + decoded;
 }
 
 extern const KernelTable kernels_baseline;

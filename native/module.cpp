@@ -25,7 +25,9 @@ namespace elbowroom {
 namespace {
 
 using StepTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
-using StripsTuple = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int>;
+using RowFormatTuple = std::tuple<int, int, int>;
+using StripsTuple =
+    std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple>;
 using SpecTuple = std::tuple<int, int64_t, float, float>;
 using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t>;
@@ -44,10 +46,15 @@ Step to_step(int64_t num_sequences, const StepTuple& t) {
             pointer<const int64_t>(lengths), pointer<const int64_t>(first_slots)};
 }
 
+RowFormat to_row_format(const RowFormatTuple& t) {
+    const auto [kind, bits, block] = t;
+    return {RowKind(kind), bits, block};
+}
+
 Strips to_strips(const StripsTuple& t) {
-    const auto [table, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim] = t;
+    const auto [table, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim, key, value] = t;
     return {pointer<const uint32_t>(table), num_blocks, pointer<char>(base), num_bytes, DType(dtype), num_kv_heads,
-            head_dim, v_head_dim};
+            head_dim, v_head_dim, to_row_format(key), to_row_format(value)};
 }
 
 Rows to_rows(const RowsTuple& t) {

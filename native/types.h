@@ -21,7 +21,23 @@ struct Step {
     const int64_t* first_slots;  // [R]
 };
 
-// Strips of one layer: K [Hkv, 64, Dk] then V [Hkv, 64, Dv] at base + 64 * table[sequence][block].
+// How one head of one token becomes bytes: codes, and scales in an array of their own (kv/codecs/rows.py).
+enum class RowKind : int { plain = 0, int8 = 1, fp8 = 2, bfp = 3 };
+
+struct RowFormat {
+    RowKind kind;
+    int bits;   // of a code
+    int block;  // codes that share a scale; 0: all
+
+    int64_t code_bytes(int64_t width) const { return width * bits / 8; }
+    int64_t scale_bytes(int64_t width) const {
+        return kind == RowKind::int8 ? 2 : kind == RowKind::bfp ? width / block : 0;
+    }
+    int64_t bytes(int64_t width) const { return code_bytes(width) + scale_bytes(width); }
+};
+
+// Strips of one layer at base + 64 * table[sequence][block]: arrays [Hkv, 64, bytes] of key codes, key scales, value codes
+// and value scales. Codes of plain strips are elements of `dtype`.
 struct Strips {
     const uint32_t* table;  // [R, num_blocks]
     int64_t num_blocks;
@@ -29,18 +45,24 @@ struct Strips {
     int64_t num_bytes;
     DType dtype;
     int num_kv_heads, head_dim, v_head_dim;
+    RowFormat key, value;
 
-    int64_t strip_bytes() const {
-        return int64_t{num_kv_heads} * kStripTokens * (head_dim + v_head_dim) * size_of(dtype);
-    }
+    bool plain() const { return key.kind == RowKind::plain; }
+    int64_t slots() const { return int64_t{num_kv_heads} * kStripTokens; }
+    int64_t strip_bytes() const { return slots() * (key.bytes(head_dim) + value.bytes(v_head_dim)); }
     char* strip(int64_t sequence, int64_t block) const {
         return base + table[sequence * num_blocks + block] * kUnitBytes;
     }
-    char* keys(char* strip, int head) const {
-        return strip + int64_t{head} * kStripTokens * head_dim * size_of(dtype);
+    char* keys(char* strip, int head) const { return strip + head * kStripTokens * key.code_bytes(head_dim); }
+    char* key_scales(char* strip, int head) const {
+        return strip + slots() * key.code_bytes(head_dim) + head * kStripTokens * key.scale_bytes(head_dim);
     }
     char* values(char* strip, int head) const {
-        return strip + int64_t{kStripTokens} * (num_kv_heads * head_dim + head * v_head_dim) * size_of(dtype);
+        return strip + slots() * key.bytes(head_dim) + head * kStripTokens * value.code_bytes(v_head_dim);
+    }
+    char* value_scales(char* strip, int head) const {
+        return strip + slots() * (key.bytes(head_dim) + value.code_bytes(v_head_dim)) +
+               head * kStripTokens * value.scale_bytes(v_head_dim);
     }
 };
 

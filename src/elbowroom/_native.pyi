@@ -8,7 +8,9 @@ from typing import TypeAlias
 
 Step: TypeAlias = tuple[int, int, int, int]
 """Addresses of row_starts, positions, lengths, first_slots."""
-Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+RowFormat: TypeAlias = tuple[int, int, int]
+"""How a head of a token becomes bytes: kind (0 plain, 1 int8, 2 fp8, 3 bfp), bits of a code, codes of a scale."""
+Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int, RowFormat, RowFormat]
 """Address of the table, num_blocks, address of base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim."""
 Spec: TypeAlias = tuple[int, int, float, float]
 """num_q_heads, window (0: none), scale, softcap (0: none)."""

@@ -72,7 +72,7 @@ class PageFormat:
     """Byte layout of one layer strip: ``num_slots`` tokens of all KV heads of one layer, contiguous.
 
     The plain layout is K as ``[num_kv_heads, num_slots, head_dim]`` followed by V as
-    ``[num_kv_heads, num_slots, v_head_dim]``, both in ``dtype``.
+    ``[num_kv_heads, num_slots, v_head_dim]``, both in ``dtype``. Other codecs describe theirs in kv/codecs.
     """
 
     codec: str
@@ -85,6 +85,11 @@ class PageFormat:
     """Bytes for scales and metadata behind the payload."""
     payload_bytes: int = 0
     """Bytes of encoded K and V."""
+    key_bits: int = 0
+    """Bits of one element of a key; 0 in plain strips, where the dtype says it."""
+    value_bits: int = 0
+    block: int = 0
+    """Elements that share a scale; 0: all of a head."""
 
     @property
     def strip_bytes(self) -> int:

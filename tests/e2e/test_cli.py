@@ -162,7 +162,7 @@ def test_retrieval_is_repeatable(capsys):
         (["run", "x", "--memory", "0"], 2, "below one byte"),
         (["run", "x", "--memory", "120%"], 2, "120%"),
         (["run", "x", "--memory", BUDGET, "--dtype", "int3"], 2, "float32, bfloat16, float16"),
-        (["run", "x", "--memory", BUDGET, "--kv", "zip(9)"], 2, "choose one of: plain"),
+        (["run", "x", "--memory", BUDGET, "--kv", "zip(9)"], 2, "choose one of: bfp"),
         (["run", "x", "--memory", BUDGET, "--kv", "plain(int1)"], 2, "bf16"),
         (["run", "x", "--memory", BUDGET, "--max-tokens", "100000"], 2, "context of 4096"),
         (["run", "x" * 40_000, "--memory", BUDGET], 2, "context of 4096"),

@@ -49,7 +49,7 @@ def test_equal_plans_have_one_spelling(text: str | None, canonical: str):
 @pytest.mark.parametrize(
     ("text", "found", "fix"),
     [
-        ("zip", "unknown KV codec 'zip'", "choose one of: plain"),
+        ("zip", "unknown KV codec 'zip'", "choose one of: bfp"),
         ("plain(int3)", "stored as 'int3'", "plain(bf16)"),
         ("plain(bf16", "cannot read", "plain(bf16)"),
         ("Plain", "cannot read", "a plan is parts"),

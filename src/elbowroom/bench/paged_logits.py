@@ -24,14 +24,14 @@ _CAPACITY_BYTES = 256 * 2**20
 
 
 @torch.inference_mode()
-def paged_logits(decoder: Decoder, tokens: Sequence[int], chunk: int, path: ComputePath) -> Tensor:
-    """Return the logits ``[T, V]`` of ``tokens``, read in chunks of ``chunk`` on ``path``.
+def paged_logits(decoder: Decoder, tokens: Sequence[int], chunk: int, path: ComputePath, kv: str = "plain") -> Tensor:
+    """Return the logits ``[T, V]`` of ``tokens``, read in chunks of ``chunk`` on ``path`` with KV kept as ``kv``.
 
     Raises:
         OutOfBudget: the prompt needs more than 256 MiB of KV cache.
     """
     dtype = str(decoder.final_norm.weight.dtype).removeprefix("torch.")
-    plan = KVPlan.parse(None).bind(decoder.config.layers, dtype)
+    plan = KVPlan.parse(kv).bind(decoder.config.layers, dtype)
     store = PagedStore(plan, Arena(HostTier(), Ledger(Budget({}))), _CAPACITY_BYTES)
     handle, pieces, model = store.open(), [], path.model(decoder)
     for start in range(0, len(tokens), chunk):

@@ -53,13 +53,13 @@ class Difference:
     unexcused: int = 0
     excused: int = 0
 
-    def add(self, tokens: Sequence[int], reference: Reference) -> None:
+    def add(self, tokens: Sequence[int], reference: Reference, excused_gap: float = EXCUSED_GAP) -> None:
         """Compare one sequence; behind its first difference there is nothing left to compare."""
         assert len(tokens) == len(reference.tokens)
         for place, (ours, theirs) in enumerate(zip(tokens, reference.tokens, strict=True)):
             self.num_tokens += 1
             if ours != theirs:
-                excused = reference.gaps[place] < EXCUSED_GAP
+                excused = reference.gaps[place] < excused_gap
                 self.excused += excused
                 self.unexcused += not excused
                 return
@@ -86,10 +86,11 @@ def reference_tokens(decoder: Decoder, prompt: Sequence[int], count: int) -> Ref
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model, and which of its passes run native."""
+    """A model, which of its passes run native, and how it keeps keys and values."""
 
     decoder: Decoder
     path: ComputePath
+    kv: str = "plain"
 
     @property
     def config(self) -> ModelConfig:
@@ -110,7 +111,7 @@ class Stepper:
     def __init__(
         self, subject: Subject, capacity_tokens: int, chunk: Callable[[], int] | None = None, dtype: str = "float32"
     ) -> None:
-        plan = KVPlan.parse("plain").bind(subject.config.layers, dtype)
+        plan = KVPlan.parse(subject.kv).bind(subject.config.layers, dtype)
         tier = HostTier()
         self.pricing = KVPricing.of(plan, subject.config.max_positions, STEP_TOKENS, tier.page_bytes)
         longest = len(self.pricing.by_blocks) - 1

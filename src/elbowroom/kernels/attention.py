@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from elbowroom.core import LayerSpec, PageFormat
-from elbowroom.kernels.base import AttentionKernels, StripStep, StripTable, check_rows, check_strips
+from elbowroom.kernels.base import (
+    PLAIN,
+    AttentionKernels,
+    StripLayout,
+    StripStep,
+    StripTable,
+    check_rows,
+    check_strips,
+)
 from elbowroom.registry import Registry
 
 __all__ = ["BACKENDS", "StripStep", "StripTable", "append", "attend", "backend_name"]
@@ -51,9 +59,10 @@ def append(
     k: Tensor,
     v: Tensor,
     *,
+    layout: StripLayout = PLAIN,
     backend: AttentionKernels | None = None,
 ) -> None:
-    """Write the keys and values of a step's rows into their strips, converted to the strips' dtype.
+    """Write the keys and values of a step's rows into their strips.
 
     Args:
         step: rows and sequences.
@@ -62,6 +71,7 @@ def append(
         fmt: layout of a strip.
         k: float ``[N, Hkv, Dk]``, any strides with the last one 1.
         v: float ``[N, Hkv, Dv]``, likewise.
+        layout: how tokens lie in strips of ``fmt``.
         backend: None means the one of ``backend_name()``.
 
     Raises:
@@ -70,7 +80,7 @@ def append(
     check_strips(step, table, base, fmt)
     check_rows("k", k, (step.num_rows, fmt.num_kv_heads, fmt.head_dim))
     check_rows("v", v, (step.num_rows, fmt.num_kv_heads, fmt.v_head_dim))
-    (backend or _backend()).append(step, table, base, fmt, k, v)
+    (backend or _backend()).append(step, table, base, fmt, layout, k, v)
 
 
 def attend(
@@ -82,6 +92,7 @@ def attend(
     q: Tensor,
     out: Tensor | None = None,
     *,
+    layout: StripLayout = PLAIN,
     backend: AttentionKernels | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return causal attention of each row over the stored slots of its sequence; arithmetic is float32.
@@ -90,7 +101,7 @@ def attend(
     query head h reads KV head ``h // group_size``.
 
     Args:
-        step, table, base, fmt: as in ``append``; the step's own tokens must have been appended.
+        step, table, base, fmt, layout: as in ``append``; the step's own tokens must have been appended.
         spec: heads, scale, window and softcap of the layer.
         q: float ``[N, Hq, Dk]``, any strides with the last one 1.
         out: ``[N, Hq, Dv]`` in the dtype of q, likewise; allocated when None.
@@ -111,7 +122,7 @@ def attend(
         check_rows("out", out, (step.num_rows, spec.num_q_heads, fmt.v_head_dim))
         if out.dtype != q.dtype:
             raise ValueError(f"out must have the dtype of q, {q.dtype}, got {out.dtype}")
-    return out, (backend or _backend()).attend(step, table, base, fmt, spec, q, out)
+    return out, (backend or _backend()).attend(step, table, base, fmt, layout, spec, q, out)
 
 
 def _check_spec(spec: LayerSpec, fmt: PageFormat) -> None:

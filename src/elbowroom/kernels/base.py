@@ -1,10 +1,11 @@
 """The seam of attention over strips: what a backend gets (StripStep, a strip table, the range) and must do.
 
-A strip holds 64 consecutive tokens of all KV heads of one layer: K as ``[Hkv, 64, Dk]``, then V as ``[Hkv, 64, Dv]``,
-contiguous, in the dtype of its PageFormat. All strips live in one 1-D uint8 tensor ``base`` that is only partly
-resident: a backend touches the strips that a step needs and no other byte. A strip table is a numpy uint32 array
-``[R, num_blocks]``; entry ``[r, b]`` is the place of tokens ``64 b .. 64 b + 63`` of sequence r, in units of 64 bytes.
-Entries of blocks that a sequence does not store may hold anything.
+A strip holds 64 consecutive tokens of all KV heads of one layer: plain ones K as ``[Hkv, 64, Dk]``, then V as
+``[Hkv, 64, Dv]``, contiguous, in the dtype of the PageFormat; others what their StripLayout says. All strips live in
+one 1-D uint8 tensor ``base`` that is only partly resident: a backend touches the strips that a step needs and no other
+byte. A strip table is a numpy uint32 array ``[R, num_blocks]``; entry ``[r, b]`` is the place of tokens
+``64 b .. 64 b + 63`` of sequence r, in units of 64 bytes. Entries of blocks that a sequence does not store may hold
+anything.
 
 Shape letters: N token rows of the step, R sequences, Hq/Hkv query/KV heads, Dk/Dv widths of keys/values.
 """
@@ -111,7 +112,7 @@ class StripStep:
 
 @dataclass(frozen=True, slots=True)
 class LayerStrips:
-    """Where the keys and values of one layer lie in plain strips: all that native code needs to run the layer."""
+    """Strips of one layer that take tokens one by one: all that native code needs to run the layer."""
 
     step: StripStep
     table: StripTable
@@ -119,14 +120,60 @@ class LayerStrips:
     fmt: PageFormat
 
 
+class StripLayout(Protocol):
+    """How tokens lie in the strips of a format: the readable path, and the oracle of backends that know the format."""
+
+    def store(self, strip: Tensor, fmt: PageFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write ``k [Hkv, n, Dk]`` and ``v [Hkv, n, Dv]`` to ``slots``, int64 ``[n]``, of a strip (uint8)."""
+
+    def open(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return ``k [Hkv, 64, Dk]`` and ``v [Hkv, 64, Dv]`` of a strip; slots never written hold anything."""
+
+
+class PlainLayout:
+    """K then V as they are, in the dtype of the format."""
+
+    def store(self, strip: Tensor, fmt: PageFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Copy rows to their slots, rounded to the dtype of the format."""
+        for stored, rows in zip(self.open(strip, fmt), (k, v), strict=True):
+            stored[:, slots] = rows.to(stored.dtype)
+
+    def open(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return views of the strip."""
+        split = fmt.num_kv_heads * STRIP_TOKENS * fmt.head_dim
+        flat = strip[: fmt.num_kv_heads * STRIP_TOKENS * head_bytes(fmt)].view(dtype_of(fmt))
+        k, v = flat[:split], flat[split:]
+        return k.view(fmt.num_kv_heads, STRIP_TOKENS, -1), v.view(fmt.num_kv_heads, STRIP_TOKENS, -1)
+
+
+PLAIN = PlainLayout()
+
+
 class AttentionKernels(Protocol):
     """A backend; arguments were checked by ``kernels.attention``, so it only refuses strips outside ``base``."""
 
-    def append(self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, k: Tensor, v: Tensor) -> None:
-        """Write rows ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]`` to their slots, converted to the strips' dtype."""
+    def append(
+        self,
+        step: StripStep,
+        table: StripTable,
+        base: Tensor,
+        fmt: PageFormat,
+        layout: StripLayout,
+        k: Tensor,
+        v: Tensor,
+    ) -> None:
+        """Write rows ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]`` to their slots."""
 
     def attend(
-        self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, spec: LayerSpec, q: Tensor, out: Tensor
+        self,
+        step: StripStep,
+        table: StripTable,
+        base: Tensor,
+        fmt: PageFormat,
+        layout: StripLayout,
+        spec: LayerSpec,
+        q: Tensor,
+        out: Tensor,
     ) -> Tensor:
         """Write attention of ``q [N, Hq, Dk]`` to ``out [N, Hq, Dv]`` and return lse, float32 ``[N, Hq]``."""
 

@@ -6,24 +6,49 @@ import torch
 from torch import Tensor
 
 from elbowroom import _native
-from elbowroom.core import LayerSpec, PageFormat
-from elbowroom.kernels.base import StripStep, StripTable
+from elbowroom.core import DTYPE_BYTES, LayerSpec, PageFormat
+from elbowroom.kernels import reference
+from elbowroom.kernels.base import StripLayout, StripStep, StripTable
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _TORCH_CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
+FORMATS = {"plain": 0, "int8": 1, "fp8": 2, "bfp": 3}
+"""Formats that are read and written here, with their numbers; of others the readable path takes care."""
 
 
 class NativeKernels:
     """Calls the C++ kernels, which release the GIL and use their own thread pool."""
 
-    def append(self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, k: Tensor, v: Tensor) -> None:
+    def append(
+        self,
+        step: StripStep,
+        table: StripTable,
+        base: Tensor,
+        fmt: PageFormat,
+        layout: StripLayout,
+        k: Tensor,
+        v: Tensor,
+    ) -> None:
         """Write rows to their strips."""
+        if fmt.codec not in FORMATS:
+            reference.KERNELS.append(step, table, base, fmt, layout, k, v)
+            return
         _native.append(step.num_sequences, step.addresses, strips_tuple(table, base, fmt), _rows(k), _rows(v))
 
     def attend(
-        self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, spec: LayerSpec, q: Tensor, out: Tensor
+        self,
+        step: StripStep,
+        table: StripTable,
+        base: Tensor,
+        fmt: PageFormat,
+        layout: StripLayout,
+        spec: LayerSpec,
+        q: Tensor,
+        out: Tensor,
     ) -> Tensor:
         """Write attention to ``out`` and return lse, float32 ``[N, Hq]``."""
+        if fmt.codec not in FORMATS:
+            return reference.KERNELS.attend(step, table, base, fmt, layout, spec, q, out)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         strips = strips_tuple(table, base, fmt)
         _native.attend(
@@ -60,15 +85,18 @@ def spec_tuple(spec: LayerSpec) -> _native.Spec:
 
 def strips_tuple(table: StripTable, base: Tensor, fmt: PageFormat) -> _native.Strips:
     """Return the place of a layer's strips as C++ takes it."""
+    kind, plain_bits = FORMATS[fmt.codec], 8 * DTYPE_BYTES.get(fmt.dtype, 0)
     return (
         table.__array_interface__["data"][0],
         table.shape[1],
         base.data_ptr(),
         base.numel(),
-        DTYPE_CODES[fmt.dtype],
+        DTYPE_CODES.get(fmt.dtype, 0),
         fmt.num_kv_heads,
         fmt.head_dim,
         fmt.v_head_dim,
+        (kind, fmt.key_bits or plain_bits, fmt.block),
+        (kind, fmt.value_bits or plain_bits, fmt.block),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
-from elbowroom.kernels.base import UNIT_BYTES, StripStep, StripTable, dtype_of, head_bytes
+from elbowroom.kernels.base import UNIT_BYTES, StripLayout, StripStep, StripTable
 
 TILE_STRIPS = 16
 TILE_ROWS = 64
@@ -23,7 +23,16 @@ TILE_ROWS = 64
 class ReferenceKernels:
     """Loops over sequences, blocks of rows and tiles of strips; the softmax is merged from tile to tile."""
 
-    def append(self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, k: Tensor, v: Tensor) -> None:
+    def append(
+        self,
+        step: StripStep,
+        table: StripTable,
+        base: Tensor,
+        fmt: PageFormat,
+        layout: StripLayout,
+        k: Tensor,
+        v: Tensor,
+    ) -> None:
         """Copy each run of rows that shares a strip into it."""
         positions = step.positions.tolist()
         for sequence, start, end in _row_blocks(step, TILE_ROWS):
@@ -34,13 +43,20 @@ class ReferenceKernels:
                 while stop < end and positions[stop] // STRIP_TOKENS == block:
                     stop += 1
                 slots = step.positions[row:stop] % STRIP_TOKENS
-                strip_k, strip_v = _strip(base, fmt, int(table[sequence, block]))
-                strip_k[:, slots] = k[row:stop].transpose(0, 1).to(strip_k.dtype)
-                strip_v[:, slots] = v[row:stop].transpose(0, 1).to(strip_v.dtype)
+                strip = _strip(base, fmt, int(table[sequence, block]))
+                layout.store(strip, fmt, slots, k[row:stop].transpose(0, 1), v[row:stop].transpose(0, 1))
                 row = stop
 
     def attend(
-        self, step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat, spec: LayerSpec, q: Tensor, out: Tensor
+        self,
+        step: StripStep,
+        table: StripTable,
+        base: Tensor,
+        fmt: PageFormat,
+        layout: StripLayout,
+        spec: LayerSpec,
+        q: Tensor,
+        out: Tensor,
     ) -> Tensor:
         """Write attention to ``out`` and return lse, float32 ``[N, Hq]``."""
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
@@ -51,7 +67,7 @@ class ReferenceKernels:
             for block in range(first // STRIP_TOKENS, last // STRIP_TOKENS + 1, TILE_STRIPS):
                 slot = max(first, block * STRIP_TOKENS)
                 stop = min(last + 1, (block + TILE_STRIPS) * STRIP_TOKENS)
-                k, v = _tile(base, fmt, table[sequence], slot, stop)
+                k, v = _tile(base, fmt, layout, table[sequence], slot, stop)
                 merged.add(k, v, torch.arange(slot, stop), low, high)
             merged.write(out[start:end], lse[start:end])
         return lse
@@ -108,22 +124,20 @@ def _visible(step: StripStep, sequence: int, start: int, end: int, window: int |
     return low.clamp(min=int(step.first_slots[sequence])), high
 
 
-def _strip(base: Tensor, fmt: PageFormat, unit: int) -> tuple[Tensor, Tensor]:
-    """Return views of the K ``[Hkv, 64, Dk]`` and V ``[Hkv, 64, Dv]`` of the strip at ``unit``."""
-    num_bytes = fmt.num_kv_heads * STRIP_TOKENS * head_bytes(fmt)
+def _strip(base: Tensor, fmt: PageFormat, unit: int) -> Tensor:
+    """Return the bytes of the strip at ``unit``."""
     start = unit * UNIT_BYTES
-    if start + num_bytes > base.numel():
+    if start + fmt.strip_bytes > base.numel():
         raise ValueError(f"strip at byte {start} ends after the {base.numel()} bytes of its range")
-    flat = base[start : start + num_bytes].view(dtype_of(fmt))
-    k_elements = fmt.num_kv_heads * STRIP_TOKENS * fmt.head_dim
-    k, v = flat[:k_elements], flat[k_elements:]
-    return k.view(fmt.num_kv_heads, STRIP_TOKENS, -1), v.view(fmt.num_kv_heads, STRIP_TOKENS, -1)
+    return base[start : start + fmt.strip_bytes]
 
 
-def _tile(base: Tensor, fmt: PageFormat, units: StripTable, slot: int, stop: int) -> tuple[Tensor, Tensor]:
+def _tile(
+    base: Tensor, fmt: PageFormat, layout: StripLayout, units: StripTable, slot: int, stop: int
+) -> tuple[Tensor, Tensor]:
     """Return K ``[Hkv, stop - slot, Dk]`` and V of the given slots in float32; other slots may hold garbage."""
     first, last = slot // STRIP_TOKENS, (stop - 1) // STRIP_TOKENS
-    strips = [_strip(base, fmt, int(unit)) for unit in units[first : last + 1]]
+    strips = [layout.open(_strip(base, fmt, int(unit)), fmt) for unit in units[first : last + 1]]
     inner = slice(slot - first * STRIP_TOKENS, stop - first * STRIP_TOKENS)
     k, v = (torch.cat(parts, dim=1)[:, inner] for parts in zip(*strips, strict=True))
     return k.float(), v.float()

@@ -117,7 +117,7 @@ class KVStore(Protocol):
         """Append ``k, v [N, Hkv, D]`` and return causal attention of ``q [N, Hq, D]``."""
 
     def strips(self, layer: int, step: KVStep) -> LayerStrips | None:
-        """Return where ``layer`` lies when it is plain and needs no ``end_layer``, for code that attends by itself."""
+        """Return where ``layer`` lies when it needs nothing but appending, for code that attends by itself."""
 
     def end_layer(self, layer: int, step: KVStep) -> None:
         """Compact ``layer`` where the plan compresses at the end of a prompt."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
+from elbowroom.kernels import attention
 from elbowroom.kernels.base import LayerStrips, StripStep
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Shortfall, Want
 from elbowroom.kv.layout import PoolSet
@@ -229,16 +230,16 @@ class PagedStore:
         strip_step = prepared.steps[self._pools.number_of[layer]]
         table = prepared.tables[self._pools.source_of[layer]]
         if spec.kv_source is None:
-            self._codec.write(strip_step, table, pool.base, pool.fmt, k, v)
-        out, lse = self._codec.attend(strip_step, table, pool.base, pool.fmt, spec, q)
+            attention.append(strip_step, table, pool.base, pool.fmt, k, v, layout=self._codec)
+        out, lse = attention.attend(strip_step, table, pool.base, pool.fmt, spec, q, layout=self._codec)
         result = AttnOut(out, lse)
         if want.colsum or want.pmax:
             column_statistics(result, want, q, spec, strip_step, self._open_row(pool, table))
         return result
 
     def strips(self, layer: int, step: KVStep) -> LayerStrips | None:
-        """Return where the layer's strips lie if they are plain."""
-        if not self._codec.plain:
+        """Return where the layer's strips lie if tokens can be written to them one by one."""
+        if self._codec.coupling != "token":
             return None
         prepared, pool = self._prepared(step), self._pools.of_layer(layer)
         table = prepared.tables[self._pools.source_of[layer]]
@@ -320,7 +321,7 @@ class PagedStore:
                     source, target = (int(sequence.table[layer, block]) for block in blocks)
                     if target == ABSENT:  # the window has passed: nobody will read it
                         continue
-                    read, write = (self._codec.open(pool.strip(entry), pool.fmt) for entry in (source, target))
+                    read, write = (self._codec.fields(pool.strip(entry), pool.fmt) for entry in (source, target))
                     for old, new in zip(read, write, strict=True):
                         new[:, write_slots] = old[:, read_slots]
 
@@ -368,7 +369,7 @@ class PagedStore:
     def _blanked(self, strip: Tensor, pool: StripPool, used: int) -> Tensor:
         """Return a copy without the slots from ``used`` on: they may hold what another sequence left there."""
         copy = strip.clone()
-        for part in self._codec.open(copy, pool.fmt):
+        for part in self._codec.fields(copy, pool.fmt):
             part[:, used:] = 0
         return copy
 

@@ -25,7 +25,7 @@ class AttentionContext(Protocol):
         """Append ``k, v [N, Hkv, D]`` of ``layer`` and return attention of ``q [N, Hq, D]`` as ``[N, Hq, Dv]``."""
 
     def strips(self, layer: int) -> LayerStrips | None:
-        """Return where the layer's keys and values lie when they are plain strips, else None.
+        """Return where the layer's keys and values lie when appending is all they need, else None.
 
         Who gets strips may append and attend in them by itself, and then calls neither ``attend`` nor ``end_layer``.
         """

@@ -1,8 +1,8 @@
 """NativeDecoder: a step of the decoder in C++, where every matrix is dense and resident.
 
 Computes what ``Decoder`` computes (its oracle), with activations in float32 whatever the dtype of the weights. Layers
-whose keys and values lie in plain strips run in one call; any other context is asked layer by layer, between the two
-halves of the layer. Buffers and threads are the engine's own: nothing here runs on torch's threads.
+whose keys and values lie in strips that it reads run in one call; any other context is asked layer by layer, between
+the two halves of the layer. Buffers and threads are the engine's own: nothing here runs on torch's threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from elbowroom import _native
 from elbowroom.core import LayerSpec, RopeSpec
 from elbowroom.kernels import LayerStrips
-from elbowroom.kernels.native import DTYPE_CODES, spec_tuple, strips_tuple
+from elbowroom.kernels.native import DTYPE_CODES, FORMATS, spec_tuple, strips_tuple
 from elbowroom.models.base import AttentionContext, Scratch
 from elbowroom.models.buffers import native_buffers
 from elbowroom.models.config import ModelConfig
@@ -75,7 +75,7 @@ class NativeDecoder:
         buffers, addresses = self._buffers(tokens.numel(), scratch)
         tokens, rows, positions = tokens.contiguous(), rows.contiguous(), context.positions.contiguous()
         # Held until the pass ends: native code gets addresses only.
-        strips = [context.strips(layer) for layer in range(self.config.num_layers)]
+        strips = [_known(context.strips(layer)) for layer in range(self.config.num_layers)]
         self._native.begin(tokens.data_ptr(), positions.data_ptr(), tokens.numel(), addresses)
         for plain, layers in itertools.groupby(enumerate(strips), lambda each: each[1] is not None):
             if plain:
@@ -168,6 +168,11 @@ class NativeDecoder:
         kept = vector.detach().float().contiguous()
         self._kept.append(kept)
         return kept.data_ptr(), kept.numel()
+
+
+def _known(found: LayerStrips | None) -> LayerStrips | None:
+    """Return strips in a format that native code reads."""
+    return found if found is not None and found.fmt.codec in FORMATS else None
 
 
 def _ropes(config: ModelConfig) -> list[tuple[RopeSpec, int]]:

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from elbowroom.core import DTYPE_BYTES, STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import PlanError
-from elbowroom.kernels import attention
-from elbowroom.kernels.base import StripStep
-from elbowroom.kv.codecs.base import Table
+from elbowroom.kernels.base import PLAIN
 
 _LONG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SHORT = {long: short for short, long in _LONG.items()}
@@ -64,19 +62,14 @@ class PlainCodec:
             payload_bytes=width * STRIP_TOKENS * DTYPE_BYTES[stored],
         )
 
-    def write(self, step: StripStep, table: Table, base: Tensor, fmt: PageFormat, k: Tensor, v: Tensor) -> None:
-        """Store the tokens in their slots."""
-        attention.append(step, table, base, fmt, k, v)
-
-    def attend(
-        self, step: StripStep, table: Table, base: Tensor, fmt: PageFormat, layer: LayerSpec, q: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return attention over the strips in place."""
-        return attention.attend(step, table, base, fmt, layer, q)
+    def store(self, strip: Tensor, fmt: PageFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Copy rows to their slots, rounded to the stored dtype."""
+        PLAIN.store(strip, fmt, slots, k, v)
 
     def open(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
         """Return views of the strip's keys and values."""
-        flat = strip[: fmt.payload_bytes].view(getattr(torch, fmt.dtype))
-        split = fmt.num_kv_heads * fmt.num_slots * fmt.head_dim
-        k = flat[:split].view(fmt.num_kv_heads, fmt.num_slots, fmt.head_dim)
-        return k, flat[split:].view(fmt.num_kv_heads, fmt.num_slots, fmt.v_head_dim)
+        return PLAIN.open(strip, fmt)
+
+    def fields(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, ...]:
+        """Return the bytes of keys and of values."""
+        return tuple(part.view(torch.uint8) for part in PLAIN.open(strip, fmt))

@@ -1,0 +1,182 @@
+// Vectors of keys and values as bytes, one instruction set at a time; kv/codecs/ holds the readable twins.
+#pragma once
+
+#include "simd.h"
+#include "types.h"
+
+namespace {
+
+using elbowroom::RowFormat;
+using elbowroom::RowKind;
+
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint8_t vb __attribute__((vector_size(W)));
+typedef int8_t vsb __attribute__((vector_size(W)));
+
+inline vi widen_bytes(const uint8_t* p) {
+#if defined(__AVX512F__) && ELBOWROOM_WIDTH == 16
+    return bit_cast<vi>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && ELBOWROOM_WIDTH == 8
+    return bit_cast<vi>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    return __builtin_convertvector(load<vb>(p), vi);
+#endif
+}
+
+inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+// 2^exponent for -252 .. 254, subnormal results included.
+inline float power_of_two(int exponent) {
+    const int half = exponent / 2;
+    return bit_cast<float>(uint32_t(half + 127) << 23) * bit_cast<float>(uint32_t(exponent - half + 127) << 23);
+}
+
+// Codes 0x7f and 0xff are NaN; a shifted code lacks 120 in its exponent, subnormals included.
+inline vf fp8_to_float(vi code) {
+    const vi magnitude = code & 0x7f;
+    const vf x = bit_cast<vf>(((code & 0x80) << 24) | (magnitude << 20)) * 0x1p120f;
+    return magnitude == 0x7f ? splat(__builtin_nanf("")) : x;
+}
+
+// --- reading -----------------------------------------------------------------------------------------------------------
+
+// Calls out(i, vector) for whole vectors of codes.
+template <class F>
+inline void each_byte(const char* codes, int64_t count, F&& out) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(codes);
+    int64_t i = 0;
+    for (; i + W <= count; i += W) out(i, widen_bytes(bytes + i), int64_t{W});
+    if (i == count) return;
+    uint8_t tail[W] = {};
+    __builtin_memcpy(tail, bytes + i, count - i);
+    out(i, widen_bytes(tail), count - i);
+}
+
+inline void put(float* target, vf x, int64_t count) {
+    if (count == W) {
+        store(target, x);
+    } else {
+        for (int64_t i = 0; i < count; ++i) target[i] = x[i];
+    }
+}
+
+inline vi sign_extend(vi byte) { return (byte << 24) >> 24; }
+
+inline void decode_int8(const char* codes, const char* scales, int64_t width, float* out) {
+    bf16 stored;
+    __builtin_memcpy(&stored, scales, sizeof stored);
+    const float scale = widen_one(stored);
+    each_byte(codes, width, [&](int64_t i, vi code, int64_t count) { put(out + i, to_float(sign_extend(code)) * scale, count); });
+}
+
+inline void decode_fp8(const char* codes, int64_t width, float* out) {
+    each_byte(codes, width, [&](int64_t i, vi code, int64_t count) { put(out + i, fp8_to_float(code), count); });
+}
+
+inline void decode_bfp(const RowFormat& format, const char* codes, const char* exponents, int64_t width, float* out) {
+    for (int64_t first = 0; first < width; first += format.block, out += format.block) {
+        const int exponent = *reinterpret_cast<const int8_t*>(exponents++);
+        const float scale = exponent == -128 ? __builtin_nanf("") : power_of_two(exponent - (format.bits - 2));
+        if (format.bits == 8) {
+            each_byte(codes, format.block, [&](int64_t i, vi code, int64_t count) {
+                put(out + i, to_float(sign_extend(code)) * scale, count);
+            });
+            codes += format.block;
+            continue;
+        }
+        const int64_t half = format.block / 2;
+        each_byte(codes, half, [&](int64_t i, vi code, int64_t count) {
+            put(out + i, to_float((code & 15) - 8) * scale, count);
+            put(out + half + i, to_float((code >> 4) - 8) * scale, count);
+        });
+        codes += half;
+    }
+}
+
+// `count` vectors that lie one behind the other -> rows of `stride` floats.
+void decode_rows(const RowFormat& format, const char* codes, const char* scales, int64_t width, int64_t count, float* out,
+                 int64_t stride) {
+    const int64_t code_bytes = format.code_bytes(width), scale_bytes = format.scale_bytes(width);
+    for (int64_t r = 0; r < count; ++r, codes += code_bytes, scales += scale_bytes, out += stride) {
+        switch (format.kind) {
+            case RowKind::int8: decode_int8(codes, scales, width, out); break;
+            case RowKind::fp8: decode_fp8(codes, width, out); break;
+            case RowKind::bfp: decode_bfp(format, codes, scales, width, out); break;
+            case RowKind::plain: break;
+        }
+    }
+}
+
+// --- writing: a token at a time, so nothing here is worth vectors ------------------------------------------------------
+
+inline float largest(const float* x, int64_t count) {
+    float most = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const float magnitude = __builtin_fabsf(x[i]);
+        most = magnitude <= most ? most : magnitude;  // NaN becomes the largest
+    }
+    return most;
+}
+
+inline float clamp(float x, float most) { return x > most ? most : x < -most ? -most : x; }
+
+inline void encode_int8(const float* x, int64_t width, char* codes, char* scales) {
+    const float least = largest(x, width) / 127.0f;
+    bf16 scale;
+    narrow(least, &scale);
+    if (widen_one(scale) < least) ++scale.bits;
+    const float divisor = scale.bits == 0 ? 1.0f : widen_one(scale);
+    for (int64_t i = 0; i < width; ++i) {
+        const float code = clamp(__builtin_rintf(x[i] / divisor), 127.0f);
+        codes[i] = char(code == code ? int8_t(code) : int8_t{0});
+    }
+    __builtin_memcpy(scales, &scale, sizeof scale);
+}
+
+inline uint8_t to_fp8(float x) {
+    if (x != x) return 0x7f;
+    const float magnitude = clamp(__builtin_fabsf(x), 448.0f);
+    const uint8_t sign = uint8_t(bit_cast<uint32_t>(x) >> 24 & 0x80);
+    // Below 2^-6 codes are multiples of 2^-9; above, three bits behind the leading one stay, rounded to even.
+    if (magnitude < 0x1p-6f) return uint8_t(sign | uint8_t(__builtin_rintf(magnitude * 0x1p9f)));
+    const uint32_t bits = bit_cast<uint32_t>(magnitude);
+    const uint32_t rounded = (bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20;
+    return uint8_t(sign | uint8_t(rounded - (120u << 3)));
+}
+
+inline void encode_bfp(const RowFormat& format, const float* x, int64_t width, char* codes, char* exponents) {
+    const float most = float((1 << (format.bits - 1)) - 1);
+    for (int64_t first = 0; first < width; first += format.block, x += format.block) {
+        const float top = largest(x, format.block);
+        int exponent = -127;
+        if (top > 0) {
+            __builtin_frexpf(top, &exponent);
+            exponent = exponent - 1 < -127 ? -127 : exponent - 1;
+        }
+        const bool finite = top - top == 0;
+        *exponents++ = char(int8_t(finite ? exponent : -128));
+        // Two factors, as one may lie outside the range of a float.
+        const int shift = format.bits - 2 - exponent, half = shift / 2;
+        const float low = power_of_two(half), high = power_of_two(shift - half);
+        const auto mantissa = [&](int64_t i) { return finite ? int(clamp(__builtin_rintf(x[i] * low * high), most)) : 0; };
+        if (format.bits == 8) {
+            for (int64_t i = 0; i < format.block; ++i) *codes++ = char(int8_t(mantissa(i)));
+            continue;
+        }
+        const int64_t pairs = format.block / 2;
+        for (int64_t i = 0; i < pairs; ++i) *codes++ = char((mantissa(i) + 8) | (mantissa(i + pairs) + 8) << 4);
+    }
+}
+
+void encode_row(const RowFormat& format, const float* x, int64_t width, char* codes, char* scales) {
+    switch (format.kind) {
+        case RowKind::int8: return encode_int8(x, width, codes, scales);
+        case RowKind::fp8:
+            for (int64_t i = 0; i < width; ++i) codes[i] = char(to_fp8(x[i]));
+            return;
+        case RowKind::bfp: return encode_bfp(format, x, width, codes, scales);
+        case RowKind::plain: return;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,181 @@
+"""Codecs: bytes and errors of each, exact values, and stores that read back what they encoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from elbowroom.core import LayerSpec
+from elbowroom.errors import PlanError
+from elbowroom.kernels import attention, reference
+from elbowroom.kernels.base import StripStep
+from elbowroom.kv.codecs.bfp import BfpRows
+from elbowroom.kv.codecs.fp8 import Fp8Rows
+from elbowroom.kv.codecs.int8 import Int8Rows
+from elbowroom.kv.codecs.rows import RowFormat
+from elbowroom.kv.plan import KVPlan
+
+ROWS: list[tuple[RowFormat, float]] = [
+    (Int8Rows(), 0.5 / 127 * 1.01),
+    (Fp8Rows(), 1 / 16),
+    (BfpRows(4, 32), 2**-2),
+    (BfpRows(4, 16), 2**-2),
+    (BfpRows(8, 32), 2**-6),
+]
+"""Formats with their worst error as a share of the largest value of a vector (or block)."""
+SPEC = LayerSpec(num_q_heads=4, num_kv_heads=2, head_dim=64, v_head_dim=64, scale=0.125, rope=None)
+
+
+def values(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("rows", "error"), ROWS, ids=str)
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), power=st.integers(-8, 5))
+def test_rounding_is_bounded(rows: RowFormat, error: float, seed: int, power: int) -> None:
+    """A decoded vector is near the original; where scales are powers of two, encoding it again changes nothing."""
+    x = values(seed, 3, 64) * 2.0**power
+    parts = rows.encode(x)
+    assert tuple(part.shape[-1] for part in parts) == rows.num_bytes(64)
+    assert all(part.dtype == torch.uint8 for part in parts)
+    decoded = rows.decode(parts)
+    assert ((decoded - x).abs() <= error * x.abs().amax(-1, keepdim=True) + 2.0**-10).all()
+    again = rows.decode(rows.encode(decoded))
+    assert isinstance(rows, Int8Rows) or torch.equal(again, decoded)
+
+
+@pytest.mark.parametrize(("rows", "_"), ROWS, ids=str)
+def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden(rows: RowFormat, _: float) -> None:
+    x = torch.zeros(3, 64)
+    assert torch.equal(rows.decode(rows.encode(x)), x)
+    for bad in (torch.nan, torch.inf):
+        x[1, 5] = bad
+        decoded = rows.decode(rows.encode(x))
+        assert torch.equal(decoded[[0, 2]], torch.zeros(2, 64))
+        assert isinstance(rows, Fp8Rows) or not decoded[1].isfinite().all()
+
+
+def test_bfp_gives_the_values_of_the_format() -> None:
+    """w = 4, blocks of one value in effect: 1.0, 1.125, 1.25 and 1.375 become 1.0, 1.0, 1.25 and 1.5."""
+    x = torch.zeros(4, 16)
+    x[:, 0] = torch.tensor([1.0, 1.125, 1.25, 1.375])
+    assert BfpRows(4, 16).decode(BfpRows(4, 16).encode(x))[:, 0].tolist() == [1.0, 1.0, 1.25, 1.5]
+    x[:, 0] = torch.tensor([1.99, -1.99, 0.01, -3.5])  # saturated at 7 quanta of 2^(e - 2)
+    assert BfpRows(4, 16).decode(BfpRows(4, 16).encode(x))[:, 0].tolist() == pytest.approx(
+        [1.75, -1.75, 0.01, -3.5], 0.1
+    )
+
+
+def test_fp8_saturates() -> None:
+    assert Fp8Rows().decode(Fp8Rows().encode(torch.tensor([1e6, -1e6, 3.0]))).tolist() == [448.0, -448.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("plan", "bits"),
+    [("fp8", 8), ("int8", 8.25), ("bfp", 4.25), ("bfp(n=16)", 4.5), ("bfp(k=8,v=4)", 6.25), ("bfp(8,8,64)", 8.125)],
+)
+def test_a_strip_has_the_bits_that_the_codec_names(plan: str, bits: float) -> None:
+    bound = KVPlan.parse(plan).bind([SPEC], "bfloat16")
+    assert bound.block_bytes == 64 * 2 * 128 * bits / 8
+    assert KVPlan.parse(bound.plan.text) == bound.plan
+
+
+@pytest.mark.parametrize(
+    ("plan", "found", "fix"),
+    [
+        ("bfp(k=3)", "k=3", "from 4 to 8 in steps of 4"),
+        ("bfp(n=many)", "n=many", "from 16 to 128"),
+        ("bfp(n=48)", "blocks of 48", "n that divides 64"),
+        ("int8(4)", "does not take", "a plan is parts"),
+        ("fp8|int8", "two codecs", "a plan is parts"),
+    ],
+)
+def test_errors_name_the_fix(plan: str, found: str, fix: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        KVPlan.parse(plan).bind([SPEC], "bfloat16")
+    assert found in str(caught.value)
+    assert fix in str(caught.value)
+
+
+# --- native code against the readable path ---------------------------------------------------------------------------
+
+PLANS = ("int8", "fp8", "bfp", "bfp(n=16)", "bfp(k=8,v=4)", "bfp(8,8,64)")
+native = pytest.mark.skipif(
+    importlib.util.find_spec("elbowroom._native") is None, reason="elbowroom._native was not built (ELBOWROOM_NATIVE=0)"
+)
+
+
+class Strips:
+    """Two sequences in strips of one layer, with everything twice: for native code and for the readable path."""
+
+    def __init__(self, plan: str, spec: LayerSpec) -> None:
+        bound = KVPlan.parse(plan).bind([spec], "float32")
+        self.spec, self.fmt, self.codec = spec, bound.formats[0], bound.plan.codec
+        self.lengths = [0, 0]
+        units = self.fmt.strip_bytes // 64
+        self.table = (np.arange(12, dtype=np.uint32).reshape(2, 6) * units).astype(np.uint32)
+        self.bases = [torch.full((12 * self.fmt.strip_bytes,), 0x55, dtype=torch.uint8) for _ in range(2)]
+
+    def run(self, counts: tuple[int, int], seed: int, scale: float = 1.0) -> list[Tensor]:
+        """Append tokens to both sequences and return the attention of both paths."""
+        step = StripStep.of_runs(list(zip(self.lengths, counts, strict=True)))
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        spec, rows = self.spec, sum(counts)
+        q = values(seed, rows, spec.num_q_heads, spec.head_dim)
+        k = values(seed + 1, rows, spec.num_kv_heads, spec.head_dim) * scale
+        v = values(seed + 2, rows, spec.num_kv_heads, spec.v_head_dim) * scale
+        out = []
+        for base, backend in zip(self.bases, (None, reference.KERNELS), strict=True):
+            arguments = (step, self.table, base, self.fmt)
+            attention.append(*arguments, k, v, layout=self.codec, backend=backend)
+            made, _ = attention.attend(*arguments, spec, q, layout=self.codec, backend=backend)
+            out.append(made)
+        return out
+
+
+@native
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "emulated512"])
+@pytest.mark.parametrize("group", [1, 4, 12])
+def test_native_code_writes_the_same_bytes_and_reads_the_same_values(plan: str, isa: str, group: int) -> None:
+    module = importlib.import_module("elbowroom._native")
+    if isa not in module.supported_isas():
+        pytest.skip(f"this CPU or build has no {isa}; it has {', '.join(module.supported_isas())}")
+    before = module.isa()
+    module.set_isa(isa)
+    try:
+        spec = dataclasses.replace(SPEC, num_q_heads=2 * group, v_head_dim=128)
+        strips = Strips(plan, spec)
+        for seed, counts in enumerate([(1, 70), (1, 1), (130, 3), (1, 1), (2, 2)]):
+            made, expected = strips.run(counts, 10 * seed, 3.0**seed)
+            assert torch.equal(strips.bases[0], strips.bases[1])
+            torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    finally:
+        module.set_isa(before)
+
+
+@native
+@pytest.mark.parametrize("plan", PLANS)
+def test_native_code_encodes_the_edges_alike(plan: str) -> None:
+    """Zeros, subnormals, halves between two codes, saturation, and what is not finite."""
+    edges = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 2.0**-126, 0.5, 1.5, 2.5, -2.5, 1e30, -1e30, 448.0, 465.0, 2.0**-9])
+    rows = [edges.roll(i).repeat(10)[:128] * 10.0**power for i, power in ((0, 0), (1, -3), (2, 2), (3, -30))]
+    rows += [torch.zeros(128), torch.full((128,), torch.inf), torch.full((128,), torch.nan)]
+    x = torch.stack(rows).view(len(rows), 2, 64)
+    strips = Strips(plan, SPEC)
+    step = StripStep.of_runs([(0, len(rows)), (0, 0)])
+    for base, backend in zip(strips.bases, (None, reference.KERNELS), strict=True):
+        attention.append(step, strips.table, base, strips.fmt, x, x, layout=strips.codec, backend=backend)
+    decoded = [strips.codec.open(base[: strips.fmt.strip_bytes], strips.fmt) for base in strips.bases]
+    for made, expected in zip(*decoded, strict=True):
+        slots = slice(0, len(rows))
+        torch.testing.assert_close(made[:, slots], expected[:, slots], rtol=0, atol=0, equal_nan=True)
