@@ -68,20 +68,21 @@ class Attention {
             char* strip = args_.strips.strip(item_.sequence, block);
             const T* keys = reinterpret_cast<const T*>(args_.strips.keys(strip, item_.head));
             const T* values = reinterpret_cast<const T*>(args_.strips.values(strip, item_.head));
-            if constexpr (std::is_same_v<T, float>) {
-                if (!args_.strips.plain()) decode(strip, low, high, keys, values);
-            }
+            const bool packed = std::is_same_v<T, float> && !args_.strips.plain();
+            if (packed) keys = opened(strip, args_.strips.key, true, low, high);
             const char* next = nullptr;
             if (block + 1 < item_.end_block) {
                 next = args_.strips.keys(args_.strips.strip(item_.sequence, block + 1), item_.head);
             }
             if (M_ <= kFewVectors) {
-                score_few(keys, values, low, high);
+                score_few(keys, args_.strips.values(strip, item_.head), low, high);
                 softmax(start);
+                if (packed) values = opened(strip, args_.strips.value, false, low, high);
                 weigh_few(values, next, low, high);
             } else {
                 score_many(keys, low, high);
                 softmax(start);
+                if (packed) values = opened(strip, args_.strips.value, false, low, high);
                 weigh_many(values, low, high);
             }
         }
@@ -145,28 +146,25 @@ class Attention {
 
     int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - 1); }
 
-    // Keys and values of a strip in float32, for the one tile that is being worked on.
-    void decode(char* strip, int64_t low, int64_t high, const float*& keys, const float*& values) const {
+    // Keys or values of a strip in float32, for the one tile that is being worked on.
+    const T* opened(char* strip, const RowFormat& format, bool is_keys, int64_t low, int64_t high) const {
         const Strips& strips = args_.strips;
-        const RowFormat &key = strips.key, &value = strips.value;
-        const int64_t first = low / kPanel * kPanel, count = round_up(high, kPanel) - first;
-        decode_rows(key, strips.keys(strip, item_.head) + first * key.code_bytes(Dk_),
-                    strips.key_scales(strip, item_.head) + first * key.scale_bytes(Dk_), Dk_, count,
-                    open_keys_ + first * Dk_, Dk_);
-        decode_rows(value, strips.values(strip, item_.head) + first * value.code_bytes(Dv_),
-                    strips.value_scales(strip, item_.head) + first * value.scale_bytes(Dv_), Dv_, count,
-                    open_values_ + first * Dv_, Dv_);
-        keys = open_keys_;
-        values = open_values_;
+        const int64_t width = is_keys ? Dk_ : Dv_, first = low / kPanel * kPanel, count = round_up(high, kPanel) - first;
+        const char* codes = is_keys ? strips.keys(strip, item_.head) : strips.values(strip, item_.head);
+        const char* scales = is_keys ? strips.key_scales(strip, item_.head) : strips.value_scales(strip, item_.head);
+        float* rows = is_keys ? open_keys_ : open_values_;
+        decode_rows(format, codes + first * format.code_bytes(width), scales + first * format.scale_bytes(width), width,
+                    count, rows + first * width, width);
+        return reinterpret_cast<const T*>(rows);
     }
 
     // W keys at a time, widened once for all query vectors.
-    void score_few(const T* keys, const T* values, int64_t low, int64_t high) {
-        const char* ahead = reinterpret_cast<const char*>(values + low * Dv_);
-        const int64_t ahead_bytes = W * Dv_ * int64_t{sizeof(T)} / M_;
+    void score_few(const T* keys, const char* values, int64_t low, int64_t high) {
+        const int64_t value_bytes = args_.strips.value.code_bytes(Dv_), ahead_bytes = W * value_bytes / M_;
+        const char* ahead = values + low * value_bytes;
         for (int64_t key = low / W * W; key < high; key += W) {
-            const T* rows = keys + key * Dk_;
-            for (int64_t i = 0; i < W; ++i) widen_key(rows + i * Dk_, keys_ + i * ldk_);
+            const float* rows = widen_keys(keys + key * Dk_);
+            const int64_t stride = rows == keys_ ? ldk_ : Dk_;
             for (int64_t m = 0; m < M_; ++m) {
                 prefetch(ahead, ahead_bytes);
                 ahead += ahead_bytes;
@@ -175,11 +173,20 @@ class Attention {
                 for (int64_t d = 0; d < ldk_; d += W) {
                     const vf q = load<vf>(q_ + m * ldk_ + d);
 #pragma GCC unroll 16
-                    for (int i = 0; i < W; ++i) dots[i] += q * load<vf>(keys_ + i * ldk_ + d);
+                    for (int i = 0; i < W; ++i) dots[i] += q * load<vf>(rows + i * stride + d);
                 }
                 store(scores_ + m * kStripTokens + key, sum_each(dots));
             }
         }
+    }
+
+    // W keys in float32; those that are and fill whole panels stay where they are.
+    const float* widen_keys(const T* keys) const {
+        if constexpr (std::is_same_v<T, float>) {
+            if (Dk_ % kPanel == 0) return keys;
+        }
+        for (int64_t i = 0; i < W; ++i) widen_key(keys + i * Dk_, keys_ + i * ldk_);
+        return keys_;
     }
 
     // Columns in the order of widen_first and widen_second, as `begin` laid out the queries.

@@ -10,7 +10,7 @@ using elbowroom::RowFormat;
 using elbowroom::RowKind;
 
 typedef int32_t vi __attribute__((vector_size(W * 4)));
-typedef uint8_t vb __attribute__((vector_size(W)));
+typedef uint8_t vub __attribute__((vector_size(W)));
 typedef int8_t vsb __attribute__((vector_size(W)));
 
 inline vi widen_bytes(const uint8_t* p) {
@@ -19,7 +19,17 @@ inline vi widen_bytes(const uint8_t* p) {
 #elif defined(__AVX2__) && ELBOWROOM_WIDTH == 8
     return bit_cast<vi>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
-    return __builtin_convertvector(load<vb>(p), vi);
+    return __builtin_convertvector(load<vub>(p), vi);
+#endif
+}
+
+inline vi widen_bytes(const int8_t* p) {
+#if defined(__AVX512F__) && ELBOWROOM_WIDTH == 16
+    return bit_cast<vi>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && ELBOWROOM_WIDTH == 8
+    return bit_cast<vi>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    return __builtin_convertvector(load<vsb>(p), vi);
 #endif
 }
 
@@ -27,6 +37,7 @@ inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
 // 2^exponent for -252 .. 254, subnormal results included.
 inline float power_of_two(int exponent) {
+    if (exponent > -127 && exponent < 128) return bit_cast<float>(uint32_t(exponent + 127) << 23);
     const int half = exponent / 2;
     return bit_cast<float>(uint32_t(half + 127) << 23) * bit_cast<float>(uint32_t(exponent - half + 127) << 23);
 }
@@ -40,14 +51,14 @@ inline vf fp8_to_float(vi code) {
 
 // --- reading -----------------------------------------------------------------------------------------------------------
 
-// Calls out(i, vector) for whole vectors of codes.
-template <class F>
+// Calls out(i, codes i .. i + W - 1, how many of them there are).
+template <class Byte, class F>
 inline void each_byte(const char* codes, int64_t count, F&& out) {
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(codes);
+    const Byte* bytes = reinterpret_cast<const Byte*>(codes);
     int64_t i = 0;
     for (; i + W <= count; i += W) out(i, widen_bytes(bytes + i), int64_t{W});
     if (i == count) return;
-    uint8_t tail[W] = {};
+    Byte tail[W] = {};
     __builtin_memcpy(tail, bytes + i, count - i);
     out(i, widen_bytes(tail), count - i);
 }
@@ -60,36 +71,33 @@ inline void put(float* target, vf x, int64_t count) {
     }
 }
 
-inline vi sign_extend(vi byte) { return (byte << 24) >> 24; }
-
 inline void decode_int8(const char* codes, const char* scales, int64_t width, float* out) {
     bf16 stored;
     __builtin_memcpy(&stored, scales, sizeof stored);
     const float scale = widen_one(stored);
-    each_byte(codes, width, [&](int64_t i, vi code, int64_t count) { put(out + i, to_float(sign_extend(code)) * scale, count); });
+    each_byte<int8_t>(codes, width, [&](int64_t i, vi code, int64_t count) { put(out + i, to_float(code) * scale, count); });
 }
 
 inline void decode_fp8(const char* codes, int64_t width, float* out) {
-    each_byte(codes, width, [&](int64_t i, vi code, int64_t count) { put(out + i, fp8_to_float(code), count); });
+    each_byte<uint8_t>(codes, width, [&](int64_t i, vi code, int64_t count) { put(out + i, fp8_to_float(code), count); });
 }
 
-inline void decode_bfp(const RowFormat& format, const char* codes, const char* exponents, int64_t width, float* out) {
-    for (int64_t first = 0; first < width; first += format.block, out += format.block) {
+template <int Bits>
+inline void decode_bfp(const char* codes, const char* exponents, int64_t width, int64_t block, float* out) {
+    for (int64_t first = 0; first < width; first += block, out += block, codes += block * Bits / 8) {
         const int exponent = *reinterpret_cast<const int8_t*>(exponents++);
-        const float scale = exponent == -128 ? __builtin_nanf("") : power_of_two(exponent - (format.bits - 2));
-        if (format.bits == 8) {
-            each_byte(codes, format.block, [&](int64_t i, vi code, int64_t count) {
-                put(out + i, to_float(sign_extend(code)) * scale, count);
+        const float scale = exponent == -128 ? __builtin_nanf("") : power_of_two(exponent - (Bits - 2));
+        if constexpr (Bits == 8) {
+            each_byte<int8_t>(codes, block, [&](int64_t i, vi code, int64_t count) {
+                put(out + i, to_float(code) * scale, count);
             });
-            codes += format.block;
-            continue;
+        } else {
+            const int64_t half = block / 2;
+            each_byte<uint8_t>(codes, half, [&](int64_t i, vi code, int64_t count) {
+                put(out + i, to_float((code & 15) - 8) * scale, count);
+                put(out + half + i, to_float((code >> 4) - 8) * scale, count);
+            });
         }
-        const int64_t half = format.block / 2;
-        each_byte(codes, half, [&](int64_t i, vi code, int64_t count) {
-            put(out + i, to_float((code & 15) - 8) * scale, count);
-            put(out + half + i, to_float((code >> 4) - 8) * scale, count);
-        });
-        codes += half;
     }
 }
 
@@ -101,7 +109,10 @@ void decode_rows(const RowFormat& format, const char* codes, const char* scales,
         switch (format.kind) {
             case RowKind::int8: decode_int8(codes, scales, width, out); break;
             case RowKind::fp8: decode_fp8(codes, width, out); break;
-            case RowKind::bfp: decode_bfp(format, codes, scales, width, out); break;
+            case RowKind::bfp:
+                format.bits == 8 ? decode_bfp<8>(codes, scales, width, format.block, out)
+                                 : decode_bfp<4>(codes, scales, width, format.block, out);
+                break;
             case RowKind::plain: break;
         }
     }

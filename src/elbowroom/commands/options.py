@@ -18,7 +18,9 @@ Memory = Annotated[
         metavar="AMOUNT", help="Memory budget: 512MiB, 6GiB, or 80% (of what is available now).", show_default=True
     ),
 ]
-KV = Annotated[str, typer.Option(metavar="PLAN", help="How keys and values are kept: plain, plain(bf16), int8, fp8, bfp.")]
+KV = Annotated[
+    str, typer.Option(metavar="PLAN", help="How keys and values are kept: plain, plain(bf16), int8, fp8, bfp.")
+]
 Dtype = Annotated[
     str, typer.Option(metavar="TYPE", help="Weights and KV cache: float32, bfloat16, float16; auto: the checkpoint's.")
 ]
