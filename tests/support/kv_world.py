@@ -36,6 +36,9 @@ MIXED = [
 ]
 
 
+WIDE = [dataclasses.replace(spec, head_dim=32, v_head_dim=16) for spec in MIXED]
+
+
 @dataclasses.dataclass
 class Reference:
     """One sequence as plain tensors: for each layer all keys and values ``[n, Hkv, D]``, expired or not."""
@@ -168,12 +171,21 @@ class World:
             begin, end = int(step.row_starts[row]), int(step.row_starts[row + 1])
             positions = torch.from_numpy(step.positions[begin:end])
             ref = self.refs[handle]
-            for stored, new in ((ref.k, k), (ref.v, v)):
+            for stored, new in ((ref.k, self.rounded(0, k)), (ref.v, self.rounded(1, v))):
                 grown = max(stored[layer].shape[0], int(positions[-1]) + 1)
                 wider = torch.zeros(grown, *new.shape[1:])
                 wider[: stored[layer].shape[0]] = stored[layer]
                 wider[positions] = new[begin:end]
                 stored[layer] = wider
+
+    def rounded(self, part: int, x: Tensor) -> Tensor:
+        """Return keys (part 0) or values (1) as the store gives them back."""
+        codec: Any = self.store._codec
+        if codec.plain:
+            return x
+        rows = codec.formats()[part]
+        decoded: Tensor = rows.decode(rows.encode(x))
+        return decoded
 
     def compare(self, layer: int, step: KVStep, q: Tensor, got: AttnOut) -> None:
         spec = self.layers[layer]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tests.support.kv_world import MIXED, NOTHING, World
+from tests.support.kv_world import MIXED, NOTHING, WIDE, World
 
 from elbowroom.errors import IntegrityError, OutOfBudget
 from elbowroom.kv import KVHandle, KVStep, Want
@@ -17,10 +17,12 @@ class StoreMachine(RuleBasedStateMachine):
     """Random life of a store of mixed layers under a tight capacity."""
 
     capacity = 16 * 4096 * 4
+    layers = MIXED
+    plan = "plain"
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(MIXED, self.capacity)
+        self.world = World(self.layers, self.capacity, plan=self.plan)
         self.limit = self.capacity
 
     def pick(self, data: st.DataObject, at_least: int = 0) -> KVHandle:
@@ -176,8 +178,23 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.world.ledger.total("host") == 0
 
 
+class Int8Machine(StoreMachine):
+    """The same with codes and scales."""
+
+    plan = "int8"
+
+
+class BfpMachine(StoreMachine):
+    """The same with two codes a byte, and values in another format than keys."""
+
+    plan = "bfp(k=4,v=8,n=16)"
+    layers = WIDE
+
+
 # Shrinking a failure takes minutes; the first failing run prints all its steps as it is.
-StoreMachine.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
-)
+_SETTINGS = settings(stateful_step_count=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+StoreMachine.TestCase.settings = settings(_SETTINGS, max_examples=25)
+Int8Machine.TestCase.settings = BfpMachine.TestCase.settings = settings(_SETTINGS, max_examples=12)
 TestStoreMachine = StoreMachine.TestCase
+TestInt8Machine = Int8Machine.TestCase
+TestBfpMachine = BfpMachine.TestCase
