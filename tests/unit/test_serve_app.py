@@ -428,6 +428,7 @@ def test_a_dead_engine_thread_ends_its_readers_and_shows_in_health(tmp_path_fact
 
     with pytest.raises(EngineClosed):
         asyncio.run(read())
+    llm.engine._thread.join(10)  # its last words are noted against the test that runs when it ends
     assert call("GET", "/health").json()["models"]["tiny"]["status"] == "dead"
     response = call("POST", "/v1/completions", json={"prompt": "a"})
     assert (response.status_code, error_of(response)["code"]) == (503, "engine_closed")
