@@ -13,7 +13,6 @@ from tests.support.decoder_world import (
     CONFIGS,
     VOCAB,
     GuardedScratch,
-    Paged,
     close,
     config,
     dense_logits,
@@ -36,7 +35,6 @@ if importlib.util.find_spec("elbowroom._native") is None:
 from elbowroom.models.native import NativeDecoder
 
 _native = importlib.import_module("elbowroom._native")
-COUNTS = (1, 7, 9, 16, 17, 32, 40, 50)
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -61,18 +59,6 @@ def check_dense(oracle: Decoder, native: NativeDecoder, count: int) -> None:
     tokens, scratch = random_tokens(count, oracle.config.vocab_size, seed=count), GuardedScratch()
     close(dense_step(native, tokens, range(count), scratch), dense_logits(oracle, tokens))
     scratch.check()
-
-
-def check_paged(oracle: Decoder, native: NativeDecoder, chunks: tuple[int, ...]) -> None:
-    """Over plain strips, in one call."""
-    tokens, paged = random_tokens(sum(chunks), oracle.config.vocab_size, seed=1), Paged(native)
-    made = []
-    for part in tokens.split(list(chunks)):
-        scratch = GuardedScratch()
-        made.append(paged.step([(0, part)], scratch=scratch))
-        scratch.check()
-    close(torch.cat(made), dense_logits(oracle, tokens))
-    paged.close()
 
 
 @pytest.mark.parametrize("token", [VOCAB, -1, 2**40])
