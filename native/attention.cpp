@@ -11,6 +11,7 @@
 
 #include "isa.h"
 #include "kernels.h"
+#include "parallel.h"
 #include "pool.h"
 
 namespace elbowroom {
@@ -21,12 +22,19 @@ constexpr int64_t kPieceStrips = 16;  // strips of a piece of a long sequence; f
 constexpr int kFewRows = 8;           // query vectors up to which a sequence is always cut into pieces
 constexpr int64_t kAppendRows = 32;   // rows of an append item
 
-void check_strip(const Strips& strips, int64_t sequence, int64_t block) {
-    const int64_t start = strips.table[sequence * strips.num_blocks + block] * kUnitBytes;
+void check_start(const Strips& strips, int64_t start) {
     if (start + strips.strip_bytes() > strips.num_bytes) {
         throw std::invalid_argument("strip at byte " + std::to_string(start) + " ends after the " +
                                     std::to_string(strips.num_bytes) + " bytes of its range");
     }
+}
+
+void check_strip(const Strips& strips, int64_t sequence, int64_t block) {
+    const int64_t column = strips.column(sequence, block);
+    if (column < 0 || column >= strips.num_blocks) {
+        throw std::invalid_argument("block " + std::to_string(block) + " is not in the table of its strips");
+    }
+    check_start(strips, strips.start(sequence, block));
 }
 
 // Pieces of one (rows, head) that are merged by whoever finishes last.
@@ -68,7 +76,11 @@ class Plan {
         if (args.spec.window > 0) low = std::max(low, *least - args.spec.window + 1);
         const int64_t high = std::min(*most, args.step.lengths[sequence] - 1);
         const int64_t first = low / kStripTokens, end = high / kStripTokens + 1;
-        for (int64_t block = first; block < end; ++block) check_strip(args.strips, sequence, block);
+        const int64_t sealed_end = args.tail == nullptr ? end : end - 1;
+        for (int64_t block = first; block < sealed_end; ++block) check_strip(args.strips, sequence, block);
+        if (args.tail != nullptr) {
+            for (int64_t b = std::max(first, *least / kStripTokens); b < end; ++b) check_strip(*args.tail, sequence, b);
+        }
         const int64_t vectors = int64_t{num_rows} * args.group_size();
         const bool cut = (vectors <= kFewRows || may_cut_) && end / kPieceStrips > first / kPieceStrips;
         for (int32_t head = 0; head < args.strips.num_kv_heads; ++head) {
@@ -198,28 +210,52 @@ void append_item(void* context, int64_t index, float* scratch) {
     }
 }
 
+void check_seals(const LayerStrips& layer) {
+    for (int64_t i = 0; i < layer.seals.count; ++i) {
+        check_start(layer.open(), layer.seals.from[i] * kUnitBytes);
+        check_start(layer.strips, layer.seals.to[i] * kUnitBytes);
+    }
+}
+
+// An item is a head of a full strip.
+void seal(const LayerStrips& layer) {
+    const Strips &tail = layer.open(), &sealed = layer.strips;
+    const SealedHead format = sealed.head();
+    parallel(layer.seals.count * tail.num_kv_heads, seal_floats(sealed), [&](int64_t item, float* scratch) {
+        const int64_t i = item / tail.num_kv_heads;
+        const int head = int(item % tail.num_kv_heads);
+        char* strip = tail.base + layer.seals.from[i] * kUnitBytes;
+        char* target = sealed.base + layer.seals.to[i] * kUnitBytes + head * format.bytes();
+        kernels().seal(format, tail.keys(strip, head), tail.values(strip, head), tail.dtype, target, scratch);
+    });
+}
+
 }  // namespace
 
-void append(const Step& step, const Strips& strips, const Rows& k, const Rows& v) {
+void append(const Step& step, const LayerStrips& layer, const Rows& k, const Rows& v) {
+    const Strips& strips = layer.open();
     const int64_t rows = step.row_starts[step.num_sequences];
     for (int64_t s = 0; s < step.num_sequences; ++s) {
         for (int64_t row = step.row_starts[s]; row < step.row_starts[s + 1]; ++row) {
             check_strip(strips, s, step.positions[row] / kStripTokens);
         }
     }
+    check_seals(layer);
     AppendJob job{step, strips, k, v, kernels(), rows};
     const int64_t scratch = strips.plain() ? 0 : padded(std::max(strips.head_dim, strips.v_head_dim));
     Pool::instance().run((rows + kAppendRows - 1) / kAppendRows, scratch, append_item, &job);
+    if (layer.seals.count > 0) seal(layer);
 }
 
-void attend(const Step& step, const Strips& strips, const Spec& spec, const Rows& q, const Rows& out, float* lse) {
+void attend(const Step& step, const LayerStrips& layer, const Spec& spec, const Rows& q, const Rows& out, float* lse) {
     thread_local Plan plan;
     Pool& pool = Pool::instance();
-    AttendJob job{{step, strips, spec, q, out, lse, nullptr}, kernels(), plan};
+    const Strips* tail = layer.tail ? &*layer.tail : nullptr;
+    AttendJob job{{step, layer.strips, tail, spec, q, out, lse, nullptr}, kernels(), plan};
     plan.build(job.args, pool.num_threads());
     job.args.partials = plan.partials();
     const int64_t vectors = std::max(kItemVectors, job.args.group_size());
-    const int64_t scratch = scratch_floats(vectors, strips);
+    const int64_t scratch = scratch_floats(vectors, job.args);
     pool.run(int64_t(plan.items().size()), scratch, attend_item, &job);
 }
 

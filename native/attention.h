@@ -1,12 +1,30 @@
 // Append and attend over strips: checks strips, cuts the step into work items and gives them to the pool.
 #pragma once
 
+#include <optional>
+
 #include "types.h"
 
 namespace elbowroom {
 
-// Both throw std::invalid_argument when a strip lies outside the range.
-void append(const Step& step, const Strips& strips, const Rows& k, const Rows& v);
-void attend(const Step& step, const Strips& strips, const Spec& spec, const Rows& q, const Rows& out, float* lse);
+// Full strips [count] at base + 64 * from of open strips, to be encoded to base + 64 * to of sealed ones.
+struct Seals {
+    int64_t count;
+    const uint32_t *from, *to;
+};
+
+// Where the tokens of a step lie in one layer. With `tail`, new tokens go there, full strips are sealed, and a row reads
+// the block of its own position there and earlier ones sealed.
+struct LayerStrips {
+    Strips strips;
+    std::optional<Strips> tail;
+    Seals seals;
+
+    const Strips& open() const { return tail ? *tail : strips; }
+};
+
+// Both throw std::invalid_argument when a strip lies outside its range.
+void append(const Step& step, const LayerStrips& layer, const Rows& k, const Rows& v);
+void attend(const Step& step, const LayerStrips& layer, const Spec& spec, const Rows& q, const Rows& out, float* lse);
 
 }  // namespace elbowroom

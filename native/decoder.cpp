@@ -180,7 +180,7 @@ void Decoder::gated(const LayerWeights& layer) const {
     });
 }
 
-void Decoder::layer(int64_t index, const Step& step, const Strips& strips, bool append_kv) const {
+void Decoder::layer(int64_t index, const Step& step, const LayerStrips& strips, bool append_kv) const {
     const LayerWeights& layer = model_.layers[size_t(index)];
     const auto rows = [](float* data, int64_t width, int64_t head_width) {
         return Rows{reinterpret_cast<char*>(data), DType::float32, width, head_width};

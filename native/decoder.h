@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention.h"
 #include "kernels.h"
 #include "product.h"
 #include "types.h"
@@ -87,7 +88,7 @@ class Decoder {
     void finish(int64_t index) const;
     // A whole layer over plain strips; `append_kv` is false where the layer reads another layer's keys and values.
     // Throws std::invalid_argument when a strip lies outside its range.
-    void layer(int64_t index, const Step& step, const Strips& strips, bool append_kv) const;
+    void layer(int64_t index, const Step& step, const LayerStrips& strips, bool append_kv) const;
 
     // Logits [count, vocabulary] of the given tokens of the pass, in any order and any number of times.
     // Throws std::invalid_argument for a row outside the pass.

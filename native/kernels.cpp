@@ -10,6 +10,7 @@
 #include "matmul_kernels.h"
 #include "peak_kernels.h"
 #include "row_formats.h"
+#include "sealed_kernels.h"
 #include "simd.h"
 #include "tile.h"
 
@@ -44,8 +45,9 @@ class Attention {
           item_(item),
           group_(args.group_size()),
           M_(int64_t{item.num_rows} * group_),
-          Dk_(args.strips.head_dim),
-          Dv_(args.strips.v_head_dim),
+          strips_(args.open_strips()),
+          Dk_(strips_.head_dim),
+          Dv_(strips_.v_head_dim),
           ldk_(round_up(Dk_, kPanel)),
           ldv_(round_up(Dv_, kPanel)) {
         q_ = scratch;
@@ -57,34 +59,19 @@ class Attention {
         sum_ = max_ + M_;
         open_keys_ = sum_ + M_;
         open_values_ = open_keys_ + kStripTokens * Dk_;
+        sealed_scratch_ = strips_.plain() ? open_keys_ : open_values_ + kStripTokens * Dv_;
     }
 
     void run() {
         begin();
-        for (int64_t block = item_.first_block; block < item_.end_block; ++block) {
+        if (args_.tail != nullptr) read_sealed();
+        if constexpr (std::is_same_v<T, bf16>) {
+            if (M_ <= kFewVectors) arrange_few();
+        }
+        for (int64_t block = max(item_.first_block, low_ / kStripTokens); block < item_.end_block; ++block) {
             const int64_t start = block * kStripTokens;
             const int64_t low = max(0, low_ - start), high = min(kStripTokens, high_ + 1 - start);
-            if (low >= high) continue;
-            char* strip = args_.strips.strip(item_.sequence, block);
-            const T* keys = reinterpret_cast<const T*>(args_.strips.keys(strip, item_.head));
-            const T* values = reinterpret_cast<const T*>(args_.strips.values(strip, item_.head));
-            const bool packed = std::is_same_v<T, float> && !args_.strips.plain();
-            if (packed) keys = opened(strip, args_.strips.key, true, low, high);
-            const char* next = nullptr;
-            if (block + 1 < item_.end_block) {
-                next = args_.strips.keys(args_.strips.strip(item_.sequence, block + 1), item_.head);
-            }
-            if (M_ <= kFewVectors) {
-                score_few(keys, args_.strips.values(strip, item_.head), low, high);
-                softmax(start);
-                if (packed) values = opened(strip, args_.strips.value, false, low, high);
-                weigh_few(values, next, low, high);
-            } else {
-                score_many(keys, low, high);
-                softmax(start);
-                if (packed) values = opened(strip, args_.strips.value, false, low, high);
-                weigh_many(values, low, high);
-            }
+            if (low < high) read_open(block, low, high);
         }
         if (M_ <= kFewVectors) finish_few();
         if (item_.partial >= 0) {
@@ -95,6 +82,51 @@ class Attention {
     }
 
    private:
+    // Slots low .. high - 1 of a block whose tokens lie one by one.
+    void read_open(int64_t block, int64_t low, int64_t high) {
+        char* strip = strips_.strip(item_.sequence, block);
+        const T* keys = reinterpret_cast<const T*>(strips_.keys(strip, item_.head));
+        const T* values = reinterpret_cast<const T*>(strips_.values(strip, item_.head));
+        const bool packed = std::is_same_v<T, float> && !strips_.plain();
+        if (packed) keys = opened(strip, strips_.key, true, low, high);
+        if (M_ <= kFewVectors) {
+            score_few(keys, strips_.values(strip, item_.head), low, high);
+        } else {
+            score_many(keys, low, high);
+        }
+        softmax(block * kStripTokens);
+        if (packed) values = opened(strip, strips_.value, false, low, high);
+        if (M_ <= kFewVectors) {
+            const bool last = block + 1 == item_.end_block;
+            weigh_few(values, last ? nullptr : strips_.keys(strips_.strip(item_.sequence, block + 1), item_.head), low, high);
+        } else {
+            weigh_many(values, low, high);
+        }
+    }
+
+    // The blocks before each row's own one.
+    void read_sealed() {
+        const Strips& strips = args_.strips;
+        const Gathered rows{Dk_, Dv_, ldk_, ldv_, q_, out_, max_, sum_};
+        const int64_t head_bytes = strips.head().bytes();
+        const auto head = [&](int64_t block) { return strips.strip(item_.sequence, block) + item_.head * head_bytes; };
+        const int64_t end = min(item_.end_block, high_ / kStripTokens);
+        for (int64_t block = item_.first_block; block < end; ++block) {
+            const char* next = block + 1 < end ? head(block + 1) : nullptr;
+            SealedStrip strip(strips, head(block), next, args_.spec.softcap);
+            for (int64_t first = 0; first < M_; first += kSealedRows) {
+                const int64_t count = min(kSealedRows, M_ - first);
+                int64_t low[kSealedRows], high[kSealedRows];
+                for (int64_t m = 0; m < count; ++m) {
+                    const int r = int((first + m) / group_);
+                    low[m] = min(max(0, in_window(r) - block * kStripTokens), kStripTokens);
+                    high[m] = block < own_block(r) ? kStripTokens : 0;
+                }
+                strip.attend(rows, first, count, low, high, sealed_scratch_);
+            }
+        }
+    }
+
     // Query vectors in float32, scaled, padded with zeros; the slots that any row of the item reads.
     void begin() {
         low_ = INT64_MAX, high_ = -1;
@@ -106,19 +138,22 @@ class Attention {
                 load_query(row, q_ + (r * group_ + g) * ldk_);
             }
         }
-        if constexpr (std::is_same_v<T, bf16>) {
-            if (M_ <= kFewVectors) arrange_queries();
-        }
         for (int64_t i = 0; i < M_ * ldv_; ++i) out_[i] = 0;
         for (int64_t m = 0; m < M_; ++m) max_[m] = kNegInf, sum_[m] = 0;
     }
 
-    void arrange_queries() const {
-        for (int64_t i = 0; i < M_ * ldk_; i += kPanel) {
-            vf first = load<vf>(q_ + i), second = load<vf>(q_ + i + W);
+    // Queries and sums in the order of widen_first and widen_second.
+    void arrange_few() const {
+        arrange(q_, M_ * ldk_);
+        if (args_.tail != nullptr) arrange(out_, M_ * ldv_);
+    }
+
+    static void arrange(float* rows, int64_t count) {
+        for (int64_t i = 0; i < count; i += kPanel) {
+            vf first = load<vf>(rows + i), second = load<vf>(rows + i + W);
             deinterleave(first, second);
-            store(q_ + i, first);
-            store(q_ + i + W, second);
+            store(rows + i, first);
+            store(rows + i + W, second);
         }
     }
 
@@ -139,16 +174,23 @@ class Attention {
 
     int64_t position(int r) const { return args_.step.positions[item_.first_row + r]; }
 
-    int64_t first_visible(int r) const {
+    int64_t own_block(int r) const { return position(r) / kStripTokens; }
+
+    int64_t in_window(int r) const {
         const int64_t first = args_.step.first_slots[item_.sequence];
         return args_.spec.window > 0 ? max(first, position(r) - args_.spec.window + 1) : first;
+    }
+
+    // Of the strips that are not sealed.
+    int64_t first_visible(int r) const {
+        return args_.tail == nullptr ? in_window(r) : max(in_window(r), own_block(r) * kStripTokens);
     }
 
     int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - 1); }
 
     // Keys or values of a strip in float32, for the one tile that is being worked on.
     const T* opened(char* strip, const RowFormat& format, bool is_keys, int64_t low, int64_t high) const {
-        const Strips& strips = args_.strips;
+        const Strips& strips = strips_;
         const int64_t width = is_keys ? Dk_ : Dv_, first = low / kPanel * kPanel, count = round_up(high, kPanel) - first;
         const char* codes = is_keys ? strips.keys(strip, item_.head) : strips.values(strip, item_.head);
         const char* scales = is_keys ? strips.key_scales(strip, item_.head) : strips.value_scales(strip, item_.head);
@@ -160,7 +202,7 @@ class Attention {
 
     // W keys at a time, widened once for all query vectors.
     void score_few(const T* keys, const char* values, int64_t low, int64_t high) {
-        const int64_t value_bytes = args_.strips.value.code_bytes(Dv_), ahead_bytes = W * value_bytes / M_;
+        const int64_t value_bytes = strips_.value.code_bytes(Dv_), ahead_bytes = W * value_bytes / M_;
         const char* ahead = values + low * value_bytes;
         for (int64_t key = low / W * W; key < high; key += W) {
             const float* rows = widen_keys(keys + key * Dk_);
@@ -205,7 +247,7 @@ class Attention {
 
     // Sums in the order of widen_first and widen_second (see `finish_few`), two vectors of columns at a time.
     void weigh_few(const T* values, const char* next, int64_t low, int64_t high) {
-        const int64_t key_bytes = kStripTokens * args_.strips.key.code_bytes(Dk_);
+        const int64_t key_bytes = kStripTokens * strips_.key.code_bytes(Dk_);
         const int64_t lines = next == nullptr ? 0 : key_bytes * kPanel / ldv_ / 64;
         for (int64_t d = 0; d < Dv_; d += kPanel, next += lines * 64) {
             const T* rows = values + low * Dv_ + d;
@@ -378,9 +420,11 @@ class Attention {
     const AttendArgs& args_;
     const Item& item_;
     const int group_;
-    const int64_t M_, Dk_, Dv_, ldk_, ldv_;
+    const int64_t M_;
+    const Strips& strips_;
+    const int64_t Dk_, Dv_, ldk_, ldv_;
     int64_t low_, high_;
-    float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_, *open_keys_, *open_values_;
+    float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_, *open_keys_, *open_values_, *sealed_scratch_;
 };
 
 template <class From, class To>
@@ -417,8 +461,8 @@ void Attention<T>::store_row(const float* row, char* target) const {
 }
 
 void attend(const AttendArgs& args, const Item& item, float* scratch) {
-    if (!args.strips.plain()) return Attention<float>(args, item, scratch).run();
-    switch (args.strips.dtype) {
+    if (!args.open_strips().plain()) return Attention<float>(args, item, scratch).run();
+    switch (args.open_strips().dtype) {
         case DType::float32: return Attention<float>(args, item, scratch).run();
         case DType::bfloat16: return Attention<bf16>(args, item, scratch).run();
         case DType::float16: return Attention<f16>(args, item, scratch).run();
@@ -438,6 +482,7 @@ const KernelTable ELBOWROOM_TABLE = {
     .name = ELBOWROOM_NAME(ELBOWROOM_ISA),
     .sampling = ELBOWROOM_SAMPLING,
     .attend = attend,
+    .seal = seal,
     .encode = encode_row,
     .convert = convert,
     .widen = widen_row,

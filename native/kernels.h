@@ -1,6 +1,8 @@
 // What each instruction set provides: the inner loops over one work item, chosen at run time by isa.cpp.
 #pragma once
 
+#include <algorithm>
+
 #include "types.h"
 
 namespace elbowroom {
@@ -17,12 +19,14 @@ struct Item {
 struct AttendArgs {
     Step step;
     Strips strips;
+    const Strips* tail;  // null, or: a row reads its own block here, and only those before it in `strips`
     Spec spec;
     Rows q, out;
     float* lse;       // [N, Hq], or null: nobody asks
     float* partials;  // [vectors, Dv + 2]: unnormalised output, maximum, denominator
 
     int group_size() const { return spec.num_q_heads / strips.num_kv_heads; }
+    const Strips& open_strips() const { return tail == nullptr ? strips : *tail; }
 };
 
 // Activations of many tokens lie in panels: [width][16], the 16 values of a token's column side by side.
@@ -46,6 +50,8 @@ struct KernelTable {
     const char* name;
     const SamplingTable& sampling;
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
+    // Keys [64][head_dim] and values [64][v_head_dim] -> a head of a sealed strip; scratch as `seal_floats` says.
+    void (*seal)(const SealedHead& head, const char* keys, const char* values, DType dtype, char* target, float* scratch);
     // One vector x [width] -> its codes and scales.
     void (*encode)(const RowFormat& format, const float* x, int64_t width, char* codes, char* scales);
     void (*convert)(const char* source, DType from, char* target, DType to, int64_t count);
@@ -70,12 +76,26 @@ struct KernelTable {
     int64_t (*multiply_add)(int64_t rounds, float* sink);
 };
 
-// Floats of scratch that an item of `vectors` query vectors needs: q, out, scores, statistics, one strip of K and V, and
-// that strip once more where it must be decoded.
-inline int64_t scratch_floats(int64_t vectors, const Strips& strips) {
+inline constexpr int kSealedRows = 4;  // query vectors that pass over a sealed strip together
+
+// Floats of scratch that those need: scales, minima and folded factors, scores, products and their factors in bytes.
+inline int64_t sealed_width(const Strips& strips) {
+    return std::max(int64_t{kStripTokens}, padded(std::max(strips.head_dim, strips.v_head_dim)));
+}
+inline int64_t sealed_floats(const Strips& strips) {
+    const int64_t width = sealed_width(strips);
+    return strips.sealed() ? 3 * width + kSealedRows * (kStripTokens + width + width / 4) : 0;
+}
+inline int64_t seal_floats(const Strips& strips) { return (kStripTokens + 4) * sealed_width(strips); }
+
+// Floats of scratch that an item of `vectors` query vectors needs: q, out, scores, statistics, one strip of K and V, that
+// strip once more where it must be decoded, and what sealed strips take.
+inline int64_t scratch_floats(int64_t vectors, const AttendArgs& args) {
+    const Strips& strips = args.open_strips();
     const int64_t widths = padded(strips.head_dim) + padded(strips.v_head_dim);
     const int64_t decoded = strips.plain() ? 0 : kStripTokens * widths;
-    return vectors * (widths + kStripTokens) + padded(2 * vectors) + kStripTokens * widths + decoded;
+    const int64_t open = vectors * (widths + kStripTokens) + padded(2 * vectors) + kStripTokens * widths + decoded;
+    return open + sealed_floats(args.strips);
 }
 
 extern const KernelTable kernels_baseline;

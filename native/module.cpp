@@ -3,11 +3,13 @@
 // and models/native.py call it.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 
@@ -27,13 +29,14 @@ namespace {
 using StepTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 using RowFormatTuple = std::tuple<int, int, int>;
 using StripsTuple =
-    std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple>;
+    std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple>;
+using TailTuple = std::tuple<StripsTuple, int64_t, uintptr_t, uintptr_t>;
 using SpecTuple = std::tuple<int, int64_t, float, float>;
 using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t>;
 using VectorTuple = std::tuple<uintptr_t, int64_t>;
 using HeadsTuple = std::tuple<int, int, int, int>;
-using LayerStepTuple = std::tuple<int64_t, StepTuple, StripsTuple, bool>;
+using LayerStepTuple = std::tuple<int64_t, StepTuple, StripsTuple, std::optional<TailTuple>, bool>;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -52,9 +55,20 @@ RowFormat to_row_format(const RowFormatTuple& t) {
 }
 
 Strips to_strips(const StripsTuple& t) {
-    const auto [table, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim, key, value] = t;
-    return {pointer<const uint32_t>(table), num_blocks, pointer<char>(base), num_bytes, DType(dtype), num_kv_heads,
-            head_dim, v_head_dim, to_row_format(key), to_row_format(value)};
+    const auto [table, first_blocks, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim, key, value] =
+        t;
+    return {pointer<const uint32_t>(table), pointer<const int64_t>(first_blocks), num_blocks, pointer<char>(base),
+            num_bytes, DType(dtype), num_kv_heads, head_dim, v_head_dim, to_row_format(key), to_row_format(value)};
+}
+
+LayerStrips to_layer_strips(const StripsTuple& strips, const std::optional<TailTuple>& tail) {
+    LayerStrips found{to_strips(strips), {}, {}};
+    if (tail) {
+        const auto& [open, count, from, to] = *tail;
+        found.tail = to_strips(open);
+        found.seals = {count, pointer<const uint32_t>(from), pointer<const uint32_t>(to)};
+    }
+    return found;
 }
 
 Rows to_rows(const RowsTuple& t) {
@@ -67,16 +81,17 @@ Spec to_spec(const SpecTuple& t) {
     return {num_q_heads, window, scale, softcap};
 }
 
-void py_append(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips, const RowsTuple& k,
-               const RowsTuple& v) {
+void py_append(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips,
+               const std::optional<TailTuple>& tail, const RowsTuple& k, const RowsTuple& v) {
     const nb::gil_scoped_release release;
-    append(to_step(num_sequences, step), to_strips(strips), to_rows(k), to_rows(v));
+    append(to_step(num_sequences, step), to_layer_strips(strips, tail), to_rows(k), to_rows(v));
 }
 
-void py_attend(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips, const SpecTuple& spec,
-               const RowsTuple& q, const RowsTuple& out, uintptr_t lse) {
+void py_attend(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips,
+               const std::optional<TailTuple>& tail, const SpecTuple& spec, const RowsTuple& q, const RowsTuple& out,
+               uintptr_t lse) {
     const nb::gil_scoped_release release;
-    attend(to_step(num_sequences, step), to_strips(strips), to_spec(spec), to_rows(q), to_rows(out),
+    attend(to_step(num_sequences, step), to_layer_strips(strips, tail), to_spec(spec), to_rows(q), to_rows(out),
            pointer<float>(lse));
 }
 
@@ -120,8 +135,8 @@ void begin(Decoder& decoder, uintptr_t tokens, uintptr_t positions, int64_t num_
 
 void layers(const Decoder& decoder, int64_t first, const std::vector<LayerStepTuple>& steps) {
     const nb::gil_scoped_release release;
-    for (const auto& [num_sequences, step, strips, append_kv] : steps) {
-        decoder.layer(first++, to_step(num_sequences, step), to_strips(strips), append_kv);
+    for (const auto& [num_sequences, step, strips, tail, append_kv] : steps) {
+        decoder.layer(first++, to_step(num_sequences, step), to_layer_strips(strips, tail), append_kv);
     }
 }
 
@@ -151,10 +166,10 @@ NB_MODULE(_native, m) {
     using namespace elbowroom;
     m.doc() = "Native kernels of Elbowroom.";
     nb::set_leak_warnings(false);  // a program that ends with an open engine is no bug to shout about
-    m.def("append", &py_append, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"), nb::arg("k"),
-          nb::arg("v"));
-    m.def("attend", &py_attend, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"), nb::arg("spec"),
-          nb::arg("q"), nb::arg("out"), nb::arg("lse"));
+    m.def("append", &py_append, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"),
+          nb::arg("tail").none(), nb::arg("k"), nb::arg("v"));
+    m.def("attend", &py_attend, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"),
+          nb::arg("tail").none(), nb::arg("spec"), nb::arg("q"), nb::arg("out"), nb::arg("lse"));
     m.def("multiply", &py_multiply, nb::arg("matrix"), nb::arg("x"), nb::arg("num_tokens"), nb::arg("y"));
     nb::class_<Decoder>(m, "Decoder")
         .def("__init__",

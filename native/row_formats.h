@@ -113,7 +113,7 @@ void decode_rows(const RowFormat& format, const char* codes, const char* scales,
                 format.bits == 8 ? decode_bfp<8>(codes, scales, width, format.block, out)
                                  : decode_bfp<4>(codes, scales, width, format.block, out);
                 break;
-            case RowKind::plain: break;
+            default: break;
         }
     }
 }
@@ -186,7 +186,7 @@ void encode_row(const RowFormat& format, const float* x, int64_t width, char* co
             for (int64_t i = 0; i < width; ++i) codes[i] = char(to_fp8(x[i]));
             return;
         case RowKind::bfp: return encode_bfp(format, x, width, codes, scales);
-        case RowKind::plain: return;
+        default: return;
     }
 }
 

@@ -184,6 +184,21 @@ inline void with_type(DType dtype, F&& f) {
     }
 }
 
+// The lowest byte of each lane.
+inline void store_bytes(int8_t* p, vu x) {
+#if defined(__AVX512F__) && ELBOWROOM_WIDTH == 16
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bit_cast<__m512i>(x)));
+#elif defined(__AVX2__) && ELBOWROOM_WIDTH == 8
+    const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
+                                           -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i bytes = _mm256_shuffle_epi8(bit_cast<__m256i>(x), order);
+    store(p, uint32_t(_mm256_extract_epi32(bytes, 0)));
+    store(p + 4, uint32_t(_mm256_extract_epi32(bytes, 4)));
+#else
+    for (int i = 0; i < W; ++i) p[i] = int8_t(x[i]);
+#endif
+}
+
 // --- lanes -----------------------------------------------------------------------------------------------------------
 
 template <int Step, int... I>
@@ -241,16 +256,25 @@ inline vf sum_each(vf (&rows)[W]) {
     return rows[0];
 }
 
-inline float max_lane(vf v) {
-    float top = v[0];
-    for (int i = 1; i < W; ++i) top = v[i] > top ? v[i] : top;
-    return top;
+template <int Step, int... I>
+inline vf swap_blocks(vf v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (I ^ Step)...);
 }
 
+// The greatest lane; NaN where one is NaN.
+template <int Step = W / 2>
+inline float max_lane(vf v) {
+    const vf other = swap_blocks<Step>(v, Lanes{});
+    v = other <= v ? v : v != v ? v : other;
+    if constexpr (Step > 1) return max_lane<Step / 2>(v);
+    return v[0];
+}
+
+template <int Step = W / 2>
 inline float sum_lanes(vf v) {
-    float sum = 0;
-    for (int i = 0; i < W; ++i) sum += v[i];
-    return sum;
+    v += swap_blocks<Step>(v, Lanes{});
+    if constexpr (Step > 1) return sum_lanes<Step / 2>(v);
+    return v[0];
 }
 
 // --- exponential -----------------------------------------------------------------------------------------------------
@@ -269,6 +293,15 @@ inline vf vexp(vf x) {
     y = y * (r * r) + (r + 1.0f);
     const vf power = bit_cast<vf>((bit_cast<vu>(shifted) + 127u) << 23);
     return x < -87.3f ? vf{} : y * power;
+}
+
+// The same for x <= 0, to about 1e-4 relative: enough for weights that are rounded to 8 bits.
+inline vf vexp_coarse(vf x) {
+    const vf shifted = vmax(x, splat(-87.0f)) * 1.44269504f + 12582912.0f;
+    const vf r = vmax(x, splat(-87.0f)) - (shifted - 12582912.0f) * 0.693147181f;
+    const vf y = ((r * 0.16566635f + 0.50496031f) * r + 1.00016416f) * r + 0.99992816f;
+    const vf power = bit_cast<vf>((bit_cast<vu>(shifted) + 127u) << 23);
+    return y * power;
 }
 
 inline float exp_one(float x) { return vexp(splat(x))[0]; }

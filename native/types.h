@@ -22,7 +22,7 @@ struct Step {
 };
 
 // How one head of one token becomes bytes: codes, and scales in an array of their own (kv/codecs/rows.py).
-enum class RowKind : int { plain = 0, int8 = 1, fp8 = 2, bfp = 3 };
+enum class RowKind : int { plain = 0, int8 = 1, fp8 = 2, bfp = 3, kivi = 4 };
 
 struct RowFormat {
     RowKind kind;
@@ -36,10 +36,33 @@ struct RowFormat {
     int64_t bytes(int64_t width) const { return code_bytes(width) + scale_bytes(width); }
 };
 
-// Strips of one layer at base + 64 * table[sequence][block]: arrays [Hkv, 64, bytes] of key codes, key scales, value codes
-// and value scales. Codes of plain strips are elements of `dtype`.
+// One head of a sealed strip (kv/codecs/kivi.py): codes of keys, scales and minima of each channel; codes of values,
+// scales and minima of each token. Scales and minima are float16; a scale is shared by `group` tokens or channels.
+struct SealedHead {
+    int64_t head_dim, v_head_dim, group;
+    int key_bits, value_bits;
+
+    static constexpr int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+    int64_t channels() const { return up(head_dim, 4); }
+    int64_t key_quads() const { return channels() / 4; }
+    int64_t key_quad_bytes() const { return 4 * kStripTokens * key_bits / 8; }
+    int64_t key_groups() const { return kStripTokens / group; }
+    int64_t value_quad_bytes() const { return 4 * up(v_head_dim, 32) * value_bits / 8; }
+    int64_t value_groups() const { return up(v_head_dim, group) / group; }
+    int64_t key_scales() const { return key_quads() * key_quad_bytes(); }
+    int64_t key_minima() const { return key_scales() + key_groups() * channels() * 2; }
+    int64_t values() const { return key_minima() + key_groups() * channels() * 2; }
+    int64_t value_scales() const { return values() + kStripTokens / 4 * value_quad_bytes(); }
+    int64_t value_minima() const { return value_scales() + value_groups() * kStripTokens * 2; }
+    int64_t bytes() const { return value_minima() + value_groups() * kStripTokens * 2; }
+};
+
+// Strips of one layer: block b of a sequence lies at base + 64 * table[sequence][b - first_blocks[sequence]]. Arrays
+// [Hkv, 64, bytes] of key codes, key scales, value codes and value scales; codes of plain strips are elements of `dtype`.
+// Sealed strips hold one head behind the other.
 struct Strips {
-    const uint32_t* table;  // [R, num_blocks]
+    const uint32_t* table;        // [R, num_blocks]
+    const int64_t* first_blocks;  // [R]; null: 0
     int64_t num_blocks;
     char* base;
     int64_t num_bytes;
@@ -48,11 +71,20 @@ struct Strips {
     RowFormat key, value;
 
     bool plain() const { return key.kind == RowKind::plain; }
+    bool sealed() const { return key.kind == RowKind::kivi; }
+    SealedHead head() const { return {head_dim, v_head_dim, key.block, key.bits, value.bits}; }
     int64_t slots() const { return int64_t{num_kv_heads} * kStripTokens; }
-    int64_t strip_bytes() const { return slots() * (key.bytes(head_dim) + value.bytes(v_head_dim)); }
-    char* strip(int64_t sequence, int64_t block) const {
-        return base + table[sequence * num_blocks + block] * kUnitBytes;
+    int64_t strip_bytes() const {
+        if (sealed()) return num_kv_heads * head().bytes();
+        return slots() * (key.bytes(head_dim) + value.bytes(v_head_dim));
     }
+    int64_t column(int64_t sequence, int64_t block) const {
+        return first_blocks == nullptr ? block : block - first_blocks[sequence];
+    }
+    int64_t start(int64_t sequence, int64_t block) const {
+        return table[sequence * num_blocks + column(sequence, block)] * kUnitBytes;
+    }
+    char* strip(int64_t sequence, int64_t block) const { return base + start(sequence, block); }
     char* keys(char* strip, int head) const { return strip + head * kStripTokens * key.code_bytes(head_dim); }
     char* key_scales(char* strip, int head) const {
         return strip + slots() * key.code_bytes(head_dim) + head * kStripTokens * key.scale_bytes(head_dim);

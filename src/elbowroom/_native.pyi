@@ -9,9 +9,11 @@ from typing import TypeAlias
 Step: TypeAlias = tuple[int, int, int, int]
 """Addresses of row_starts, positions, lengths, first_slots."""
 RowFormat: TypeAlias = tuple[int, int, int]
-"""How a head of a token becomes bytes: kind (0 plain, 1 int8, 2 fp8, 3 bfp), bits of a code, codes of a scale."""
-Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int, RowFormat, RowFormat]
-"""Address of the table, num_blocks, address of base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim."""
+"""How heads become bytes: kind (0 plain, 1 int8, 2 fp8, 3 bfp, 4 kivi), bits of a code, codes of a scale."""
+Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, RowFormat, RowFormat]
+"""Addresses of table and first blocks (0: none), num_blocks, base, num_bytes, dtype, num_kv_heads, both head widths."""
+Tail: TypeAlias = tuple[Strips, int, int, int]
+"""Strips that take new tokens; number of full ones, addresses of their places there and where they are sealed."""
 Spec: TypeAlias = tuple[int, int, float, float]
 """num_q_heads, window (0: none), scale, softcap (0: none)."""
 Rows: TypeAlias = tuple[int, int, int, int]
@@ -20,7 +22,7 @@ Matrix: TypeAlias = tuple[int, int, int, int, int, int]
 """Address, rows, columns, bytes of a row, dtype, address of the float32 bias (0: none)."""
 Vector: TypeAlias = tuple[int, int]
 """Address and length of a float32 vector; copied."""
-LayerStep: TypeAlias = tuple[int, Step, Strips, bool]
+LayerStep: TypeAlias = tuple[int, Step, Strips, Tail | None, bool]
 """num_sequences, the step, a layer's strips, whether the layer writes keys and values of its own."""
 
 def multiply(matrix: Matrix, x: int, num_tokens: int, y: int) -> None:
@@ -63,10 +65,12 @@ class Decoder:
     def logits(self, rows: int, count: int, out: int) -> None:
         """Write the float32 logits ``[count, vocabulary]`` of int64 rows of the pass; ValueError for one outside it."""
 
-def append(num_sequences: int, step: Step, strips: Strips, k: Rows, v: Rows) -> None:
-    """Write key and value rows to their strips; ValueError when a strip lies outside ``base``."""
+def append(num_sequences: int, step: Step, strips: Strips, tail: Tail | None, k: Rows, v: Rows) -> None:
+    """Write key and value rows to their strips and seal full ones; ValueError when a strip lies outside ``base``."""
 
-def attend(num_sequences: int, step: Step, strips: Strips, spec: Spec, q: Rows, out: Rows, lse: int) -> None:
+def attend(
+    num_sequences: int, step: Step, strips: Strips, tail: Tail | None, spec: Spec, q: Rows, out: Rows, lse: int
+) -> None:
     """Write attention to ``out`` and log-sum-exps to ``lse``; ValueError when a strip lies outside ``base``."""
 
 def sample(logits: int, row_stride: int, vocab_size: int, draws: bytes, positions: Sequence[int]) -> list[int]:

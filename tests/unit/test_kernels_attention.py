@@ -8,6 +8,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import PlanError
-from elbowroom.kernels import StripStep, append, attend, attention, backend_name
+from elbowroom.kernels import LayerStrips, StripStep, append, attend, attention, backend_name
 from elbowroom.kernels.base import UNIT_BYTES, AttentionKernels
 
 HAS_NATIVE = importlib.util.find_spec("elbowroom._native") is not None
@@ -90,10 +91,10 @@ class Cache:
     def append(self, backend: AttentionKernels, step: StripStep) -> None:
         """Append the tokens that the step's rows name."""
         k, v = (self.rows(step, cached) for cached in (self.k, self.v))
-        append(step, self.table, self.base, self.fmt, k, v, backend=backend)
+        append(LayerStrips(step, self.table, self.base, self.fmt), k, v, backend=backend)
 
     def attend(self, backend: AttentionKernels, step: StripStep, q: Tensor) -> tuple[Tensor, Tensor]:
-        return attend(step, self.table, self.base, self.fmt, self.spec, q, backend=backend)
+        return attend(LayerStrips(step, self.table, self.base, self.fmt), self.spec, q, backend=backend)
 
     def rows(self, step: StripStep, cached: list[Tensor]) -> Tensor:
         return torch.cat([cached[s][positions] for s, positions in enumerate(split(step))])
@@ -248,7 +249,7 @@ def test_conversions_round_as_torch_does(backend: AttentionKernels) -> None:
     step = StripStep.of_runs([(0, 1)])
     for dtype in ("bfloat16", "float16"):
         cache = Cache(make_spec(group=1, kv_heads=1, dim=128), dtype, [1])
-        append(step, cache.table, cache.base, cache.fmt, row, row, backend=backend)
+        append(LayerStrips(step, cache.table, cache.base, cache.fmt), row, row, backend=backend)
         start = int(cache.table[0, 0]) * UNIT_BYTES
         stored = cache.base[start : start + 256].view(getattr(torch, dtype))
 
@@ -261,9 +262,10 @@ def test_strided_inputs_and_a_given_output_are_used_in_place(backend: AttentionK
     step = StripStep.of_runs([(0, 70)])
     fused = torch.cat([cache.draw(70, 4, 16), cache.k[0], cache.v[0]], dim=1)
     q, k, v = fused.split([4, 2, 2], dim=1)
-    append(step, cache.table, cache.base, cache.fmt, k, v, backend=backend)
+    append(LayerStrips(step, cache.table, cache.base, cache.fmt), k, v, backend=backend)
     place = torch.zeros(70, 8, 16)
-    out, _ = attend(step, cache.table, cache.base, cache.fmt, spec, q, place[:, ::2], backend=backend)
+    strips = LayerStrips(step, cache.table, cache.base, cache.fmt)
+    out, _ = attend(strips, spec, q, place[:, ::2], backend=backend)
 
     assert out.data_ptr() == place.data_ptr()
     torch.testing.assert_close(place[:, ::2].double(), cache.dense(step, q)[0], atol=2e-5, rtol=2e-5)
@@ -342,8 +344,10 @@ def bad(**changes: object) -> dict[str, object]:
     ],
 )
 def test_wrong_arguments_are_refused_before_any_kernel(changes: dict[str, object], message: str) -> None:
+    arguments: dict[str, Any] = bad(**changes)
+    strips = LayerStrips(*[arguments.pop(name) for name in ("step", "table", "base", "fmt")])
     with pytest.raises(ValueError, match=message):
-        attend(**bad(**changes))  # type: ignore[arg-type]
+        attend(strips, **arguments)
 
 
 def test_a_strip_outside_the_range_is_refused(backend: AttentionKernels) -> None:

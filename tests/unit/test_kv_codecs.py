@@ -16,7 +16,7 @@ from torch import Tensor
 from elbowroom.core import LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kernels import attention, reference
-from elbowroom.kernels.base import StripStep
+from elbowroom.kernels.base import LayerStrips, StripStep
 from elbowroom.kv.codecs.bfp import BfpRows
 from elbowroom.kv.codecs.fp8 import Fp8Rows
 from elbowroom.kv.codecs.int8 import Int8Rows
@@ -135,9 +135,9 @@ class Strips:
         v = values(seed + 2, rows, spec.num_kv_heads, spec.v_head_dim) * scale
         out = []
         for base, backend in zip(self.bases, (None, reference.KERNELS), strict=True):
-            arguments = (step, self.table, base, self.fmt)
-            attention.append(*arguments, k, v, layout=self.codec, backend=backend)
-            made, _ = attention.attend(*arguments, spec, q, layout=self.codec, backend=backend)
+            strips = LayerStrips(step, self.table, base, self.fmt, self.codec)
+            attention.append(strips, k, v, backend=backend)
+            made, _ = attention.attend(strips, spec, q, backend=backend)
             out.append(made)
         return out
 
@@ -174,7 +174,7 @@ def test_native_code_encodes_the_edges_alike(plan: str) -> None:
     strips = Strips(plan, SPEC)
     step = StripStep.of_runs([(0, len(rows)), (0, 0)])
     for base, backend in zip(strips.bases, (None, reference.KERNELS), strict=True):
-        attention.append(step, strips.table, base, strips.fmt, x, x, layout=strips.codec, backend=backend)
+        attention.append(LayerStrips(step, strips.table, base, strips.fmt, strips.codec), x, x, backend=backend)
     decoded = [strips.codec.open(base[: strips.fmt.strip_bytes], strips.fmt) for base in strips.bases]
     for made, expected in zip(*decoded, strict=True):
         slots = slice(0, len(rows))

@@ -26,7 +26,7 @@ def make_format(strip_bytes: int) -> PageFormat:
 
 def make_pool(strip_bytes: int, layers: int, groups: int, limit: int | None = None) -> tuple[StripPool, Arena]:
     arena = Arena(HostTier(), Ledger(Budget({} if limit is None else {"host": limit})))
-    return StripPool(arena, "kv", make_format(strip_bytes), range(layers), groups * layers * strip_bytes), arena
+    return StripPool(arena, "kv", make_format(strip_bytes), layers, groups * layers * strip_bytes), arena
 
 
 def test_strips_of_a_group_lie_side_by_side():
@@ -146,7 +146,7 @@ def test_pool_on_a_static_tier_takes_from_what_it_reserved():
     """On device memory the whole range is charged, and taking strips moves bytes from free to the owner."""
     tier = DeviceTier("cpu")
     ledger = Ledger(Budget({"device": 2 * tier.page_bytes}))
-    pool = StripPool(Arena(tier, ledger), "kv", make_format(tier.page_bytes), [0], 2 * tier.page_bytes)
+    pool = StripPool(Arena(tier, ledger), "kv", make_format(tier.page_bytes), 1, 2 * tier.page_bytes)
     entries = pool.take(2)
     assert (ledger.held("kv", "device"), ledger.held("arena.free", "device")) == (2 * tier.page_bytes, 0)
     pool.release(entries)

@@ -95,7 +95,7 @@ def test_integrity_check_sees_damage(damage: str):
     if damage == "table":
         sequence.table[0, 1] = sequence.table[0, 0]
     elif damage == "refs":
-        next(iter(world.store._pools))._refs[0, 0] = 2
+        world.store._pools.pools[0]._refs[0, 0] = 2
     elif damage == "ledger":
         world.ledger.release("kv", "host", 4096)
     else:

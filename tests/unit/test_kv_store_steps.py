@@ -51,7 +51,7 @@ def test_short_dtypes_store_rounded_values(plan: str):
     k = torch.randn(10, 1, 8)
     world.store.attend(0, torch.randn(10, 2, 8), k, k, step, NOTHING)
     world.store.end_step(step)
-    pool = world.store._pools.of_layer(0)
+    pool = world.store._pools.main[0].pool
     stored = world.store._codec.open(pool.strip(int(world.store._sequences[handle.id].table[0, 0])), pool.fmt)[0]
     dtype = torch.bfloat16 if "bf16" in plan else torch.float16
     assert torch.equal(stored[0, :10], k[:, 0].to(dtype))

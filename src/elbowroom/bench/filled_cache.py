@@ -26,14 +26,14 @@ def fill_prefix(engine: Engine, tokens: Sequence[int], seed: int = 0) -> None:
     """Make ``tokens`` a cached prefix of ``engine``, with keys and values drawn from N(0, 1).
 
     Raises:
-        RequestError: the tokens are no whole blocks, or the engine's layers or codec are not plain.
+        RequestError: the tokens are no whole blocks, or the engine's layers have sliding windows.
         OutOfBudget: the KV cache cannot hold them.
     """
     plan = engine.parts.plan
     if len(tokens) % STRIP_TOKENS or not tokens:
         raise RequestError(f"{len(tokens)} tokens are no whole blocks", f"give a multiple of {STRIP_TOKENS}")
-    if plan.has_windows or plan.plan.codec.name != "plain":
-        raise RequestError("only plain caches without sliding windows can be filled", "use kv=plain")
+    if plan.has_windows:
+        raise RequestError("only caches without sliding windows can be filled", "use a model without them")
     engine.call(lambda: _adopt(engine, tokens, seed)).result()
 
 
@@ -62,12 +62,21 @@ def _noting(function: Callable[[], KVHandle], into: list[KVHandle]) -> Callable[
 def _import_random(
     store: KVStore, handle: KVHandle, plan: BoundPlan, fingerprint: bytes, num_tokens: int, seed: int
 ) -> None:
-    """Append ``num_tokens`` to a stored sequence, in spans; all spans hold the same numbers."""
-    dtype: torch.dtype = getattr(torch, plan.formats[0].dtype)
-    count = _SPAN_BLOCKS * plan.block_bytes // dtype.itemsize
+    """Append ``num_tokens`` to a stored sequence, in spans; the blocks of a layer all hold the same numbers."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.empty(count, dtype=dtype).normal_(generator=generator).view(torch.uint8).numpy()
+    layers = []
+    for spec, fmt in zip(plan.layers, plan.formats, strict=True):
+        if spec.kv_source is None:
+            k, v = (
+                torch.empty(fmt.num_kv_heads, STRIP_TOKENS, width).normal_(generator=generator)
+                for width in (fmt.head_dim, fmt.v_head_dim)
+            )
+            strip = torch.zeros(fmt.strip_bytes, dtype=torch.uint8)
+            plan.plan.codec.store(strip, fmt, torch.arange(STRIP_TOKENS), k, v)
+            layers.append(strip)
     for start in range(0, num_tokens, _SPAN_BLOCKS * STRIP_TOKENS):
         stop = min(start + _SPAN_BLOCKS * STRIP_TOKENS, num_tokens)
-        used = (stop - start) // STRIP_TOKENS * plan.block_bytes
-        store.import_span(handle, pack_span(fingerprint, start, stop, [values[:used]]))
+        blocks = (stop - start) // STRIP_TOKENS
+        store.import_span(
+            handle, pack_span(fingerprint, start, stop, [strip.repeat(blocks).numpy() for strip in layers])
+        )

@@ -6,6 +6,7 @@ The numbers come from the plan's curve, rounded up to whole pages, so that a sch
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,21 +32,31 @@ class KVPricing:
     """On top while a step appends a chunk."""
     can_share: bool
     """Whether prefixes are shared between sequences (not with sliding windows: a shared block could not expire)."""
+    rollback_grain: int = 1
+    """Tokens of whose multiples sequences can go back to any; 0: only to their beginning."""
 
     @classmethod
     def of(cls, plan: BoundPlan, max_tokens: int, step_tokens: int, page_bytes: int) -> KVPricing:
         """Return the prices of ``plan`` for sequences of up to ``max_tokens``."""
         blocks = np.arange(num_blocks(max_tokens) + 1, dtype=np.int64)
         curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens)
-        slack = _page_slack(plan, page_bytes)
-        prices = curve.resident_bytes + blocks * slack
-        step_slack = num_blocks(step_tokens) * slack if plan.has_windows else 0
+        slack, open_slack = _page_slack(plan, plan.formats, page_bytes), _page_slack(plan, plan.tails, page_bytes)
+        # While the last block is not full it lies open, and for the step that fills it both ways.
+        prices = curve.resident_bytes + blocks * slack + (blocks > 0) * (plan.tail_bytes + open_slack)
+        step_slack = num_blocks(step_tokens) * (slack * plan.has_windows + open_slack)
         return cls(
             by_blocks=tuple(prices.tolist()),
             block_bytes=plan.block_bytes + slack,
             transient_bytes=curve.transient_bytes + step_slack,
             can_share=not plan.has_windows,
+            rollback_grain=plan.rollback_grain,
         )
+
+    def resume_point(self, num_tokens: int, length: int) -> int:
+        """Return the most tokens, at most ``num_tokens``, to which a sequence of ``length`` can go back."""
+        if num_tokens == length:
+            return length
+        return num_tokens // self.rollback_grain * self.rollback_grain if self.rollback_grain else 0
 
     def price(self, blocks: int, shared_blocks: int = 0) -> int:
         """Return the private bytes of a sequence of ``blocks``, the first ``shared_blocks`` of them paid elsewhere."""
@@ -70,10 +81,10 @@ def _widened(plan: BoundPlan) -> BoundPlan:
     return replace(plan, layers=tuple(layers))
 
 
-def _page_slack(plan: BoundPlan, page_bytes: int) -> int:
+def _page_slack(plan: BoundPlan, formats: Sequence[PageFormat], page_bytes: int) -> int:
     """Return the bytes that one block may take beyond its strips because its ends share pages with others."""
     groups: dict[tuple[PageFormat, int | None], int] = {}
-    for layer, fmt in zip(plan.layers, plan.formats, strict=True):
+    for layer, fmt in zip(plan.layers, formats, strict=False):
         if layer.kv_source is None:
             groups[fmt, layer.window] = groups.get((fmt, layer.window), 0) + fmt.strip_bytes
     slack = 0

@@ -8,7 +8,7 @@ import torch
 
 from elbowroom.core import DTYPE_BYTES, LayerSpec
 from elbowroom.kernels import attention
-from elbowroom.kernels.base import StripStep
+from elbowroom.kernels.base import LayerStrips, StripStep
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.memory.malloc import limit_malloc_caching, trim_malloc
 from elbowroom.memory.meter import Meter
@@ -43,5 +43,6 @@ def _touch_kernels(dtype: str) -> None:
     step = StripStep.of_runs([(0, 8)])
     table = torch.zeros(1, 1, dtype=torch.int32).numpy().view("uint32")
     k = torch.ones(8, 1, 64, dtype=kind)
-    attention.append(step, table, base, fmt, k, k)
-    attention.attend(step, table, base, fmt, spec, torch.ones(8, 2, 64, dtype=kind))
+    strips = LayerStrips(step, table, base, fmt)
+    attention.append(strips, k, k)
+    attention.attend(strips, spec, torch.ones(8, 2, 64, dtype=kind))

@@ -175,8 +175,8 @@ class KVAccount:
     def num_kept(self, parked: Parked, seq: SeqState) -> int:
         """Return how many tokens of a parked session ``seq`` can go on from; one at least is left to compute."""
         keep = min(common_prefix(parked.tokens, seq.tokens), len(seq.tokens) - 1)
-        # A sliding window may have dropped what an earlier position needs.
-        return keep if keep == len(parked.tokens) or self.pricing.can_share else 0
+        # What an earlier position needs may have left a sliding window or been sealed.
+        return self.pricing.resume_point(keep, len(parked.tokens))
 
     def take_over_bytes(self, parked: Parked, seq: SeqState) -> int:
         """Return what ``take_over`` and growing to all tokens of ``seq`` would add to ``used_bytes``."""

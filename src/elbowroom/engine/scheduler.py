@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import KVPricing, num_blocks
-from elbowroom.engine.kv_account import KVAccount, common_prefix
+from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.types import (
     FinishReason,
@@ -317,8 +317,8 @@ class Scheduler:
 
     def _branch(self, seq: SeqState, parent: Parked) -> bool:
         account = self.account
-        keep = min(common_prefix(parent.tokens, seq.tokens), len(seq.tokens) - 1)
-        if keep < len(parent.tokens) and not self.pricing.can_share:
+        keep = account.num_kept(parent, seq)
+        if keep == 0:
             return False
         node, blocks = account.ancestor(parent.shared, keep), num_blocks(len(seq.tokens))
         if node is not None:
@@ -426,7 +426,7 @@ class Scheduler:
         state.updates.append(update)
         if reason is not None:
             if seq.num_computed >= len(known):  # a repeated step ran on behind the end
-                seq.num_computed = len(known) - 1
+                seq.num_computed = self.pricing.resume_point(len(known) - 1, seq.num_computed)
                 self.account.ops.append(KVOp("truncate", seq.slot, num_tokens=seq.num_computed))
             self._finish(seq, reason, report=False)
 

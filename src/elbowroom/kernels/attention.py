@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.core import LayerSpec, PageFormat
-from elbowroom.kernels.base import (
-    PLAIN,
-    AttentionKernels,
-    StripLayout,
-    StripStep,
-    StripTable,
-    check_rows,
-    check_strips,
-)
+from elbowroom.kernels.base import AttentionKernels, LayerStrips, StripStep, StripTable, check_rows, check_strips
 from elbowroom.registry import Registry
 
 __all__ = ["BACKENDS", "StripStep", "StripTable", "append", "attend", "backend_name"]
@@ -51,57 +43,42 @@ def _backend() -> AttentionKernels:
     return BACKENDS.get(backend_name())
 
 
-def append(
-    step: StripStep,
-    table: StripTable,
-    base: Tensor,
-    fmt: PageFormat,
-    k: Tensor,
-    v: Tensor,
-    *,
-    layout: StripLayout = PLAIN,
-    backend: AttentionKernels | None = None,
-) -> None:
-    """Write the keys and values of a step's rows into their strips.
+def append(strips: LayerStrips, k: Tensor, v: Tensor, *, backend: AttentionKernels | None = None) -> None:
+    """Write the keys and values of a step's rows into their strips, and seal the strips that the step fills.
 
     Args:
-        step: rows and sequences.
-        table: uint32 ``[R, blocks]``, offsets of the strips of this layer in 64-byte units.
-        base: uint8 ``[bytes]``, the range that holds the strips.
-        fmt: layout of a strip.
+        strips: the step and where its sequences lie in this layer.
         k: float ``[N, Hkv, Dk]``, any strides with the last one 1.
         v: float ``[N, Hkv, Dv]``, likewise.
-        layout: how tokens lie in strips of ``fmt``.
         backend: None means the one of ``backend_name()``.
 
     Raises:
-        ValueError: a shape, dtype or stride is wrong, or a strip lies outside ``base``.
+        ValueError: a shape, dtype or stride is wrong, or a strip lies outside its range.
     """
-    check_strips(step, table, base, fmt)
-    check_rows("k", k, (step.num_rows, fmt.num_kv_heads, fmt.head_dim))
-    check_rows("v", v, (step.num_rows, fmt.num_kv_heads, fmt.v_head_dim))
-    (backend or _backend()).append(step, table, base, fmt, layout, k, v)
+    check_strips(strips)
+    rows, fmt = strips.step.num_rows, strips.open_fmt
+    check_rows("k", k, (rows, fmt.num_kv_heads, fmt.head_dim))
+    check_rows("v", v, (rows, fmt.num_kv_heads, fmt.v_head_dim))
+    (backend or _backend()).append(strips, k, v)
 
 
 def attend(
-    step: StripStep,
-    table: StripTable,
-    base: Tensor,
-    fmt: PageFormat,
+    strips: LayerStrips,
     spec: LayerSpec,
     q: Tensor,
     out: Tensor | None = None,
     *,
-    layout: StripLayout = PLAIN,
     backend: AttentionKernels | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return causal attention of each row over the stored slots of its sequence; arithmetic is float32.
 
     The row at position p reads the slots s with ``max(first_slot, p - window + 1) <= s <= p`` and ``s < length``;
-    query head h reads KV head ``h // group_size``.
+    query head h reads KV head ``h // group_size``. With a tail, a row reads its own block there and earlier ones
+    sealed. The products with sealed codes are exact in integers and take queries and weights rounded to 8 bits for
+    each strip, whatever the step; reading back what was sealed in float32 is the other backend's way.
 
     Args:
-        step, table, base, fmt, layout: as in ``append``; the step's own tokens must have been appended.
+        strips: as in ``append``; the step's own tokens must have been appended.
         spec: heads, scale, window and softcap of the layer.
         q: float ``[N, Hq, Dk]``, any strides with the last one 1.
         out: ``[N, Hq, Dv]`` in the dtype of q, likewise; allocated when None.
@@ -111,18 +88,19 @@ def attend(
         ``out``, and the natural log of each softmax denominator, float32 ``[N, Hq]``.
 
     Raises:
-        ValueError: a shape, dtype or stride is wrong, or a strip lies outside ``base``.
+        ValueError: a shape, dtype or stride is wrong, or a strip lies outside its range.
     """
-    check_strips(step, table, base, fmt)
+    check_strips(strips)
+    rows, fmt = strips.step.num_rows, strips.open_fmt
     _check_spec(spec, fmt)
-    check_rows("q", q, (step.num_rows, spec.num_q_heads, fmt.head_dim))
+    check_rows("q", q, (rows, spec.num_q_heads, fmt.head_dim))
     if out is None:
-        out = torch.empty(step.num_rows, spec.num_q_heads, fmt.v_head_dim, dtype=q.dtype)
+        out = torch.empty(rows, spec.num_q_heads, fmt.v_head_dim, dtype=q.dtype)
     else:
-        check_rows("out", out, (step.num_rows, spec.num_q_heads, fmt.v_head_dim))
+        check_rows("out", out, (rows, spec.num_q_heads, fmt.v_head_dim))
         if out.dtype != q.dtype:
             raise ValueError(f"out must have the dtype of q, {q.dtype}, got {out.dtype}")
-    return out, (backend or _backend()).attend(step, table, base, fmt, layout, spec, q, out)
+    return out, (backend or _backend()).attend(strips, spec, q, out)
 
 
 def _check_spec(spec: LayerSpec, fmt: PageFormat) -> None:

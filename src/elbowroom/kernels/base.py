@@ -110,21 +110,14 @@ class StripStep:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class LayerStrips:
-    """Strips of one layer that take tokens one by one: all that native code needs to run the layer."""
-
-    step: StripStep
-    table: StripTable
-    base: Tensor
-    fmt: PageFormat
-
-
 class StripLayout(Protocol):
     """How tokens lie in the strips of a format: the readable path, and the oracle of backends that know the format."""
 
     def store(self, strip: Tensor, fmt: PageFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write ``k [Hkv, n, Dk]`` and ``v [Hkv, n, Dv]`` to ``slots``, int64 ``[n]``, of a strip (uint8)."""
+        """Write ``k [Hkv, n, Dk]`` and ``v [Hkv, n, Dv]`` to ``slots``, int64 ``[n]``, of a strip (uint8).
+
+        Strips that are sealed whole take all 64 slots in their order.
+        """
 
     def open(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
         """Return ``k [Hkv, 64, Dk]`` and ``v [Hkv, 64, Dv]`` of a strip; slots never written hold anything."""
@@ -149,33 +142,71 @@ class PlainLayout:
 PLAIN = PlainLayout()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tail:
+    """Plain strips of the tokens whose block is not full yet, beside strips that are sealed whole.
+
+    A row reads the block of its own position here, and earlier blocks sealed: what it reads depends on its position
+    alone. So a step that fills blocks finds those here too, as long as it runs.
+    """
+
+    table: StripTable
+    """uint32 ``[R, blocks]``: entry ``[r, b]`` is the place of block ``first_blocks[r] + b`` of sequence r."""
+    first_blocks: npt.NDArray[np.int64]
+    """int64 ``[R]``."""
+    base: Tensor
+    fmt: PageFormat
+    """A plain format."""
+    full: StripTable
+    """uint32 ``[S]``: places of strips that the step fills, here."""
+    sealed: StripTable
+    """uint32 ``[S]``: places of the same strips where they are sealed."""
+
+    @property
+    def seals(self) -> int:
+        """Strips to be sealed S."""
+        return int(self.full.size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStrips:
+    """Where the tokens of a step lie in one layer: all that a backend needs to append them and to attend."""
+
+    step: StripStep
+    table: StripTable
+    base: Tensor
+    fmt: PageFormat
+    layout: StripLayout = PLAIN
+    """How tokens lie in strips of ``fmt``."""
+    tail: Tail | None = None
+    """Strips are sealed whole, and this is where new tokens go; None: they are written one by one."""
+
+    @property
+    def open_fmt(self) -> PageFormat:
+        """Format of the strips that take new tokens."""
+        return self.fmt if self.tail is None else self.tail.fmt
+
+
 class AttentionKernels(Protocol):
-    """A backend; arguments were checked by ``kernels.attention``, so it only refuses strips outside ``base``."""
+    """A backend; arguments were checked by ``kernels.attention``, so it only refuses strips outside their range."""
 
-    def append(
-        self,
-        step: StripStep,
-        table: StripTable,
-        base: Tensor,
-        fmt: PageFormat,
-        layout: StripLayout,
-        k: Tensor,
-        v: Tensor,
-    ) -> None:
-        """Write rows ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]`` to their slots."""
+    def append(self, strips: LayerStrips, k: Tensor, v: Tensor) -> None:
+        """Write rows ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]`` to their slots, and seal the strips that are full."""
 
-    def attend(
-        self,
-        step: StripStep,
-        table: StripTable,
-        base: Tensor,
-        fmt: PageFormat,
-        layout: StripLayout,
-        spec: LayerSpec,
-        q: Tensor,
-        out: Tensor,
-    ) -> Tensor:
+    def attend(self, strips: LayerStrips, spec: LayerSpec, q: Tensor, out: Tensor) -> Tensor:
         """Write attention of ``q [N, Hq, Dk]`` to ``out [N, Hq, Dv]`` and return lse, float32 ``[N, Hq]``."""
+
+
+def strip_at(base: Tensor, fmt: PageFormat, unit: int) -> Tensor:
+    """Return the bytes of the strip at ``unit``.
+
+    Raises:
+        ValueError: it lies outside ``base``.
+    """
+    start = unit * UNIT_BYTES
+    if start + fmt.strip_bytes > base.numel():
+        raise ValueError(f"strip at byte {start} ends after the {base.numel()} bytes of its range")
+    return base[start : start + fmt.strip_bytes]
 
 
 def head_bytes(fmt: PageFormat) -> int:
@@ -189,18 +220,30 @@ def dtype_of(fmt: PageFormat) -> torch.dtype:
     return dtype
 
 
-def check_strips(step: StripStep, table: StripTable, base: Tensor, fmt: PageFormat) -> None:
-    """Refuse a table, range or format that does not fit the step.
+def check_strips(strips: LayerStrips) -> None:
+    """Refuse tables, ranges or formats that do not fit the step.
 
     Raises:
         ValueError: names the argument and what was expected.
     """
+    step, tail = strips.step, strips.tail
+    _check_table(strips.table, strips.base, strips.fmt, step)
+    if tail is None:
+        if step.max_length > strips.table.shape[1] * STRIP_TOKENS:
+            raise ValueError(f"a sequence is longer than the {strips.table.shape[1]} blocks of the table")
+        return
+    _check_table(tail.table, tail.base, tail.fmt, step)
+    if tail.fmt.codec != "plain" or tail.first_blocks.shape != (step.num_sequences,):
+        raise ValueError(f"a tail has plain strips and {step.num_sequences} first blocks, not {tail.fmt.codec}")
+    if tail.full.shape != tail.sealed.shape or tail.full.dtype != _UINT32 or tail.sealed.dtype != _UINT32:
+        raise ValueError("strips to be sealed need a place in the tail and a place where they are sealed, both uint32")
+
+
+def _check_table(table: StripTable, base: Tensor, fmt: PageFormat, step: StripStep) -> None:
     if table.dtype != _UINT32 or table.ndim != 2 or not table.flags.c_contiguous:
         raise ValueError(f"table must be a contiguous uint32 array [R, blocks], got {table.dtype} {table.shape}")
     if table.shape[0] != step.num_sequences:
         raise ValueError(f"table has {table.shape[0]} rows for {step.num_sequences} sequences")
-    if step.max_length > table.shape[1] * STRIP_TOKENS:
-        raise ValueError(f"a sequence is longer than the {table.shape[1]} blocks of the table")
     if base.dtype != torch.uint8 or base.dim() != 1 or not base.is_contiguous():
         raise ValueError(f"base must be a contiguous 1-D uint8 tensor, got {base.dtype} {tuple(base.shape)}")
     if fmt.num_slots != STRIP_TOKENS:

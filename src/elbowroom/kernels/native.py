@@ -2,58 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from elbowroom import _native
 from elbowroom.core import DTYPE_BYTES, LayerSpec, PageFormat
 from elbowroom.kernels import reference
-from elbowroom.kernels.base import StripLayout, StripStep, StripTable
+from elbowroom.kernels.base import LayerStrips, StripTable
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _TORCH_CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
-FORMATS = {"plain": 0, "int8": 1, "fp8": 2, "bfp": 3}
+FORMATS = {"plain": 0, "int8": 1, "fp8": 2, "bfp": 3, "kivi": 4}
 """Formats that are read and written here, with their numbers; of others the readable path takes care."""
 
 
 class NativeKernels:
     """Calls the C++ kernels, which release the GIL and use their own thread pool."""
 
-    def append(
-        self,
-        step: StripStep,
-        table: StripTable,
-        base: Tensor,
-        fmt: PageFormat,
-        layout: StripLayout,
-        k: Tensor,
-        v: Tensor,
-    ) -> None:
+    def append(self, strips: LayerStrips, k: Tensor, v: Tensor) -> None:
         """Write rows to their strips."""
-        if fmt.codec not in FORMATS:
-            reference.KERNELS.append(step, table, base, fmt, layout, k, v)
+        if strips.fmt.codec not in FORMATS:
+            reference.KERNELS.append(strips, k, v)
             return
-        _native.append(step.num_sequences, step.addresses, strips_tuple(table, base, fmt), _rows(k), _rows(v))
+        step = strips.step
+        _native.append(step.num_sequences, step.addresses, strips_tuple(strips), tail_tuple(strips), _rows(k), _rows(v))
 
-    def attend(
-        self,
-        step: StripStep,
-        table: StripTable,
-        base: Tensor,
-        fmt: PageFormat,
-        layout: StripLayout,
-        spec: LayerSpec,
-        q: Tensor,
-        out: Tensor,
-    ) -> Tensor:
+    def attend(self, strips: LayerStrips, spec: LayerSpec, q: Tensor, out: Tensor) -> Tensor:
         """Write attention to ``out`` and return lse, float32 ``[N, Hq]``."""
-        if fmt.codec not in FORMATS:
-            return reference.KERNELS.attend(step, table, base, fmt, layout, spec, q, out)
+        if strips.fmt.codec not in FORMATS:
+            return reference.KERNELS.attend(strips, spec, q, out)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
-        strips = strips_tuple(table, base, fmt)
-        _native.attend(
-            step.num_sequences, step.addresses, strips, spec_tuple(spec), _rows(q), _rows(out), lse.data_ptr()
-        )
+        count, addresses = strips.step.num_sequences, strips.step.addresses
+        where = strips_tuple(strips), tail_tuple(strips)
+        _native.attend(count, addresses, *where, spec_tuple(spec), _rows(q), _rows(out), lse.data_ptr())
         return lse
 
 
@@ -83,11 +67,25 @@ def spec_tuple(spec: LayerSpec) -> _native.Spec:
     return spec.num_q_heads, spec.window or 0, spec.scale, spec.softcap or 0.0
 
 
-def strips_tuple(table: StripTable, base: Tensor, fmt: PageFormat) -> _native.Strips:
+def strips_tuple(strips: LayerStrips) -> _native.Strips:
     """Return the place of a layer's strips as C++ takes it."""
+    return _strips(strips.table, 0, strips.base, strips.fmt)
+
+
+def tail_tuple(strips: LayerStrips) -> _native.Tail | None:
+    """Return the place of a layer's newest tokens as C++ takes it; None where strips are not sealed."""
+    tail = strips.tail
+    if tail is None:
+        return None
+    where = _strips(tail.table, _address(tail.first_blocks), tail.base, tail.fmt)
+    return where, tail.seals, _address(tail.full), _address(tail.sealed)
+
+
+def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat) -> _native.Strips:
     kind, plain_bits = FORMATS[fmt.codec], 8 * DTYPE_BYTES.get(fmt.dtype, 0)
     return (
-        table.__array_interface__["data"][0],
+        _address(table),
+        first_blocks,
         table.shape[1],
         base.data_ptr(),
         base.numel(),
@@ -98,6 +96,11 @@ def strips_tuple(table: StripTable, base: Tensor, fmt: PageFormat) -> _native.St
         (kind, fmt.key_bits or plain_bits, fmt.block),
         (kind, fmt.value_bits or plain_bits, fmt.block),
     )
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _rows(x: Tensor) -> _native.Rows:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
-from elbowroom.kernels.base import UNIT_BYTES, StripLayout, StripStep, StripTable
+from elbowroom.kernels.base import PLAIN, LayerStrips, StripLayout, StripStep, StripTable, Tail, strip_at
 
 TILE_STRIPS = 16
 TILE_ROWS = 64
@@ -23,17 +26,9 @@ TILE_ROWS = 64
 class ReferenceKernels:
     """Loops over sequences, blocks of rows and tiles of strips; the softmax is merged from tile to tile."""
 
-    def append(
-        self,
-        step: StripStep,
-        table: StripTable,
-        base: Tensor,
-        fmt: PageFormat,
-        layout: StripLayout,
-        k: Tensor,
-        v: Tensor,
-    ) -> None:
-        """Copy each run of rows that shares a strip into it."""
+    def append(self, strips: LayerStrips, k: Tensor, v: Tensor) -> None:
+        """Copy each run of rows that shares a strip into it; encode full strips where they are sealed."""
+        opened, step = _open_part(strips), strips.step
         positions = step.positions.tolist()
         for sequence, start, end in _row_blocks(step, TILE_ROWS):
             row = start
@@ -43,34 +38,77 @@ class ReferenceKernels:
                 while stop < end and positions[stop] // STRIP_TOKENS == block:
                     stop += 1
                 slots = step.positions[row:stop] % STRIP_TOKENS
-                strip = _strip(base, fmt, int(table[sequence, block]))
-                layout.store(strip, fmt, slots, k[row:stop].transpose(0, 1), v[row:stop].transpose(0, 1))
+                rows = (x[row:stop].transpose(0, 1) for x in (k, v))
+                opened.layout.store(opened.strip(sequence, block), opened.fmt, slots, *rows)
                 row = stop
+        if strips.tail is not None:
+            _seal(strips, strips.tail)
 
-    def attend(
-        self,
-        step: StripStep,
-        table: StripTable,
-        base: Tensor,
-        fmt: PageFormat,
-        layout: StripLayout,
-        spec: LayerSpec,
-        q: Tensor,
-        out: Tensor,
-    ) -> Tensor:
+    def attend(self, strips: LayerStrips, spec: LayerSpec, q: Tensor, out: Tensor) -> Tensor:
         """Write attention to ``out`` and return lse, float32 ``[N, Hq]``."""
-        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        lse, step, opened = torch.empty(q.shape[:2], dtype=torch.float32), strips.step, _open_part(strips)
+        sealed = None if strips.tail is None else _Part(strips.table, None, strips.base, strips.fmt, strips.layout)
         for sequence, start, end in _row_blocks(step, TILE_ROWS):
             low, high = _visible(step, sequence, start, end, spec.window)
-            merged = _Softmax(q[start:end], spec, fmt)
-            first, last = int(low.min()), int(high.max())
-            for block in range(first // STRIP_TOKENS, last // STRIP_TOKENS + 1, TILE_STRIPS):
-                slot = max(first, block * STRIP_TOKENS)
-                stop = min(last + 1, (block + TILE_STRIPS) * STRIP_TOKENS)
-                k, v = _tile(base, fmt, layout, table[sequence], slot, stop)
-                merged.add(k, v, torch.arange(slot, stop), low, high)
+            merged = _Softmax(q[start:end], spec, strips.open_fmt)
+            if sealed is not None:
+                own = step.positions[start:end] // STRIP_TOKENS * STRIP_TOKENS
+                _add_tiles(merged, sealed, sequence, low, torch.minimum(high, own - 1))
+                low = torch.maximum(low, own)
+            _add_tiles(merged, opened, sequence, low, high)
             merged.write(out[start:end], lse[start:end])
         return lse
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Strips of one format."""
+
+    table: StripTable
+    first_blocks: npt.NDArray[np.int64] | None
+    base: Tensor
+    fmt: PageFormat
+    layout: StripLayout
+
+    def strip(self, sequence: int, block: int) -> Tensor:
+        """Return the bytes of a block of a sequence."""
+        column = block - (0 if self.first_blocks is None else int(self.first_blocks[sequence]))
+        if not 0 <= column < self.table.shape[1]:
+            raise ValueError(f"block {block} is not in the table of its strips")
+        return strip_at(self.base, self.fmt, int(self.table[sequence, column]))
+
+    def tile(self, sequence: int, slot: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return K ``[Hkv, stop - slot, Dk]`` and V of the given slots in float32; other slots may hold garbage."""
+        first, last = slot // STRIP_TOKENS, (stop - 1) // STRIP_TOKENS
+        pairs = [self.layout.open(self.strip(sequence, block), self.fmt) for block in range(first, last + 1)]
+        inner = slice(slot - first * STRIP_TOKENS, stop - first * STRIP_TOKENS)
+        k, v = (torch.cat(parts, dim=1)[:, inner] for parts in zip(*pairs, strict=True))
+        return k.float(), v.float()
+
+
+def _open_part(strips: LayerStrips) -> _Part:
+    """Return the strips that take new tokens."""
+    tail = strips.tail
+    if tail is None:
+        return _Part(strips.table, None, strips.base, strips.fmt, strips.layout)
+    return _Part(tail.table, tail.first_blocks, tail.base, tail.fmt, PLAIN)
+
+
+def _seal(strips: LayerStrips, tail: Tail) -> None:
+    slots = torch.arange(STRIP_TOKENS)
+    for source, target in zip(tail.full.tolist(), tail.sealed.tolist(), strict=True):
+        k, v = PLAIN.open(strip_at(tail.base, tail.fmt, source), tail.fmt)
+        strips.layout.store(strip_at(strips.base, strips.fmt, target), strips.fmt, slots, k, v)
+
+
+def _add_tiles(merged: _Softmax, part: _Part, sequence: int, low: Tensor, high: Tensor) -> None:
+    """Merge all slots of a part that any row of a block reads; row b reads ``low[b] .. high[b]``."""
+    first, last = int(low.min()), int(high.max())
+    for block in range(first // STRIP_TOKENS, last // STRIP_TOKENS + 1, TILE_STRIPS):
+        slot = max(first, block * STRIP_TOKENS)
+        stop = min(last + 1, (block + TILE_STRIPS) * STRIP_TOKENS)
+        if slot < stop:
+            merged.add(*part.tile(sequence, slot, stop), torch.arange(slot, stop), low, high)
 
 
 class _Softmax:
@@ -122,25 +160,6 @@ def _visible(step: StripStep, sequence: int, start: int, end: int, window: int |
     high = step.positions[start:end].clamp(max=int(step.lengths[sequence]) - 1)
     low = torch.zeros_like(high) if window is None else step.positions[start:end] - window + 1
     return low.clamp(min=int(step.first_slots[sequence])), high
-
-
-def _strip(base: Tensor, fmt: PageFormat, unit: int) -> Tensor:
-    """Return the bytes of the strip at ``unit``."""
-    start = unit * UNIT_BYTES
-    if start + fmt.strip_bytes > base.numel():
-        raise ValueError(f"strip at byte {start} ends after the {base.numel()} bytes of its range")
-    return base[start : start + fmt.strip_bytes]
-
-
-def _tile(
-    base: Tensor, fmt: PageFormat, layout: StripLayout, units: StripTable, slot: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """Return K ``[Hkv, stop - slot, Dk]`` and V of the given slots in float32; other slots may hold garbage."""
-    first, last = slot // STRIP_TOKENS, (stop - 1) // STRIP_TOKENS
-    strips = [layout.open(_strip(base, fmt, int(unit)), fmt) for unit in units[first : last + 1]]
-    inner = slice(slot - first * STRIP_TOKENS, stop - first * STRIP_TOKENS)
-    k, v = (torch.cat(parts, dim=1)[:, inner] for parts in zip(*strips, strict=True))
-    return k.float(), v.float()
 
 
 KERNELS = ReferenceKernels()

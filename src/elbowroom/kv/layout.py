@@ -1,21 +1,47 @@
-"""PoolSet: the strip pools of a store, one for each kind of layer, and what is asked of all of them at once."""
+"""PoolSet: the strip pools of a store, by kinds of layers and strips, and what is asked of all of them at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Counts
+from dataclasses import dataclass
 
-from elbowroom.core import STRIP_TOKENS
+import numpy as np
+
+from elbowroom.core import STRIP_TOKENS, PageFormat
 from elbowroom.errors import BudgetError, OutOfBudget
 from elbowroom.kv.base import Shortfall
+from elbowroom.kv.holding import Holding
 from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.pool import StripPool
-from elbowroom.kv.sequence import Table, blocks_of
+from elbowroom.kv.sequence import Rows, Sequence, Table
 from elbowroom.memory.arena import Arena
 from elbowroom.units import format_bytes
 
+_TAIL_SHARE = 8
+"""On a tier where address space is not free, tails and staging get one part in so many."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lane:
+    """Rows of sequences' tables that hold the same blocks, in strips of one pool."""
+
+    pool: StripPool
+    rows: Rows
+    """For most lanes, layers."""
+    holding: Holding
+
+    @property
+    def first_row(self) -> int:
+        """Any of the rows."""
+        return int(self.rows[0])
+
 
 class PoolSet:
-    """Layers with the same format and the same sliding window share a pool: what expires together lies together.
+    """Layers with the same formats and the same sliding window share a pool: what expires together lies together.
+
+    Rows of a sequence's table are the layers; where strips are sealed, as many rows follow for the tails of the
+    layers, and one for each staging lane.
 
     Args:
         plan: layers and formats.
@@ -25,80 +51,123 @@ class PoolSet:
     """
 
     def __init__(self, plan: BoundPlan, arena: Arena, owner: str, capacity_bytes: int) -> None:
-        self._arena = arena
+        self._plan, self._arena, self._owner = plan, arena, owner
         self.capacity_bytes = capacity_bytes
         self.source_of = [index if each.kv_source is None else each.kv_source for index, each in enumerate(plan.layers)]
         """For each layer the one whose strips it reads."""
+        self.main: list[Lane] = []
+        """What layers read: all their blocks, or those that are sealed."""
+        self.tails: list[Lane] = []
+        """For each main lane, the tails of its layers; empty where tokens are written one by one."""
+        self.staging: list[Lane] = []
+        """For each main lane, the blocks that a long step begins and fills; in single strips of the tail's pool."""
+        for layers in self._members():
+            self._add(layers)
+        self._lanes = [*self.main, *self.tails, *self.staging]
+        self.pools = [lane.pool for lane in (*self.main, *self.tails)]
+        self.dropping = [lane for lane in self._lanes if lane.holding.drops]
+        self.num_rows = len(plan.layers) * (2 if plan.tails else 1) + len(self.staging)
+        """Rows of a sequence's table."""
+        number_of = {layer: number for number, lane in enumerate(self.main) for layer in lane.rows.tolist()}
+        self.number_of = [number_of[source] for source in self.source_of]
+        """For each layer the number of the main lane that holds what it reads."""
+
+    def _members(self) -> list[list[int]]:
+        """Return the layers with keys of their own, those that share a pool together."""
         members: dict[tuple[object, int | None], list[int]] = {}
         for index in sorted(set(self.source_of)):
-            members.setdefault((plan.formats[index], plan.layers[index].window), []).append(index)
-        self._pools: list[StripPool] = []
-        for (_, window), layers in members.items():
-            fmt = plan.formats[layers[0]]
-            # Address space is free on an elastic tier: every pool could hold the whole capacity, with slack for
-            # groups that live on with only some of their layers. On a static one each gets its share.
-            room = 2 * capacity_bytes
-            if not arena.tier.elastic:
-                room = capacity_bytes * fmt.strip_bytes * len(layers) // plan.block_bytes
-            self._pools.append(StripPool(arena, owner, fmt, layers, room, window))
-        self.windowed = [pool for pool in self._pools if pool.window is not None]
-        number_of = {layer: number for number, pool in enumerate(self._pools) for layer in pool.layers.tolist()}
-        self.number_of = [number_of[source] for source in self.source_of]
-        """For each layer the number of the pool that holds what it reads."""
+            members.setdefault((self._plan.formats[index], self._plan.layers[index].window), []).append(index)
+        return list(members.values())
 
-    def __iter__(self) -> Iterator[StripPool]:
-        """Iterate over the pools, in the order of their first layers."""
-        return iter(self._pools)
+    def _add(self, layers: list[int]) -> None:
+        plan, rows = self._plan, np.asarray(layers, dtype=np.int64)
+        fmt, window = plan.formats[layers[0]], plan.layers[layers[0]].window
+        share = fmt.strip_bytes * len(layers) / plan.block_bytes
+        if not plan.tails:
+            self.main.append(Lane(self._pool(fmt, layers, share), rows, Holding("all", window)))
+            return
+        sealed = self._pool(fmt, layers, share * (1 - 1 / _TAIL_SHARE))
+        tail = self._pool(plan.tails[layers[0]], layers, share / _TAIL_SHARE)
+        staged = np.asarray([2 * len(plan.layers) + len(self.staging)], dtype=np.int64)
+        self.main.append(Lane(sealed, rows, Holding("sealed", window)))
+        self.tails.append(Lane(tail, rows + len(plan.layers), Holding("tail")))
+        self.staging.append(Lane(tail, staged, Holding("staging")))
+
+    def _pool(self, fmt: PageFormat, layers: list[int], share: float) -> StripPool:
+        # Address space is free on an elastic tier: every pool could hold the whole capacity, with slack for groups
+        # that live on with only some of their layers. On a static one each gets its share.
+        room = 2 * self.capacity_bytes
+        if not self._arena.tier.elastic:
+            room = int(self.capacity_bytes * share)
+        return StripPool(self._arena, self._owner, fmt, len(layers), room)
+
+    def __iter__(self) -> Iterator[Lane]:
+        """Iterate over the lanes: main ones, tails, staging."""
+        return iter(self._lanes)
 
     def __len__(self) -> int:
-        """Return the number of pools."""
-        return len(self._pools)
+        """Return the number of lanes."""
+        return len(self._lanes)
 
-    def of_layer(self, layer: int) -> StripPool:
-        """Return the pool that holds what ``layer`` reads."""
-        return self._pools[self.number_of[layer]]
+    @property
+    def open(self) -> list[Lane]:
+        """Lanes of strips that take tokens one by one and keep them."""
+        return self.tails or self.main
 
     @property
     def live_bytes(self) -> int:
         """Bytes of pages that hold strips."""
-        return sum(pool.live_bytes for pool in self._pools)
+        return sum(pool.live_bytes for pool in self.pools)
 
     @property
     def free_bytes(self) -> int:
         """Bytes of pages that are resident and hold no strip."""
-        return sum(pool.free_bytes for pool in self._pools)
+        return sum(pool.free_bytes for pool in self.pools)
 
-    def shortfall(self, counts: Sequence[int]) -> Shortfall | None:
-        """Return why ``counts[i]`` groups of pool i cannot be had, or None."""
-        for pool, count in zip(self._pools, counts, strict=True):
-            if count > pool.num_free_groups:
-                return Shortfall(count * pool.group_bytes, pool.num_free_groups * pool.group_bytes)
+    def shortfall(self, counts: Counts[int]) -> Shortfall | None:
+        """Return why ``counts[i]`` blocks of lane i cannot be had, or None."""
+        asked = list(self._asked(counts))
+        for pool, groups, singles in asked:
+            needed = pool.groups_of(groups, singles)
+            if needed > pool.num_free_groups:
+                return Shortfall(needed * pool.group_bytes, pool.num_free_groups * pool.group_bytes)
         available = self._available()
         # A group begins and ends somewhere in a page. Mostly there is room for the worst case: no need to look closer.
         slack = 2 * self._arena.tier.page_bytes
-        worst = sum(count * (pool.group_bytes + slack) for pool, count in zip(self._pools, counts, strict=True))
+        worst = sum(
+            groups * (pool.group_bytes + slack) + singles * (pool.strip_bytes + slack)
+            for pool, groups, singles in asked
+        )
         if worst <= available:
             return None
-        cost = sum(pool.cost(count) for pool, count in zip(self._pools, counts, strict=True))
+        cost = sum(pool.cost(groups, singles) for pool, groups, singles in asked)
         return Shortfall(cost, max(available, 0)) if cost and cost > available else None
 
-    def take(self, counts: Sequence[int]) -> list[Table]:
-        """Take ``counts[i]`` groups of pool i, or nothing at all.
+    def _asked(self, counts: Counts[int]) -> Iterator[tuple[StripPool, int, int]]:
+        """Yield each pool with the groups and the single strips that ``counts`` ask of it."""
+        singles = [0] * len(self.main) + list(counts[len(self.pools) :])
+        for number, pool in enumerate(self.pools):
+            yield pool, counts[number], singles[number] if number < len(singles) else 0
+
+    def take(self, counts: Counts[int]) -> list[Table]:
+        """Take ``counts[i]`` blocks for lane i, or nothing at all.
 
         Raises:
             OutOfBudget: the pages do not fit.
         """
         taken: list[Table] = []
         try:
-            taken.extend(pool.take(count) for pool, count in zip(self._pools, counts, strict=True))
+            for lane, count in zip(self._lanes, counts, strict=True):
+                staged = lane.holding.part == "staging"
+                taken.append(lane.pool.take_singles(count) if staged else lane.pool.take(count))
         except BudgetError:
-            for pool, entries in zip(self._pools, taken, strict=False):
-                pool.release(entries)
+            for lane, entries in zip(self._lanes, taken, strict=False):
+                lane.pool.release(entries)
             raise
         return taken
 
-    def take_for(self, what: str, counts: Sequence[int]) -> list[Table]:
-        """Take groups for ``what``, or explain in its words why not.
+    def take_for(self, what: str, counts: Counts[int]) -> list[Table]:
+        """Take blocks for ``what``, or explain in its words why not.
 
         Raises:
             OutOfBudget: they do not fit; nothing changes then.
@@ -113,26 +182,47 @@ class PoolSet:
         return self.take(counts)
 
     def share(self, table: Table) -> None:
-        """Hold all strips of ``table [num_layers, blocks]`` once more."""
-        for pool in self._pools:
-            pool.share(table[pool.layers])
+        """Hold all strips of ``table [num_rows, blocks]`` once more."""
+        for lane in self._lanes:
+            lane.pool.share(table[lane.rows])
 
     def release(self, table: Table) -> int:
-        """Let go of all strips of ``table [num_layers, blocks]``; return the bytes of pages freed."""
-        return sum(pool.release(table[pool.layers]) for pool in self._pools)
+        """Let go of all strips of ``table [num_rows, blocks]``; return the bytes of pages freed."""
+        return sum(lane.pool.release(table[lane.rows]) for lane in self._lanes)
+
+    def cut(self, sequence: Sequence, num_tokens: int) -> int:
+        """Shorten a sequence to what is held of ``num_tokens`` between steps; return the bytes of pages freed."""
+        freed = 0
+        for lane in self._lanes:
+            first, end = lane.holding.rest(num_tokens)
+            freed += lane.pool.release(sequence.cut(lane.rows, end))
+            if lane.holding.part in ("tail", "staging") and first > sequence.expired_blocks[lane.first_row]:
+                freed += lane.pool.release(sequence.expire(lane.rows, first))
+        sequence.shorten(num_tokens)
+        sequence.room = self.room(sequence)
+        return freed
+
+    def room(self, sequence: Sequence) -> int:
+        """Return the position from which a sequence needs another strip."""
+        if not self.tails:
+            return sequence.num_blocks * STRIP_TOKENS
+        block = sequence.num_tokens // STRIP_TOKENS
+        if not sequence.holds(self.tails[0].first_row, block):
+            return sequence.num_tokens
+        return (block + 1) * STRIP_TOKENS - 1  # the last slot of a block seals it
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, StripPool, int, int]]:
-        """Return layer, pool, first and end block of what a sequence of ``stop`` tokens holds from ``start`` on."""
-        return [
-            (layer, pool, max(start // STRIP_TOKENS, pool.expired_blocks(stop)), blocks_of(stop))
-            for layer, source in enumerate(self.source_of)
-            if source == layer
-            for pool in [self.of_layer(layer)]
-        ]
+        """Return row, pool, first and end block of what a sequence of ``stop`` tokens holds from ``start`` on."""
+        found = []
+        for lane in self._lanes:
+            first, end = lane.holding.rest(stop)
+            first = max(first, start // STRIP_TOKENS)
+            found += [(row, lane.pool, first, end) for row in lane.rows.tolist() if first < end]
+        return sorted(found, key=lambda piece: piece[0])
 
     def close(self) -> None:
         """Give all ranges back."""
-        for pool in self._pools:
+        for pool in self.pools:
             pool.close()
 
     def _available(self) -> int:

@@ -7,9 +7,6 @@ allocates nothing).
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,43 +15,20 @@ from torch import Tensor
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
-from elbowroom.kernels.base import LayerStrips, StripStep
+from elbowroom.kernels.base import LayerStrips, Tail
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Shortfall, Want
-from elbowroom.kv.layout import PoolSet
-from elbowroom.kv.plan import ROLLBACK_TOKENS, BoundPlan
+from elbowroom.kv.codecs import token_codec
+from elbowroom.kv.holding import Blocks
+from elbowroom.kv.layout import Lane, PoolSet
+from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.pool import ABSENT, StripPool
-from elbowroom.kv.sequence import Sequence, Table, blocks_of
+from elbowroom.kv.prepare import Prepared, Preparer
+from elbowroom.kv.sequence import Sequence
 from elbowroom.kv.span import pack_span, unpack_span
 from elbowroom.kv.statistics import column_statistics
-from elbowroom.kv.tables import TableCache
 from elbowroom.memory.arena import Arena
 
 OWNER = "kv"
-
-Blocks = npt.NDArray[np.int64]
-_NO_BLOCKS: Blocks = np.empty(0, dtype=np.int64)
-
-
-@dataclass(slots=True)
-class _Prepared:
-    """What ``attend`` and ``end_step`` need, computed once in ``reserve``."""
-
-    rows: list[Sequence]
-    lengths: npt.NDArray[np.int64]
-    steps: list[StripStep]
-    """One for each pool."""
-    tables: Table
-    """``[num_layers, R, blocks]``."""
-
-
-@dataclass(slots=True)
-class _Need:
-    """Blocks one row of a step must get before it runs."""
-
-    sequence: Sequence
-    new_blocks: int
-    copies: Blocks
-    """Shared blocks that will be written."""
 
 
 class PagedStore:
@@ -72,8 +46,9 @@ class PagedStore:
         self.fingerprint = plan.fingerprint() + model_id
         self._arena = arena
         self._codec = plan.plan.codec
+        self._open_codec = token_codec(self._codec)
         self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
-        self._tables = TableCache(len(plan.layers))
+        self._preparer = Preparer(self._pools, len(plan.layers))
         self._sequences: dict[int, Sequence] = {}
         self._next_id = 0
 
@@ -81,7 +56,7 @@ class PagedStore:
 
     def open(self) -> KVHandle:
         """Return a new empty sequence."""
-        return self._adopt(Sequence(len(self.plan.layers)))
+        return self._adopt(Sequence(self._pools.num_rows))
 
     def fork(self, handle: KVHandle, num_tokens: int | None = None) -> KVHandle:
         """Return a sequence that shares the first ``num_tokens`` of ``handle``, copy-on-write.
@@ -92,7 +67,14 @@ class PagedStore:
         sequence = self._sequence(handle)
         count = sequence.num_tokens if num_tokens is None else num_tokens
         self._check_rollback(sequence, count)
-        twin = sequence.copy_prefix(count)
+        twin = sequence.prefix(count)
+        for lane in self._pools:
+            first, end = lane.holding.rest(count)
+            if lane.holding.part != "tail":
+                first = int(twin.expired_blocks[lane.first_row])
+            twin.expired_blocks[lane.rows] = first
+            twin.put(lane.rows, np.arange(first, end), sequence.table[lane.rows, first:end])
+        twin.room = self._pools.room(twin)
         self._pools.share(twin.table)
         return self._adopt(twin)
 
@@ -104,13 +86,13 @@ class PagedStore:
         """
         sequence = self._sequence(handle)
         self._check_rollback(sequence, num_tokens)
-        return self._pools.release(sequence.cut(num_tokens))
+        return self._pools.cut(sequence, num_tokens)
 
     def close(self, handle: KVHandle) -> int:
         """Forget the sequence and return the bytes freed."""
         sequence = self._sequence(handle)
         del self._sequences[handle.id]
-        self._tables.clear()
+        self._preparer.clear()
         return self._pools.release(sequence.table)
 
     def num_tokens(self, handle: KVHandle) -> int:
@@ -132,13 +114,25 @@ class PagedStore:
     def _check_rollback(self, sequence: Sequence, num_tokens: int) -> None:
         if not 0 <= num_tokens <= sequence.num_tokens:
             raise IntegrityError(f"a sequence of {sequence.num_tokens} tokens has no prefix of {num_tokens}")
-        for pool in self._pools.windowed:
-            lost = int(sequence.expired_blocks[pool.first_layer])
-            if lost > pool.expired_blocks(num_tokens):
+        for lane in self._pools.main:
+            lost = int(sequence.expired_blocks[lane.first_row])
+            if lost > lane.holding.expired(num_tokens):
                 raise IntegrityError(
                     f"cannot go back to token {num_tokens}: tokens before {lost * STRIP_TOKENS} left the sliding "
-                    f"window of {pool.window}",
+                    f"window of {lane.holding.window}",
                     "prefill the prefix again",
+                )
+        if num_tokens % STRIP_TOKENS:
+            self._check_open(sequence, num_tokens // STRIP_TOKENS, f"cannot go back to token {num_tokens}")
+
+    def _check_open(self, sequence: Sequence, block: int, refusal: str) -> None:
+        """Refuse what needs the tokens of ``block`` as they were before sealing, if those are gone."""
+        for lane in self._pools.tails:
+            if not sequence.holds(lane.first_row, block):
+                first = block * STRIP_TOKENS
+                raise IntegrityError(
+                    f"{refusal}: tokens {first} to {first + STRIP_TOKENS - 1} are sealed by codec {self._codec.name!r}",
+                    f"go back to token {first} and prefill from there",
                 )
 
     # A step
@@ -149,144 +143,76 @@ class PagedStore:
         Raises:
             IntegrityError: rows or positions are not what the sequences can take; nothing changes then.
         """
-        rows = [self._sequence(handle) for handle in step.handles]
-        _check_rows(step, rows)
-        lengths, needs = self._needs(step, rows)
-        steps = [self._strip_step(step, rows, lengths, pool) for pool in self._pools]
-        if needs:
-            num_blocks = sum(need.new_blocks + len(need.copies) for need in needs)
-            shortfall = self._pools.shortfall([num_blocks] * len(self._pools))
-            if shortfall is not None:
-                return shortfall
-            self._provide(needs, self._pools.take([num_blocks] * len(self._pools)))
-        step.prepared = _Prepared(rows, lengths, steps, self._tables.update(rows))
+        prepared = self._preparer.prepare(step, [self._sequence(handle) for handle in step.handles])
+        if isinstance(prepared, Shortfall):
+            return prepared
+        step.prepared = prepared
         return None
-
-    def _needs(self, step: KVStep, rows: Rows[Sequence]) -> tuple[npt.NDArray[np.int64], list[_Need]]:
-        """Check the positions; return each sequence's length after the step, and who needs blocks."""
-        starts, needs = step.row_starts, []
-        firsts, lasts = step.positions[starts[:-1]].tolist(), step.positions[starts[1:] - 1].tolist()
-        for row, (sequence, first, last) in enumerate(zip(rows, firsts, lasts, strict=True)):
-            # A decoding row appends one token, mostly to a block that it has alone.
-            if first != last or first != sequence.num_tokens or starts[row + 1] - starts[row] > 1:
-                _check_positions(sequence, step.positions[starts[row] : starts[row + 1]])
-            if last >= sequence.num_blocks * STRIP_TOKENS or first < sequence.shared_blocks * STRIP_TOKENS:
-                copies = _NO_BLOCKS
-                if first < sequence.shared_blocks * STRIP_TOKENS:
-                    copies = self._shared_blocks(sequence, step.positions[starts[row] : starts[row + 1]])
-                new_blocks = max(last // STRIP_TOKENS + 1 - sequence.num_blocks, 0)
-                if new_blocks > 0 or copies.size:
-                    needs.append(_Need(sequence, new_blocks, copies))
-        before = np.asarray([sequence.num_tokens for sequence in rows], dtype=np.int64)
-        return np.maximum(before, np.asarray(lasts, dtype=np.int64) + 1), needs
-
-    def _shared_blocks(self, sequence: Sequence, positions: Positions) -> Blocks:
-        """Return the blocks under ``positions`` that somebody else holds too."""
-        blocks = np.unique(positions // STRIP_TOKENS)
-        blocks = blocks[blocks < sequence.shared_blocks]
-        shared = [any(pool.is_shared(sequence.table[pool.layers, block]) for pool in self._pools) for block in blocks]
-        found: Blocks = blocks[np.asarray(shared, dtype=bool)]
-        return found
-
-    def _strip_step(
-        self, step: KVStep, rows: Rows[Sequence], lengths: npt.NDArray[np.int64], pool: StripPool
-    ) -> StripStep:
-        first_slots = np.zeros(len(rows), dtype=np.int64)
-        if pool.window is not None:
-            first_slots[:] = [sequence.expired_blocks[pool.first_layer] * STRIP_TOKENS for sequence in rows]
-        return StripStep(
-            row_starts=torch.from_numpy(step.row_starts),
-            positions=torch.from_numpy(step.positions),
-            lengths=torch.from_numpy(lengths),
-            first_slots=torch.from_numpy(first_slots),
-        )
-
-    def _provide(self, needs: Rows[_Need], taken: Rows[Table]) -> None:
-        """Hand the columns of ``taken`` to the sequences: first for their copies, then for their new blocks."""
-        offset = 0
-        for need in needs:
-            sequence, middle = need.sequence, offset + len(need.copies)
-            stop = middle + need.new_blocks
-            new = np.arange(sequence.num_blocks, sequence.num_blocks + need.new_blocks)
-            sequence.append(need.new_blocks)
-            for pool, entries in zip(self._pools, taken, strict=True):
-                self._replace(sequence, pool, need.copies, entries[:, offset:middle])
-                sequence.put(pool.layers, new, entries[:, middle:stop])
-            sequence.own(need.copies)
-            offset = stop
-
-    def _replace(self, sequence: Sequence, pool: StripPool, blocks: Blocks, entries: Table) -> None:
-        """Give ``sequence`` copies of its own, ``entries``, in place of the strips of ``blocks``."""
-        if blocks.size:
-            old = sequence.table[np.ix_(pool.layers, blocks)]
-            pool.copy(old, entries)
-            sequence.put(pool.layers, blocks, entries)
-            pool.release(old)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: KVStep, want: Want) -> AttnOut:
         """Append ``k, v`` of ``layer`` and return attention; needs a successful ``reserve(step)`` before."""
-        prepared = self._prepared(step)
-        spec, pool = self.plan.layers[layer], self._pools.of_layer(layer)
-        strip_step = prepared.steps[self._pools.number_of[layer]]
-        table = prepared.tables[self._pools.source_of[layer]]
+        spec, strips = self.plan.layers[layer], self.strips(layer, step)
         if spec.kv_source is None:
-            attention.append(strip_step, table, pool.base, pool.fmt, k, v, layout=self._codec)
-        out, lse = attention.attend(strip_step, table, pool.base, pool.fmt, spec, q, layout=self._codec)
-        result = AttnOut(out, lse)
+            attention.append(strips, k, v)
+        result = AttnOut(*attention.attend(strips, spec, q))
         if want.colsum or want.pmax:
-            column_statistics(result, want, q, spec, strip_step, self._open_row(pool, table))
+            column_statistics(result, want, q, spec, strips)
         return result
 
-    def strips(self, layer: int, step: KVStep) -> LayerStrips | None:
-        """Return where the layer's strips lie if tokens can be written to them one by one."""
-        if self._codec.coupling != "token":
-            return None
-        prepared, pool = self._prepared(step), self._pools.of_layer(layer)
-        table = prepared.tables[self._pools.source_of[layer]]
-        return LayerStrips(prepared.steps[self._pools.number_of[layer]], table, pool.base, pool.fmt)
-
-    def _open_row(self, pool: StripPool, table: Table) -> list[list[tuple[Tensor, Tensor] | None]]:
-        """Return, for each row of the step, its decoded strips (None where expired)."""
-        return [
-            [None if entry == ABSENT else self._codec.open(pool.strip(int(entry)), pool.fmt) for entry in row]
-            for row in table
-        ]
+    def strips(self, layer: int, step: KVStep) -> LayerStrips:
+        """Return where the layer's strips lie."""
+        prepared, number = self._prepared(step), self._pools.number_of[layer]
+        pool, source = self._pools.main[number].pool, self._pools.source_of[layer]
+        table, tails = prepared.tables[source], prepared.tails
+        if tails is None:
+            return LayerStrips(prepared.steps[number], table, pool.base, pool.fmt, self._codec)
+        open_pool = self._pools.tails[number].pool
+        tail = Tail(
+            table=tails.tables[source],
+            first_blocks=tails.first_blocks,
+            base=open_pool.base,
+            fmt=open_pool.fmt,
+            full=tails.full[source],
+            sealed=tails.sealed[source],
+        )
+        return LayerStrips(prepared.steps[number], table, pool.base, pool.fmt, self._codec, tail)
 
     def end_layer(self, layer: int, step: KVStep) -> None:
-        """Nothing to compact: a plain plan keeps every token."""
+        """Nothing to compact: these plans keep every token."""
 
     def end_step(self, step: KVStep) -> None:
-        """Make the new lengths final and free the strips that sliding windows left behind.
+        """Make the new lengths final and free what sliding windows left behind and what is sealed now.
 
-        The last ``ROLLBACK_TOKENS`` of the step can still be taken back (speculation), so they move no window yet.
+        The last ``ROLLBACK_TOKENS`` of the step can still be taken back (speculation): no block goes for them yet.
         """
         prepared = self._prepared(step)
         for sequence, length in zip(prepared.rows, prepared.lengths.tolist(), strict=True):
             sequence.step_start = sequence.num_tokens
             sequence.num_tokens = length
             sequence.writable = None
-        if self._pools.windowed:
+        for lane in self._pools.dropping:
             for sequence in prepared.rows:
-                self._expire(sequence, max(sequence.step_start, sequence.num_tokens - ROLLBACK_TOKENS))
+                self._expire(sequence, lane, lane.holding.keeps_from(sequence.step_start, sequence.num_tokens))
+        for sequence in prepared.rows:
+            sequence.room = self._pools.room(sequence)
         step.prepared = None
 
-    def _prepared(self, step: KVStep) -> _Prepared:
-        if not isinstance(step.prepared, _Prepared):
+    def _prepared(self, step: KVStep) -> Prepared:
+        if not isinstance(step.prepared, Prepared):
             raise IntegrityError("the step was not reserved")
         return step.prepared
 
-    def _expire(self, sequence: Sequence, num_tokens: int) -> None:
-        """Free what no token from position ``num_tokens`` on reads."""
-        for pool in self._pools.windowed:
-            blocks = pool.expired_blocks(num_tokens)
-            if blocks > sequence.expired_blocks[pool.first_layer]:
-                pool.release(sequence.expire(pool.layers, blocks))
+    def _expire(self, sequence: Sequence, lane: Lane, num_blocks: int) -> None:
+        """Free the blocks before ``num_blocks`` of a lane."""
+        if num_blocks > sequence.expired_blocks[lane.first_row]:
+            lane.pool.release(sequence.expire(lane.rows, num_blocks))
 
     def accept(self, handle: KVHandle, kept: Positions) -> None:
         """Keep only ``kept`` (ascending) of the last step's positions; they move to where the step began.
 
         Raises:
-            IntegrityError: ``kept`` is not ascending, or not of the last step; nothing changes then.
+            IntegrityError: ``kept`` is not ascending, not of the last step, or moves to tokens that are sealed (the
+                first of a step may be); nothing changes then.
             OutOfBudget: a block that was shared since must be copied and does not fit; nothing changes then.
         """
         sequence = self._sequence(handle)
@@ -298,17 +224,23 @@ class PagedStore:
         targets = np.arange(start, count)
         moved = targets != kept
         if moved.any():
-            self._unshare(sequence, self._shared_blocks(sequence, targets[moved]))
+            self._check_open(sequence, int(targets[moved][0]) // STRIP_TOKENS, "cannot move accepted tokens")
+            self._unshare(sequence, np.unique(targets[moved] // STRIP_TOKENS), count)
             self._move(sequence, kept[moved], targets[moved])
-        self._pools.release(sequence.cut(count))
+            self._seal(sequence, int(targets[moved][0]) // STRIP_TOKENS, count // STRIP_TOKENS)
+        self._pools.cut(sequence, count)
 
-    def _unshare(self, sequence: Sequence, blocks: Blocks) -> None:
-        """Copy shared ``blocks``, so that they can be written."""
-        held = [blocks[sequence.table[pool.first_layer, blocks] != ABSENT] for pool in self._pools]
-        taken = self._pools.take_for("a copy of shared tokens", [len(each) for each in held])
-        for pool, each, entries in zip(self._pools, held, taken, strict=True):
-            self._replace(sequence, pool, each, entries)
-        sequence.own(blocks)
+    def _unshare(self, sequence: Sequence, written: Blocks, num_tokens: int) -> None:
+        """Copy the shared ones among the blocks ``written``, so that they can be written."""
+        copies = []
+        for lane in self._pools:
+            blocks = written if lane.holding.part != "sealed" else written[written < num_tokens // STRIP_TOKENS]
+            absent = sequence.missing(lane.first_row, blocks)
+            copies.append(self._preparer.shared(sequence, lane, blocks[~np.isin(blocks, absent)]))
+        taken = self._pools.take_for("a copy of shared tokens", [blocks.size for blocks in copies])
+        for lane, blocks, entries in zip(self._pools, copies, taken, strict=True):
+            self._preparer.replace(sequence, lane, blocks, entries)
+        sequence.own(written)
 
     def _move(self, sequence: Sequence, sources: Positions, targets: Positions) -> None:
         """Copy tokens to lower slots, one run of equal (source block, target block) at a time."""
@@ -316,14 +248,26 @@ class PagedStore:
         for run in np.split(np.arange(pairs.size), np.flatnonzero(np.diff(pairs)) + 1):
             blocks = int(sources[run[0]]) // STRIP_TOKENS, int(targets[run[0]]) // STRIP_TOKENS
             read_slots, write_slots = sources[run] % STRIP_TOKENS, targets[run] % STRIP_TOKENS
-            for pool in self._pools:
-                for layer in pool.layers.tolist():
-                    source, target = (int(sequence.table[layer, block]) for block in blocks)
+            for lane in self._pools.open:
+                for row in lane.rows.tolist():
+                    source, target = (int(sequence.table[row, block]) for block in blocks)
                     if target == ABSENT:  # the window has passed: nobody will read it
                         continue
-                    read, write = (self._codec.fields(pool.strip(entry), pool.fmt) for entry in (source, target))
+                    read, write = (
+                        self._open_codec.fields(lane.pool.strip(entry), lane.pool.fmt) for entry in (source, target)
+                    )
                     for old, new in zip(read, write, strict=True):
                         new[:, write_slots] = old[:, read_slots]
+
+    def _seal(self, sequence: Sequence, first: int, end: int) -> None:
+        """Seal the blocks ``first .. end - 1`` again, from their tails."""
+        slots = torch.arange(STRIP_TOKENS)
+        for lane, tail in zip(self._pools.main, self._pools.tails, strict=False):
+            for row, open_row in zip(lane.rows.tolist(), tail.rows.tolist(), strict=True):
+                for block in range(first, end):
+                    source, target = int(sequence.table[open_row, block]), int(sequence.table[row, block])
+                    k, v = self._open_codec.open(tail.pool.strip(source), tail.pool.fmt)
+                    self._codec.store(lane.pool.strip(target), lane.pool.fmt, slots, k, v)
 
     def overwrite(self, handle: KVHandle, positions: Positions) -> None:
         """Allow the next step to write ``positions`` again.
@@ -339,6 +283,8 @@ class PagedStore:
             )
         if wanted.size:
             self._check_rollback(sequence, int(wanted[0]))
+            for block in np.unique(wanted // STRIP_TOKENS).tolist():
+                self._check_open(sequence, block, f"cannot write block {block} again")
         sequence.writable = wanted
 
     # Moving
@@ -359,9 +305,9 @@ class PagedStore:
             )
         self._check_rollback(sequence, stop)
         strips: list[npt.NDArray[np.uint8]] = []
-        for layer, pool, first, end in self._pools.pieces(start, stop):
-            held = [pool.strip(entry) for entry in sequence.table[layer, first:end].tolist()]
-            if stop % STRIP_TOKENS and held:
+        for row, pool, first, end in self._pools.pieces(start, stop):
+            held = [pool.strip(entry) for entry in sequence.table[row, first:end].tolist()]
+            if stop < end * STRIP_TOKENS:
                 held[-1] = self._blanked(held[-1], pool, stop % STRIP_TOKENS)
             strips.extend(strip.numpy() for strip in held)
         return pack_span(self.fingerprint, start, stop, strips)
@@ -369,7 +315,7 @@ class PagedStore:
     def _blanked(self, strip: Tensor, pool: StripPool, used: int) -> Tensor:
         """Return a copy without the slots from ``used`` on: they may hold what another sequence left there."""
         copy = strip.clone()
-        for part in self._codec.fields(copy, pool.fmt):
+        for part in self._open_codec.fields(copy, pool.fmt):
             part[:, used:] = 0
         return copy
 
@@ -389,8 +335,8 @@ class PagedStore:
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {stop - start} tokens")
         self._extend(sequence, start, stop)
         offset = 0
-        for layer, pool, first, end in pieces:
-            for entry in sequence.table[layer, first:end].tolist():
+        for row, pool, first, end in pieces:
+            for entry in sequence.table[row, first:end].tolist():
                 chunk = np.frombuffer(payload, dtype=np.uint8, count=pool.strip_bytes, offset=offset)
                 pool.strip(entry).numpy()[:] = chunk
                 offset += pool.strip_bytes
@@ -398,15 +344,18 @@ class PagedStore:
 
     def _extend(self, sequence: Sequence, start: int, stop: int) -> None:
         """Lengthen ``sequence`` from ``start`` to ``stop``, with the strips that it would hold then."""
-        self._pools.release(sequence.cut(start))  # blocks of a step that was reserved and never run
-        end = blocks_of(stop)
-        counts = [end - max(start // STRIP_TOKENS, pool.expired_blocks(stop)) for pool in self._pools]
-        taken = self._pools.take_for(f"a span of {stop - start} tokens", counts)
-        sequence.append(end - sequence.num_blocks)
-        for pool, count, entries in zip(self._pools, counts, taken, strict=True):
-            sequence.put(pool.layers, np.arange(end - count, end), entries)
+        self._pools.cut(sequence, start)  # blocks of a step that was reserved and never run
+        ranges = []
+        for lane in self._pools:
+            first, end = lane.holding.rest(stop)
+            ranges.append(np.arange(max(start // STRIP_TOKENS, first), end))
+        taken = self._pools.take_for(f"a span of {stop - start} tokens", [blocks.size for blocks in ranges])
+        for lane, blocks, entries in zip(self._pools, ranges, taken, strict=True):
+            sequence.put(lane.rows, blocks, entries)
         sequence.num_tokens = sequence.step_start = stop
-        self._expire(sequence, stop)
+        for lane in self._pools.dropping:
+            self._expire(sequence, lane, lane.holding.rest(stop)[0])
+        sequence.room = self._pools.room(sequence)
 
     # Bytes
 
@@ -429,52 +378,32 @@ class PagedStore:
             capacity_bytes=self._pools.capacity_bytes,
             num_sequences=len(self._sequences),
             num_tokens=tokens,
-            num_strips=sum(pool.num_strips for pool in self._pools),
-            num_shared_strips=sum(pool.num_shared_strips for pool in self._pools),
+            num_strips=sum(pool.num_strips for pool in self._pools.pools),
+            num_shared_strips=sum(pool.num_shared_strips for pool in self._pools.pools),
             bf16_bytes=tokens * width * 2,
         )
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless reference counts, free stacks and pages agree with the tables."""
-        for pool in self._pools:
-            entries = [sequence.table[pool.layers].reshape(-1) for sequence in self._sequences.values()]
+        for pool in self._pools.pools:
+            rows = np.concatenate([lane.rows for lane in self._pools if lane.pool is pool])
+            entries = [sequence.table[rows].reshape(-1) for sequence in self._sequences.values()]
             pool.check(np.concatenate([np.empty(0, dtype=np.uint32), *entries]))
-            for sequence in self._sequences.values():
-                absent = sequence.table[pool.layers] == ABSENT
-                expired = np.arange(sequence.num_blocks) < sequence.expired_blocks[pool.layers][:, None]
-                if not np.array_equal(absent, expired) or sequence.num_blocks < blocks_of(sequence.num_tokens):
-                    raise IntegrityError("a table lacks strips that did not expire")
+        for sequence in self._sequences.values():
+            for lane in self._pools:
+                self._check_table(sequence, lane)
         if self._arena.ledger.held(OWNER, self._arena.tier.name) < self._pools.live_bytes:
             raise IntegrityError("the ledger charges fewer bytes than the pages that hold strips")
+
+    def _check_table(self, sequence: Sequence, lane: Lane) -> None:
+        """A lane holds what it should between steps; blocks of a step that never ran may lie behind that."""
+        held, end = sequence.table[lane.rows] != ABSENT, lane.holding.rest(sequence.num_tokens)[1]
+        gone = int(sequence.expired_blocks[lane.first_row])
+        if held.shape[1] < end or not held[:, gone:end].all() or held[:, :gone].any():
+            raise IntegrityError("a table lacks strips that did not expire, or holds some that did")
 
     def close_all(self) -> None:
         """Close every sequence and give all pages back."""
         for handle_id in list(self._sequences):
             self.close(KVHandle(handle_id))
         self._pools.close()
-
-
-def _check_rows(step: KVStep, rows: Rows[Sequence]) -> None:
-    """Every row of a step has a sequence of its own, and tokens."""
-    if len(set(rows)) != len(rows):
-        raise IntegrityError("a sequence occurs in two rows of a step", "put its tokens into one row")
-    starts, num_tokens = step.row_starts, step.positions.size
-    rising = starts.size == len(rows) + 1 and bool((starts[1:] > starts[:-1]).all())
-    if not rising or starts[0] != 0 or starts[-1] != num_tokens:
-        raise IntegrityError(f"row_starts {starts.tolist()} do not divide {num_tokens} tokens into {len(rows)} rows")
-
-
-def _check_positions(sequence: Sequence, positions: Positions) -> None:
-    """Positions must rise and append without a hole; going back needs ``overwrite``."""
-    stored = positions[positions < sequence.num_tokens]
-    new = positions[stored.size :]
-    if (np.diff(positions) < 1).any() or (new != np.arange(new.size) + sequence.num_tokens).any():
-        raise IntegrityError(
-            f"a step writes positions {positions[0]}..{positions[-1]}, not in order or with a hole behind the "
-            f"{sequence.num_tokens} tokens of its sequence"
-        )
-    if stored.size and (sequence.writable is None or not np.isin(stored, sequence.writable).all()):
-        raise IntegrityError(
-            f"a step writes position {stored[0]} again, of a sequence of {sequence.num_tokens} tokens",
-            "announce all positions that it writes again by overwrite()",
-        )

@@ -18,9 +18,8 @@ import numpy.typing as npt
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import ConfigError, PlanError
 from elbowroom.kv.codecs import CODECS, Codec
-
-ROLLBACK_TOKENS = 64
-"""Tokens at the end of the last step that can be taken back: sliding windows do not move on for them."""
+from elbowroom.kv.codecs.plain import PlainCodec
+from elbowroom.kv.holding import ROLLBACK_TOKENS
 
 _PART = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
 _HINT = 'a plan is parts joined by "|", e.g. "plain" or "plain(bf16)"'
@@ -79,7 +78,8 @@ class KVPlan:
         """
         for index in range(len(layers)):
             _check_source(layers, index)
-        return BoundPlan(self, tuple(layers), tuple(self.codec.page_format(layer, dtype) for layer in layers))
+        tails = tuple(PlainCodec().page_format(layer, dtype) for layer in layers) if self.codec.seals else ()
+        return BoundPlan(self, tuple(layers), tuple(self.codec.page_format(layer, dtype) for layer in layers), tails)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,8 @@ class BoundPlan:
     plan: KVPlan
     layers: tuple[LayerSpec, ...]
     formats: tuple[PageFormat, ...]
+    tails: tuple[PageFormat, ...] = ()
+    """Formats of the strip that is not full yet, where full ones are sealed; else empty."""
 
     @property
     def block_bytes(self) -> int:
@@ -96,9 +98,21 @@ class BoundPlan:
         return sum(fmt.strip_bytes for layer, fmt in zip(self.layers, self.formats, strict=True) if _owns(layer))
 
     @property
+    def tail_bytes(self) -> int:
+        """Bytes of the one strip a layer of each sequence that is not sealed; 0 where tokens are written one by one."""
+        return sum(fmt.strip_bytes for layer, fmt in zip(self.layers, self.tails, strict=False) if _owns(layer))
+
+    @property
     def has_windows(self) -> bool:
         """Whether some layer forgets tokens behind a sliding window."""
         return any(layer.window is not None for layer in self.layers)
+
+    @property
+    def rollback_grain(self) -> int:
+        """A sequence can always go back to multiples of so many tokens; 0: only to its beginning."""
+        if self.has_windows:
+            return 0
+        return STRIP_TOKENS if self.tails else 1
 
     def curve(self, prompt_tokens: int, total_tokens: npt.NDArray[np.int64], step_tokens: int = 1) -> KVCurve:
         """Return the bytes of a sequence at each of ``total_tokens``.
@@ -108,9 +122,10 @@ class BoundPlan:
             total_tokens: int64 ``[n]``, prompt and generated tokens.
             step_tokens: most tokens that one step appends.
         """
-        blocks = -(-np.asarray(total_tokens, dtype=np.int64) // STRIP_TOKENS)
-        resident = np.zeros_like(blocks)
-        transient = 0
+        totals = np.asarray(total_tokens, dtype=np.int64)
+        blocks = totals // STRIP_TOKENS if self.tails else -(-totals // STRIP_TOKENS)
+        resident = (totals % STRIP_TOKENS > 0) * self.tail_bytes
+        transient = self._staging_bytes(step_tokens)
         for layer, fmt in zip(self.layers, self.formats, strict=True):
             if not _owns(layer):
                 continue
@@ -123,10 +138,18 @@ class BoundPlan:
             resident = resident + kept * fmt.strip_bytes
         return KVCurve(resident, transient)
 
+    def _staging_bytes(self, step_tokens: int) -> int:
+        """Return what a step holds on top to seal: blocks that it fills, of one layer a pool, and two tails at once."""
+        staged = {
+            (fmt, layer.window, tail) for layer, fmt, tail in zip(self.layers, self.formats, self.tails, strict=False)
+        }
+        passing = step_tokens // STRIP_TOKENS if step_tokens > ROLLBACK_TOKENS else 0
+        return passing * sum(tail.strip_bytes for *_, tail in staged) + self.tail_bytes
+
     def fingerprint(self) -> bytes:
         """Return 16 bytes that differ whenever stored strips would not be interchangeable."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"v1|{self.plan.text}|{self.formats}|{self.layers}".encode())
+        digest.update(f"v1|{self.plan.text}|{self.formats}|{self.tails}|{self.layers}".encode())
         return digest.digest()
 
 

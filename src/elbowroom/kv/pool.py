@@ -6,13 +6,11 @@ long run. Groups are handed out from a stack: recently freed ones first, because
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from elbowroom.core import STRIP_TOKENS, PageFormat
+from elbowroom.core import PageFormat
 from elbowroom.errors import IntegrityError
 from elbowroom.memory.arena import Arena
 
@@ -25,15 +23,14 @@ Entries = npt.NDArray[np.uint32]
 
 
 class StripPool:
-    """Strips of the layers ``layers``, which share one format and one window.
+    """Strips of one format, in groups of those that are taken and freed together.
 
     Args:
         arena: where pages come from.
         owner: ledger account.
         fmt: layout of a strip.
-        layers: layer indices that the pool serves, in group order.
+        num_layers: strips of a group.
         virtual_bytes: address space; pages are taken only for strips in use.
-        window: sliding window of those layers in tokens; None means that nothing expires.
     """
 
     def __init__(
@@ -41,19 +38,16 @@ class StripPool:
         arena: Arena,
         owner: str,
         fmt: PageFormat,
-        layers: Sequence[int],
+        num_layers: int,
         virtual_bytes: int,
-        window: int | None = None,
     ) -> None:
         self.fmt = fmt
-        self.window = window
-        self.layers = np.asarray(layers, dtype=np.int64)
-        self.first_layer = int(layers[0])
+        self.num_layers = num_layers
         self.strip_bytes = fmt.strip_bytes
-        self.group_bytes = fmt.strip_bytes * len(layers)
+        self.group_bytes = fmt.strip_bytes * num_layers
         self.num_groups = max(1, min(virtual_bytes, int(ABSENT) * UNIT_BYTES) // self.group_bytes)
         self._range = arena.reserve(self.num_groups * self.group_bytes, owner)
-        self._refs = np.zeros((self.num_groups, len(layers)), dtype=np.int32)
+        self._refs = np.zeros((self.num_groups, num_layers), dtype=np.int32)
         self._freed: list[int] = []
         """Groups that were used and are empty again, the latest last."""
         self._fresh = 0
@@ -89,15 +83,17 @@ class StripPool:
         """Groups that address space is left for."""
         return self.num_groups - self._fresh + len(self._freed)
 
-    def expired_blocks(self, num_tokens: int) -> int:
-        """Return the leading blocks that no query from position ``num_tokens`` on reads."""
-        return 0 if self.window is None else max(num_tokens - self.window + 1, 0) // STRIP_TOKENS
+    def groups_of(self, num_groups: int, num_singles: int = 0) -> int:
+        """Return the groups that so many whole ones and so many single strips take."""
+        return num_groups - (-num_singles // self.num_layers)
 
-    def cost(self, num_groups: int) -> int:
-        """Return the bytes by which taking ``num_groups`` would raise ``live_bytes``."""
-        if num_groups == 0:
+    def cost(self, num_groups: int, num_singles: int = 0) -> int:
+        """Return the bytes by which taking ``num_groups``, then ``num_singles`` strips, would raise ``live_bytes``."""
+        groups = self._peek(self.groups_of(num_groups, num_singles))
+        if groups.size == 0:
             return 0
-        return self._range.cost(self._strip_starts(self._peek(num_groups)), self.strip_bytes)
+        strips = self._members(groups).reshape(-1)[: num_groups * self.num_layers + num_singles]
+        return self._range.cost(strips * self.strip_bytes, self.strip_bytes)
 
     def take(self, num_groups: int) -> Entries:
         """Return table columns ``[num_layers, num_groups]`` of new strips, each held once.
@@ -105,15 +101,26 @@ class StripPool:
         Raises:
             OutOfBudget: the pages do not fit; nothing is taken.
         """
+        return self._take(num_groups, num_groups * self.num_layers).reshape(num_groups, self.num_layers).T
+
+    def take_singles(self, num_strips: int) -> Entries:
+        """Return table columns ``[1, num_strips]`` of new strips that have nothing to do with each other.
+
+        Raises:
+            OutOfBudget: the pages do not fit; nothing is taken.
+        """
+        return self._take(self.groups_of(0, num_strips), num_strips)[None]
+
+    def _take(self, num_groups: int, num_strips: int) -> Entries:
+        """Return the places of the first ``num_strips`` of new groups."""
         if num_groups == 0:
-            return np.empty((len(self.layers), 0), dtype=np.uint32)
-        groups = self._peek(num_groups)
-        self._range.commit(self._strip_starts(groups), self.strip_bytes)
+            return np.empty(0, dtype=np.uint32)
+        strips = self._members(self._peek(num_groups)).reshape(-1)[:num_strips]
+        self._range.commit(strips * self.strip_bytes, self.strip_bytes)
         reused = min(num_groups, len(self._freed))
         del self._freed[len(self._freed) - reused :]
         self._fresh += num_groups - reused
-        self._refs[groups] = 1
-        strips = groups[None, :] * len(self.layers) + np.arange(len(self.layers))[:, None]
+        self._refs.reshape(-1)[strips] = 1
         return (strips * (self.strip_bytes // UNIT_BYTES)).astype(np.uint32)
 
     def share(self, entries: Entries) -> None:
@@ -137,7 +144,7 @@ class StripPool:
         dead = strips[refs[strips] == 0]
         if dead.size == 0:
             return 0
-        groups = np.unique(dead // len(self.layers))
+        groups = np.unique(dead // self.num_layers)
         empty = groups[~self._refs[groups].any(axis=1)]
         self._freed.extend(empty[::-1].tolist())
         return self._range.decommit(dead * self.strip_bytes, self.strip_bytes)
@@ -177,10 +184,10 @@ class StripPool:
         fresh = range(self._fresh, self._fresh + num_groups - reused)
         return np.asarray([*self._freed[len(self._freed) - reused :][::-1], *fresh], dtype=np.int64)
 
-    def _strip_starts(self, groups: Groups) -> Groups:
-        first = groups[:, None] * self.group_bytes
-        starts: Groups = (first + np.arange(len(self.layers))[None, :] * self.strip_bytes).reshape(-1)
-        return starts
+    def _members(self, groups: Groups) -> Groups:
+        """Return the numbers of strips ``[groups, num_layers]``."""
+        members: Groups = groups[:, None] * self.num_layers + np.arange(self.num_layers)[None, :]
+        return members
 
     def _strips(self, entries: Entries) -> Groups:
         held = entries.reshape(-1)

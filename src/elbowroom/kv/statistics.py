@@ -6,21 +6,17 @@ A second, plain pass over the scores with the log-sum-exp already known; only ru
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec
-from elbowroom.kernels.base import StripStep
+from elbowroom.kernels.base import PLAIN, LayerStrips, strip_at
 from elbowroom.kv.base import AttnOut, Want
 
-OpenStrips = Sequence[Sequence[tuple[Tensor, Tensor] | None]]
 
-
-def column_statistics(
-    result: AttnOut, want: Want, q: Tensor, layer: LayerSpec, step: StripStep, strips: OpenStrips
-) -> None:
+def column_statistics(result: AttnOut, want: Want, q: Tensor, layer: LayerSpec, strips: LayerStrips) -> None:
     """Fill ``result.colsum`` and ``result.pmax`` as ``want`` asks.
 
     Args:
@@ -28,26 +24,39 @@ def column_statistics(
         want: which statistics.
         q: ``[N, Hq, D]``.
         layer: the layer's shape.
-        step: rows and positions.
-        strips: for each row, the decoded keys and values of its strips, None where expired.
+        strips: what was attended to.
     """
     colsum: list[Tensor] = []
     pmax = torch.zeros(q.shape[0], layer.num_q_heads)
-    positions = step.positions
-    for row, opened in enumerate(strips):
+    step = strips.step
+    for row in range(step.num_sequences):
         begin, end = int(step.row_starts[row]), int(step.row_starts[row + 1])
         sums = torch.zeros(layer.num_kv_heads, int(step.lengths[row]))
-        for block, pair in enumerate(opened):
-            first = block * STRIP_TOKENS
-            if pair is None or first >= sums.shape[1]:
-                continue
-            keys = pair[0][:, : sums.shape[1] - first]
-            probs = _probabilities(q[begin:end], keys, layer, positions[begin:end], first, result.lse[begin:end])
-            sums[:, first : first + keys.shape[1]] = probs.sum(dim=(0, 2))
-            pmax[begin:end] = torch.maximum(pmax[begin:end], probs.amax(dim=-1).reshape(end - begin, -1))
+        for first, keys, readers in _opened(strips, row, step.positions[begin:end]):
+            stop = min(first + STRIP_TOKENS, sums.shape[1])
+            rows = torch.arange(begin, end)[readers]
+            probs = _probabilities(
+                q[rows], keys[:, : stop - first], layer, step.positions[rows], first, result.lse[rows]
+            )
+            sums[:, first:stop] += probs.sum(dim=(0, 2))
+            pmax[rows] = torch.maximum(pmax[rows], probs.amax(dim=-1).reshape(len(rows), -1))
         colsum.append(sums)
     result.colsum = colsum if want.colsum else None
     result.pmax = pmax if want.pmax else None
+
+
+def _opened(strips: LayerStrips, row: int, positions: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield, strip by strip, its first slot, its keys and which of a sequence's queries read it."""
+    own, tail = positions // STRIP_TOKENS, strips.tail
+    blocks = range(int(strips.step.first_slots[row]) // STRIP_TOKENS, int(own.max()) + 1)
+    for block in blocks:
+        readers = own >= block if tail is None else own > block
+        if readers.any():
+            keys, _ = strips.layout.open(strip_at(strips.base, strips.fmt, int(strips.table[row, block])), strips.fmt)
+            yield block * STRIP_TOKENS, keys, readers
+        if tail is not None and (own == block).any():
+            place = int(tail.table[row, block - int(tail.first_blocks[row])])
+            yield block * STRIP_TOKENS, PLAIN.open(strip_at(tail.base, tail.fmt, place), tail.fmt)[0], own == block
 
 
 def _probabilities(q: Tensor, keys: Tensor, layer: LayerSpec, positions: Tensor, first: int, lse: Tensor) -> Tensor:

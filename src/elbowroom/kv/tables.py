@@ -1,11 +1,15 @@
-"""TableCache: the padded strip tables of a step, kept from step to step while the batch stays the same."""
+"""Padded strip tables of a step, kept from step to step while the batch stays the same."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from elbowroom.core import STRIP_TOKENS
+from elbowroom.kv.base import KVStep
 from elbowroom.kv.pool import ABSENT
 from elbowroom.kv.sequence import Sequence, Table
 
@@ -17,7 +21,7 @@ class TableCache:
     """Tables ``[num_layers, R, blocks]`` of the last batch; only rows that changed are written again.
 
     Args:
-        num_layers: rows of a sequence's table.
+        num_layers: layers of the model, which are the first rows of a sequence's table.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -38,7 +42,7 @@ class TableCache:
             self._tables = np.full((self._num_layers, len(rows), width + _SPARE_BLOCKS), ABSENT, dtype=np.uint32)
         for row, sequence in enumerate(rows):
             if sequence.version != self._versions[row]:
-                self._tables[:, row, : sequence.num_blocks] = sequence.table
+                self._tables[:, row, : sequence.num_blocks] = sequence.table[: self._num_layers]
                 self._tables[:, row, sequence.num_blocks :] = ABSENT
         self._versions = versions
         return self._tables
@@ -47,3 +51,78 @@ class TableCache:
         """Forget the batch (and with it, sequences that were closed)."""
         self._rows, self._versions = (), []
         self._tables = np.empty((self._num_layers, 0, 0), dtype=np.uint32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tails:
+    """Strips of a step's own blocks, and those of them that it fills."""
+
+    tables: Table
+    """``[num_layers, R, blocks]``: column b is block ``first_blocks[r] + b``."""
+    first_blocks: npt.NDArray[np.int64]
+    """``[R]``."""
+    full: Table
+    """``[num_layers, S]``: places of the blocks that the step fills."""
+    sealed: Table
+    """``[num_layers, S]``: where they are sealed."""
+
+
+class TailCache:
+    """Tails of the last batch; a decoding batch needs new ones only at a block's boundary.
+
+    Args:
+        num_layers: layers of the model. Of a sequence's table, these rows are followed by their tails and by staging.
+        members: layers of each staging row, in the order of those rows.
+    """
+
+    def __init__(self, num_layers: int, members: Rows[Rows[int]]) -> None:
+        self._num_layers = num_layers
+        staging = {layer: 2 * num_layers + number for number, layers in enumerate(members) for layer in layers}
+        self._owner = members[0][0]
+        # Layers that read those of others have rows without strips.
+        self._staging = np.asarray([staging.get(layer, num_layers + layer) for layer in range(num_layers)])
+        self._last: tuple[tuple[Sequence, ...], list[int], list[int], Tails] | None = None
+
+    def update(self, rows: Rows[Sequence], step: KVStep, lengths: npt.NDArray[np.int64]) -> Tails:
+        """Return the tails of ``rows``.
+
+        Args:
+            rows: sequences of the step.
+            step: their positions.
+            lengths: tokens of each sequence behind the step.
+        """
+        first = step.positions[step.row_starts[:-1]] // STRIP_TOKENS
+        last = step.positions[step.row_starts[1:] - 1] // STRIP_TOKENS
+        batch, versions, blocks = tuple(rows), [sequence.version for sequence in rows], first.tolist()
+        filled = bool((lengths // STRIP_TOKENS > first).any())
+        known = self._last
+        if known is not None and not filled and (batch, versions, blocks) == known[:3] and bool((first == last).all()):
+            return known[3]
+        tails = self._make(rows, first, last, lengths)
+        # What the step fills is filled once.
+        self._last = None if filled else (batch, versions, blocks, tails)
+        return tails
+
+    def clear(self) -> None:
+        """Forget the batch."""
+        self._last = None
+
+    def _make(
+        self,
+        rows: Rows[Sequence],
+        first: npt.NDArray[np.int64],
+        last: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+    ) -> Tails:
+        count = self._num_layers
+        tables = np.full((count, len(rows), int((last - first).max(initial=0)) + 1), ABSENT, dtype=np.uint32)
+        full: list[Table] = [np.empty((count, 0), dtype=np.uint32)]
+        sealed: list[Table] = [np.empty((count, 0), dtype=np.uint32)]
+        for row, (sequence, begin, end) in enumerate(zip(rows, first.tolist(), (last + 1).tolist(), strict=True)):
+            tail, passing = sequence.table[count : 2 * count, begin:end], sequence.table[self._staging, begin:end]
+            tables[:, row, : end - begin] = np.where(tail == ABSENT, passing, tail)
+            # Blocks between positions that are written again may be sealed already.
+            filled = np.flatnonzero(tables[self._owner, row, : int(lengths[row]) // STRIP_TOKENS - begin] != ABSENT)
+            full.append(tables[:, row, filled])
+            sealed.append(sequence.table[:count, begin + filled])
+        return Tails(tables, first, np.concatenate(full, axis=1), np.concatenate(sealed, axis=1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,12 +13,20 @@ from elbowroom.kernels.base import StripLayout
 class Codec(StripLayout, Protocol):
     """One dataclass, one file a codec; parameters are its fields. ``store`` and ``open`` are the readable path."""
 
-    name: str
-    lossless: bool
-    plain: bool
-    """Whether strips hold K ``[Hkv, 64, Dk]`` then V ``[Hkv, 64, Dv]`` as they are (``kernels.base``)."""
-    coupling: Literal["token", "strip"]
-    """``token``: a token can be written alone. ``strip``: a strip is encoded whole when it is full (sealing)."""
+    @property
+    def name(self) -> str:
+        """Name in plans."""
+
+    @property
+    def lossless(self) -> bool:
+        """Whether reading gives back every bit that the model wrote."""
+
+    @property
+    def seals(self) -> bool:
+        """Whether a strip is encoded whole, when it is full, so that new tokens wait for it in a plain one.
+
+        Otherwise a token can be written, moved and dropped alone.
+        """
 
     def page_format(self, layer: LayerSpec, dtype: str) -> PageFormat:
         """Return the strip layout for ``layer`` of a model whose activations are ``dtype``.
@@ -26,6 +34,10 @@ class Codec(StripLayout, Protocol):
         Raises:
             PlanError: the layer or the dtype does not suit the codec.
         """
+
+
+class TokenCodec(Codec, Protocol):
+    """A codec that does not seal."""
 
     def fields(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, ...]:
         """Return views uint8 ``[Hkv, 64, bytes]`` of a strip, which hold all bytes of its tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ class PlainCodec:
 
     dtype: str = "auto"
     name: ClassVar[str] = "plain"
-    plain: ClassVar[bool] = True
-    coupling: ClassVar[Literal["token", "strip"]] = "token"
+    seals: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Take one spelling of the dtype, and refuse one that no kernel reads."""

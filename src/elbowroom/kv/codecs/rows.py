@@ -7,7 +7,7 @@ Such a codec needs no full-precision tail: a token can be written, moved, droppe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -44,9 +44,8 @@ class RowFormat(Protocol):
 class RowCodec(ABC):
     """Strips of arrays ``[Hkv, 64, bytes]``: all parts of the keys, then all parts of the values."""
 
-    plain: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
-    coupling: ClassVar[Literal["token", "strip"]] = "token"
+    seals: ClassVar[bool] = False
     name: ClassVar[str]
 
     @abstractmethod

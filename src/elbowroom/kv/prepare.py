@@ -1,0 +1,180 @@
+"""Preparer: what a step needs before it runs: strips for what it writes, and the tables that attention reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from elbowroom.core import STRIP_TOKENS
+from elbowroom.errors import IntegrityError
+from elbowroom.kernels.base import StripStep
+from elbowroom.kv.base import KVStep, Positions, Shortfall
+from elbowroom.kv.holding import Blocks
+from elbowroom.kv.layout import Lane, PoolSet
+from elbowroom.kv.sequence import Sequence, Table
+from elbowroom.kv.tables import TableCache, TailCache, Tails
+
+_NO_BLOCKS: Blocks = np.empty(0, dtype=np.int64)
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What ``attend`` and ``end_step`` need."""
+
+    rows: list[Sequence]
+    lengths: npt.NDArray[np.int64]
+    steps: list[StripStep]
+    """One for each main lane."""
+    tables: Table
+    """``[num_layers, R, blocks]``."""
+    tails: Tails | None
+    """Where tokens go that are not sealed."""
+
+
+@dataclass(slots=True)
+class _Need:
+    """Blocks that one row of a step must get before it runs: for each lane the missing and the shared ones."""
+
+    sequence: Sequence
+    missing: list[Blocks]
+    copies: list[Blocks]
+
+
+class Preparer:
+    """Takes strips for steps and remembers tables from step to step.
+
+    Args:
+        pools: where strips come from.
+        num_layers: layers of the model.
+    """
+
+    def __init__(self, pools: PoolSet, num_layers: int) -> None:
+        self._pools = pools
+        self._tables = TableCache(num_layers)
+        self._tails = TailCache(num_layers, [lane.rows.tolist() for lane in pools.main])
+
+    def clear(self) -> None:
+        """Forget the last batch (and with it, sequences that were closed)."""
+        self._tables.clear()
+        self._tails.clear()
+
+    def prepare(self, step: KVStep, rows: list[Sequence]) -> Prepared | Shortfall:
+        """Take all strips that ``step`` writes, copying shared ones; or return what is missing and change nothing.
+
+        Raises:
+            IntegrityError: rows or positions are not what the sequences can take; nothing changes then.
+        """
+        _check_rows(step, rows)
+        lengths, needs = self._needs(step, rows)
+        steps = [self._strip_step(step, rows, lengths, lane) for lane in self._pools.main]
+        if needs:
+            counts = [
+                sum(each.missing[number].size + each.copies[number].size for each in needs)
+                for number in range(len(self._pools))
+            ]
+            shortfall = self._pools.shortfall(counts)
+            if shortfall is not None:
+                return shortfall
+            self._provide(needs, self._pools.take(counts))
+        tails = None
+        if self._pools.tails:
+            tails = self._tails.update(rows, step, lengths)
+        return Prepared(rows, lengths, steps, self._tables.update(rows), tails)
+
+    def _needs(self, step: KVStep, rows: Rows[Sequence]) -> tuple[npt.NDArray[np.int64], list[_Need]]:
+        """Check the positions; return each sequence's length after the step, and who needs blocks."""
+        starts, needs = step.row_starts, []
+        firsts, lasts = step.positions[starts[:-1]].tolist(), step.positions[starts[1:] - 1].tolist()
+        for row, (sequence, first, last) in enumerate(zip(rows, firsts, lasts, strict=True)):
+            # A decoding row appends one token, mostly to a block that it has alone.
+            if first != last or first != sequence.num_tokens or starts[row + 1] - starts[row] > 1:
+                _check_positions(sequence, step.positions[starts[row] : starts[row + 1]])
+            if last >= sequence.room or first < sequence.shared_blocks * STRIP_TOKENS:
+                need = self._need(sequence, step.positions[starts[row] : starts[row + 1]])
+                if any(blocks.size for blocks in (*need.missing, *need.copies)):
+                    needs.append(need)
+        before = np.asarray([sequence.num_tokens for sequence in rows], dtype=np.int64)
+        return np.maximum(before, np.asarray(lasts, dtype=np.int64) + 1), needs
+
+    def _need(self, sequence: Sequence, positions: Positions) -> _Need:
+        blocks = np.unique(positions // STRIP_TOKENS)
+        length = max(sequence.num_tokens, int(positions[-1]) + 1)
+        need = _Need(sequence, [], [])
+        for lane in self._pools:
+            written = lane.holding.written(blocks, sequence.num_tokens, length)
+            missing = sequence.missing(lane.first_row, written)
+            need.missing.append(missing)
+            need.copies.append(self.shared(sequence, lane, written[~np.isin(written, missing)]))
+        return need
+
+    def shared(self, sequence: Sequence, lane: Lane, blocks: Blocks) -> Blocks:
+        """Return those of ``blocks``, held in ``lane``, that somebody else holds too."""
+        blocks = blocks[blocks < sequence.shared_blocks]
+        if not blocks.size:
+            return _NO_BLOCKS
+        found = [lane.pool.is_shared(sequence.table[lane.rows, block]) for block in blocks]
+        shared: Blocks = blocks[np.asarray(found, dtype=bool)]
+        return shared
+
+    def _strip_step(self, step: KVStep, rows: Rows[Sequence], lengths: npt.NDArray[np.int64], lane: Lane) -> StripStep:
+        first_slots = np.zeros(len(rows), dtype=np.int64)
+        if lane.holding.window is not None:
+            first_slots[:] = [sequence.expired_blocks[lane.first_row] * STRIP_TOKENS for sequence in rows]
+        return StripStep(
+            row_starts=torch.from_numpy(step.row_starts),
+            positions=torch.from_numpy(step.positions),
+            lengths=torch.from_numpy(lengths),
+            first_slots=torch.from_numpy(first_slots),
+        )
+
+    def _provide(self, needs: Rows[_Need], taken: Rows[Table]) -> None:
+        """Hand the columns of ``taken`` to the sequences: for their copies and for their missing blocks."""
+        for number, (lane, entries) in enumerate(zip(self._pools, taken, strict=True)):
+            offset = 0
+            for need in needs:
+                missing, copies = need.missing[number], need.copies[number]
+                middle = offset + copies.size
+                self.replace(need.sequence, lane, copies, entries[:, offset:middle])
+                offset = middle + missing.size
+                need.sequence.put(lane.rows, missing, entries[:, middle:offset])
+        for need in needs:
+            need.sequence.own(np.unique(np.concatenate(need.copies)))
+            need.sequence.room = self._pools.room(need.sequence)
+
+    def replace(self, sequence: Sequence, lane: Lane, blocks: Blocks, entries: Table) -> None:
+        """Give ``sequence`` copies of its own, ``entries``, in place of the strips of ``blocks``."""
+        if blocks.size:
+            old = sequence.table[np.ix_(lane.rows, blocks)]
+            lane.pool.copy(old, entries)
+            sequence.put(lane.rows, blocks, entries)
+            lane.pool.release(old)
+
+
+def _check_rows(step: KVStep, rows: Rows[Sequence]) -> None:
+    """Every row of a step has a sequence of its own, and tokens."""
+    if len(set(rows)) != len(rows):
+        raise IntegrityError("a sequence occurs in two rows of a step", "put its tokens into one row")
+    starts, num_tokens = step.row_starts, step.positions.size
+    rising = starts.size == len(rows) + 1 and bool((starts[1:] > starts[:-1]).all())
+    if not rising or starts[0] != 0 or starts[-1] != num_tokens:
+        raise IntegrityError(f"row_starts {starts.tolist()} do not divide {num_tokens} tokens into {len(rows)} rows")
+
+
+def _check_positions(sequence: Sequence, positions: Positions) -> None:
+    """Positions must rise and append without a hole; going back needs ``overwrite``."""
+    stored = positions[positions < sequence.num_tokens]
+    new = positions[stored.size :]
+    if (np.diff(positions) < 1).any() or (new != np.arange(new.size) + sequence.num_tokens).any():
+        raise IntegrityError(
+            f"a step writes positions {positions[0]}..{positions[-1]}, not in order or with a hole behind the "
+            f"{sequence.num_tokens} tokens of its sequence"
+        )
+    if stored.size and (sequence.writable is None or not np.isin(stored, sequence.writable).all()):
+        raise IntegrityError(
+            f"a step writes position {stored[0]} again, of a sequence of {sequence.num_tokens} tokens",
+            "announce all positions that it writes again by overwrite()",
+        )
