@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self
 
 Mode = Literal["multi_turn", "multi_request"]
-"""``multi_turn``: questions follow each other in one session; ``multi_request``: each has its own fork of the context."""
+"""``multi_turn``: questions follow each other in one session; ``multi_request``: each has its own fork."""
 History = Literal["gold", "own"]
 """What later turns of a session read as the answers before: the references, or what the model wrote itself."""
 
@@ -95,6 +95,9 @@ class Target(Protocol):
 
 class TextTokenizer(Protocol):
     """The two calls of a tokenizer that tasks need."""
+
+    def __hash__(self) -> int:
+        """Tell tokenizers apart; ``object`` does."""
 
     def encode(self, text: str) -> list[int]:
         """Return token ids without adding any."""

@@ -15,7 +15,9 @@ MIN_LINES, MAX_LINES = 4, 40
 """Lines of a function without its docstring."""
 MIN_WORDS = 6
 """Words of a description."""
-_BLOCK = re.compile(r'^( *)def (\w+)\([^\n]*\):\n\1 +"""(.+?)"""\n((?:\1 +[^\n]+\n|[ \t]*\n)+)', re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r'^( *)def (\w+)\([^\n]*\):\n\1 +"""(.+?)"""\n((?:\1 +[^\n]+\n|[ \t]*\n)+)', re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,15 +97,12 @@ class Sizer:
         num_units = self._largest(draft, most)
         chosen = draft(num_units)
         length = self.count(chosen.context)
-        depths = [self.count(chosen.context[:offset]) / length for offset in chosen.offsets] or [None] * len(
-            chosen.turns
-        )
+        depths = [self.count(chosen.context[:offset]) / length for offset in chosen.offsets]
+        turns = (dataclasses.replace(turn, depth=depth) for turn, depth in zip(chosen.turns, depths, strict=True))
         return Sample(
             id=name,
             context=chosen.context,
-            turns=tuple(
-                dataclasses.replace(turn, depth=depth) for turn, depth in zip(chosen.turns, depths, strict=True)
-            ),
+            turns=tuple(turns) if depths else chosen.turns,
             num_tokens=self._tokens(chosen),
             follow_up=spec.follow_up(),
             meta={"context_tokens": spec.context_tokens, "num_facts": spec.num_facts, "seed": spec.seed},

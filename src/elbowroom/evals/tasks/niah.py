@@ -106,13 +106,11 @@ class Needles:
         names = [key for key, _ in pairs]
         query = names[0] if len(names) == 1 else f"{', '.join(names[:-1])}, and {names[-1]}"
         answers = tuple(value for _, values in pairs for value in values)
-        if len(answers) > 1:
-            asked, verbs = self.values, ("are all", "are")
-        else:
-            asked, verbs = self.values[:-1], ("is", "is")
+        asked = self.values if len(answers) > 1 else self.values[:-1]
+        ask, answer = ("are all", "are") if len(answers) > 1 else ("is", "is")
         prompt = (
-            f"\nWhat {verbs[0]} the special magic {asked} for {query} mentioned in the provided text?"
-            f" The special magic {asked} for {query} mentioned in the provided text {verbs[1]}"
+            f"\nWhat {ask} the special magic {asked} for {query} mentioned in the provided text?"
+            f" The special magic {asked} for {query} mentioned in the provided text {answer}"
         )
         return sizer.turn(prompt, answers, f" {', '.join(answers)}.", "share", NEW_TOKENS)
 
