@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from elbowroom.evals.run_plan import RunPlan
 
 
+_WHOLE = ("task", "95% interval")
+"""Columns that are never folded."""
+
+
 def run_to_json(plan: RunPlan, measured: Measured) -> dict[str, object]:
     """Return the object that ``eval run --json`` prints."""
     controls = {name: result.to_json() for name, result in measured.controls.items()}
@@ -27,15 +31,15 @@ def print_run(plan: RunPlan, measured: Measured) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for name in ("task", "questions", "score", "95% interval", "lowest tenth", "by turn", "errors"):
-        table.add_column(name, justify="left" if name == "task" else "right")
+    for name in ("task", "questions", "score", "95% interval", "tenth", "by turn", "errors"):
+        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=name in _WHOLE)
     for name, result in measured.results.items():
         low, high = result.interval
         table.add_row(
             name,
             str(result.num_queries),
             f"{result.accuracy:.3f}" if result.num_queries else "none",
-            f"{low:.3f} to {high:.3f}",
+            f"{low:.2f}-{high:.2f}",
             _share(result.lowest_decile()),
             " ".join(_share(part.accuracy) for part in result.by_turn),
             str(result.num_errors),

@@ -18,6 +18,8 @@ from elbowroom.errors import RequestError
 from elbowroom.evals.base import Sample
 from elbowroom.evals.retrieval import Outcome
 
+_OURS = frozenset({"env.json", "env.json.new", "spec.json.new"})
+"""What a crash can leave before there is a spec."""
 _OTHER = "give another --out, or ask for the same as before"
 
 
@@ -99,7 +101,7 @@ class RunDirectory:
         wanted = json.loads(json.dumps(spec))
         found = self.read("spec")
         if found is None:
-            if any(self.path.iterdir()):
+            if any(path.name not in _OURS for path in self.path.iterdir()):
                 raise RequestError(f"--out {self.path} holds other files", "give a new or an empty directory")
             self.write("env", env)
             self.write("spec", spec)
