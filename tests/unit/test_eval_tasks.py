@@ -8,6 +8,8 @@ from collections import Counter
 from statistics import median
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.support.evals import ByteTokenizer, PieceTokenizer
 
 from elbowroom.errors import PlanError, RequestError
@@ -16,7 +18,7 @@ from elbowroom.evals.functions import heldout_functions
 from elbowroom.evals.run_plan import RunPlan, parse_tasks
 from elbowroom.evals.samples import NUM_DECILES, TaskSpec
 from elbowroom.evals.scorers import score_turn
-from elbowroom.evals.sizing import Units, stratum
+from elbowroom.evals.sizing import Draft, Sizer, Units, stratum
 from elbowroom.evals.tasks import TASKS
 
 PIECES, BYTES = PieceTokenizer(), ByteTokenizer()
@@ -210,6 +212,23 @@ def test_units_are_a_beginning_of_more_units():
     assert units.first(3) == [0, 1, 2]
     assert units.first(5) == [0, 1, 2, 3, 4]
     assert units.first(2) == [0, 1]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(0, 2000))
+def test_as_many_units_are_taken_as_fit(sizes: list[int], budget: int):
+    sizer = Sizer(PIECES, TaskSpec(context_tokens=budget))
+    turn = sizer.turn("?", ("x",), "x", "share")
+    tail = 1 + turn.max_new_tokens
+
+    def draft(count: int) -> Draft:
+        return Draft("." * sum(sizes[:count]), (turn,))
+
+    if budget < tail or tail + sum(sizes) <= budget:
+        with pytest.raises(RequestError, match=r"were asked for|not enough text"):
+            sizer.fit("x", draft, len(sizes))
+        return
+    taken = max(count for count in range(len(sizes)) if sum(sizes[:count]) + tail <= budget)
+    assert len(sizer.fit("x", draft, len(sizes)).context) == sum(sizes[:taken])
 
 
 def test_names_of_tasks_are_checked():

@@ -18,6 +18,8 @@ from elbowroom.evals.base import Sample, TextTokenizer, Turn
 from elbowroom.evals.samples import TaskSpec
 
 T = TypeVar("T")
+FIRST_PROBE = 64
+"""Units by whose tokens the size of the rest is guessed."""
 SLACK_TOKENS = 2
 """New tokens beyond the reference, so that a longer number is not taken for its beginning."""
 
@@ -113,7 +115,7 @@ class Sizer:
         return self.count(draft.context) + (sum(tails) if self.spec.follow_up() else max(tails))
 
     def _largest(self, draft: Callable[[int], Draft], most: int) -> int:
-        """Return the largest number of units that fits: doubling, then a search between the last two."""
+        """Return the largest number of units that fits; every probe takes units to be as long as those so far."""
         budget = self.spec.context_tokens
         smallest = self._tokens(draft(0))
         if smallest > budget:
@@ -121,16 +123,20 @@ class Sizer:
                 f"questions, answers and what every context needs have {smallest} tokens, {budget} were asked for",
                 "ask for longer contexts or fewer questions in each (--length, --keys)",
             )
-        low, high = 0, 1
-        while self._tokens(draft(min(high, most))) <= budget:
-            if high >= most:
-                raise RequestError(
-                    f"there is not enough text for a context of {budget} tokens", "ask for shorter contexts (--length)"
-                )
-            low, high = high, 2 * high
+        low, high = 0, most + 1
+        probe, num_probes = min(FIRST_PROBE, most), 0
         while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._tokens(draft(middle)) <= budget else (low, middle)
+            tokens = self._tokens(draft(probe))
+            low, high = (probe, high) if tokens <= budget else (low, probe)
+            num_probes += 1
+            guess = probe + round((budget - tokens) * probe / max(1, tokens - smallest))
+            if num_probes % 3 == 0 and high <= most:
+                guess = (low + high) // 2
+            probe = min(max(guess, low + 1), high - 1)
+        if low == most:
+            raise RequestError(
+                f"there is not enough text for a context of {budget} tokens", "ask for shorter contexts (--length)"
+            )
         return low
 
 
