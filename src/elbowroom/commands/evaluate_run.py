@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,17 +71,18 @@ def measure(plan: RunPlan, options: EvalOptions) -> Measured:
     shown = wants_progress(options.progress)
     with progress_bar("loading", shown, in_bytes=True) as bar:
         llm = LLM(options.model, options.memory, options.kv, options.dtype, progress=bar)
-    with llm, _directory(plan, llm, options) as directory:
+    with llm:
         _check_length(plan.context_tokens, llm)
         target, tokenizer = EngineTarget(llm), PlainTokenizer(llm.tokenizer)
-        controls = _controls(plan, target, tokenizer, shown) if options.controls else {}
-        with progress_bar("asking", shown) as bar:
-            num_parallel = target.num_parallel(plan.context_tokens)
-            results = run_plan(plan, target, tokenizer, num_parallel=num_parallel, directory=directory, advance=bar)
-        _check_answered(results)
-        measured = Measured(results, controls, RunReport.of(llm.engine))
-        if directory is not None:
-            _write(directory, measured)
+        num_parallel = target.num_parallel(plan.context_tokens)
+        with _directory(plan, llm, options) as directory:
+            controls = _controls(plan, target, tokenizer, shown) if options.controls else {}
+            with progress_bar("asking", shown) as bar:
+                results = run_plan(plan, target, tokenizer, num_parallel=num_parallel, directory=directory, advance=bar)
+            _check_answered(results)
+            measured = Measured(results, controls, RunReport.of(llm.engine))
+            if directory is not None:
+                _write(directory, measured)
     return measured
 
 
@@ -96,10 +98,11 @@ def _directory(plan: RunPlan, llm: LLM, options: EvalOptions) -> Iterator[RunDir
     from elbowroom.evals.run_directory import RunDirectory
     from elbowroom.models.directory import find_model
 
-    parts = llm.engine.parts
+    parts, model = llm.engine.parts, find_model(options.model)
     target = {
         "elbowroom": __version__,
-        "model": model_fingerprint(find_model(options.model)).hex(),
+        "model": model_fingerprint(model).hex(),
+        "tokenizer": hashlib.blake2b((model / "tokenizer.json").read_bytes(), digest_size=8).hexdigest(),
         "kv": options.kv,
         "dtype": options.dtype,
     }
@@ -138,7 +141,7 @@ def _check_answered(results: dict[str, RetrievalResult]) -> None:
 
 def _check_length(length: int, llm: LLM) -> None:
     """Raise when contexts of ``length`` tokens, and what the tokenizer puts in front, exceed the model's context."""
-    special = len(llm.tokenizer.encode("")) if llm.tokenizer.available else 0
+    special = len(llm.tokenizer.encode(""))
     most = llm.engine.parts.config.max_positions - special
     if length > most:
         raise RequestError(f"--length {length} exceeds the model's context of {most} tokens", f"use --length {most}")

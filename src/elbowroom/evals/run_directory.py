@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,11 @@ class AskedSample:
         """Task and sample."""
         return self.task, self.outcomes[0].sample_id
 
+    def without_replies(self) -> AskedSample:
+        """Return what summaries need, in little memory."""
+        small = (replace(outcome, answer="", reply="", token_ids=()) for outcome in self.outcomes)
+        return AskedSample(self.task, self.num_tokens, tuple(small))
+
     def lines(self) -> str:
         """Return a line of JSON for each question."""
         head = {"task": self.task, "num_turns": len(self.outcomes), "num_tokens": self.num_tokens}
@@ -65,14 +72,13 @@ class RunDirectory:
         self, path: Path, spec: Mapping[str, object], env: Mapping[str, object], retry_errors: bool = False
     ) -> None:
         self.path = path
-        try:
+        self.asked: dict[tuple[str, str], AskedSample] = {}
+        """Complete samples, without replies."""
+        with self._file_errors():
             path.mkdir(parents=True, exist_ok=True)
             self._check_spec(spec, env)
-            self.asked = {asked.key: asked for asked in self._read(retry_errors)}
-            """Complete samples."""
+            self._read(retry_errors)
             self._file = self._samples.open("a", encoding="utf-8")
-        except OSError as reason:
-            raise RequestError(f"--out {path}: {os.strerror(reason.errno or 0)}", "give another directory") from reason
 
     @property
     def _samples(self) -> Path:
@@ -80,9 +86,10 @@ class RunDirectory:
 
     def append(self, asked: AskedSample) -> None:
         """Write the outcomes of a sample; they are in the hands of the operating system when this returns."""
-        self._file.write(asked.lines())
-        self._file.flush()
-        self.asked[asked.key] = asked
+        with self._file_errors():
+            self._file.write(asked.lines())
+            self._file.flush()
+        self.asked[asked.key] = asked.without_replies()
 
     def read(self, name: str) -> Any:
         """Return what ``write`` wrote, or None."""
@@ -91,7 +98,8 @@ class RunDirectory:
 
     def write(self, name: str, value: Mapping[str, object]) -> None:
         """Write ``NAME.json``, whole or not at all."""
-        self._replace(f"{name}.json", json.dumps(value, indent=1, allow_nan=False) + "\n")
+        with self._file_errors():
+            self._replace(f"{name}.json", json.dumps(value, indent=1, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file of samples."""
@@ -110,19 +118,35 @@ class RunDirectory:
             changes = "; ".join(f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}" for name in names)
             raise RequestError(f"--out {self.path} holds a run of another kind: {changes}", _OTHER)
 
-    def _read(self, retry_errors: bool) -> list[AskedSample]:
-        """Return the complete samples; if the file holds anything else, write it anew with only those."""
-        text = self._samples.read_text(encoding="utf-8", errors="replace") if self._samples.is_file() else ""
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for line in text.splitlines():
-            fields = _parsed(line)
-            if fields is not None:
-                groups.setdefault((fields["task"], fields["sample_id"]), []).append(fields)
-        complete = [asked for group in groups.values() if (asked := _complete(group, retry_errors)) is not None]
-        clean = "".join(asked.lines() for asked in complete)
-        if clean != text:
-            self._replace("samples.jsonl", clean)
-        return complete
+    def _read(self, retry_errors: bool) -> None:
+        """Note the complete samples; if the file holds anything else, write it anew with only those."""
+        if not self._samples.is_file():
+            return
+        clean = self.path / "samples.jsonl.new"
+        with (
+            self._samples.open(encoding="utf-8", errors="replace") as source,
+            clean.open("w", encoding="utf-8") as copy,
+        ):
+            whole = ((line, fields) for line in source if line.endswith("\n") and (fields := _fields(line)))
+            for _, group in groupby(whole, lambda each: (each[1]["task"], each[1]["sample_id"])):
+                lines, found = zip(*group, strict=True)
+                asked = _complete(found, retry_errors)
+                if asked is not None and asked.key not in self.asked:
+                    copy.writelines(lines)
+                    self.asked[asked.key] = asked.without_replies()
+        if clean.stat().st_size == self._samples.stat().st_size:
+            clean.unlink()
+        else:
+            clean.replace(self._samples)
+
+    @contextmanager
+    def _file_errors(self) -> Iterator[None]:
+        """Turn what the file system says into an error that names the option."""
+        try:
+            yield
+        except OSError as reason:
+            message = f"--out {self.path}: {os.strerror(reason.errno or 0)}"
+            raise RequestError(message, "make room there, or give another directory") from reason
 
     def _replace(self, name: str, text: str) -> None:
         draft = self.path / f"{name}.new"
@@ -130,16 +154,16 @@ class RunDirectory:
         draft.replace(self.path / name)
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """Return the fields of a line; None if it was cut off."""
+def _fields(line: str) -> dict[str, Any]:
+    """Return the fields of a line that is no rest of one; of others, none."""
     try:
         fields = json.loads(line)
     except ValueError:
-        return None
-    return fields if isinstance(fields, dict) and {"task", "sample_id", "num_turns"} <= fields.keys() else None
+        return {}
+    return fields if isinstance(fields, dict) and {"task", "sample_id", "num_turns"} <= fields.keys() else {}
 
 
-def _complete(lines: list[dict[str, Any]], retry_errors: bool) -> AskedSample | None:
+def _complete(lines: Sequence[dict[str, Any]], retry_errors: bool) -> AskedSample | None:
     head = ("task", "num_turns", "num_tokens")
     if len(lines) != lines[0]["num_turns"] or (retry_errors and any(line["error"] for line in lines)):
         return None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from elbowroom.errors import RequestError
 from elbowroom.evals.base import History, Mode, Sample, TextTokenizer
+from elbowroom.evals.heldout import heldout_fingerprint
 from elbowroom.evals.samples import TaskSpec
 from elbowroom.evals.tasks import TASKS
 
@@ -59,8 +60,9 @@ class RunPlan:
         return -(-spec.num_queries // each) * each
 
     def to_json(self) -> dict[str, object]:
-        """Return plain values, with the version of each task."""
-        return asdict(self) | {"tasks": {name: TASKS.get(name).version for name in self.tasks}}
+        """Return plain values, with the version of each task and of the text that tasks are made from."""
+        versions = {name: TASKS.get(name).version for name in self.tasks}
+        return asdict(self) | {"tasks": versions, "text": heldout_fingerprint()}
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def run_plan(
         for each in in_order(work, plan.samples(task, tokenizer), num_parallel):
             if directory is not None and each.key not in kept:
                 directory.append(each)
-            asked.append(each)
+            asked.append(each.without_replies())
             done += len(each.outcomes)
             if advance is not None:
                 advance(done, total)
