@@ -168,6 +168,18 @@ def test_a_run_of_tasks_goes_on_from_what_a_crash_left(capsys, tmp_path):
     assert "kv was 'plain', is 'int8'" in refused(capsys, [*common, "--kv", "int8"], 2)
 
 
+@pytest.mark.parametrize("history", ["gold", "own"])
+def test_questions_may_follow_each_other_in_one_session(capsys, history):
+    common = ("eval", "run", "--tasks", "retrieval,chat,chains,many_shot", "--length", "512", "--keys", "3")
+    common += ("--num-queries", "6", "--mode", "multi_turn", "--history", history, "--memory", BUDGET)
+    result = run_json(capsys, *common)
+    for task in result["tasks"].values():
+        assert task["num_queries"] == 6
+        assert len(task["by_turn"]) == 3
+        assert task["accuracy"] >= 5 / 6
+        assert task["max_tokens"] <= 512
+
+
 def test_the_list_of_tasks_is_what_runs(capsys):
     listed = run_json(capsys, "eval", "list")
     assert listed["retrieval"]["mode"] == "multi_request"

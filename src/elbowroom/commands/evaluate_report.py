@@ -31,7 +31,7 @@ def print_run(plan: RunPlan, measured: Measured) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for name in ("task", "questions", "score", "95% interval", "tenth", "by turn", "errors"):
+    for name in ("task", "questions", "score", "95% interval", "tenth", "turn 1", "last", "errors"):
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=name in _WHOLE)
     for name, result in measured.results.items():
         low, high = result.interval
@@ -41,7 +41,8 @@ def print_run(plan: RunPlan, measured: Measured) -> None:
             f"{result.accuracy:.3f}" if result.num_queries else "none",
             f"{low:.2f}-{high:.2f}",
             _share(result.lowest_decile()),
-            " ".join(_share(part.accuracy) for part in result.by_turn),
+            _share(result.by_turn[0].accuracy) if result.by_turn else "",
+            _share(result.by_turn[-1].accuracy) if result.by_turn else "",
             str(result.num_errors),
         )
     typer.echo(f"{plan.context_tokens} tokens, seed {plan.seed}")

@@ -12,9 +12,9 @@ def _some_items(spec: TaskSpec) -> int:
 
 
 RETRIEVAL = Task(asks="the code of a key, in Python source text", samples=samples.retrieval)
-CHAT = Task(asks="the same as a chat, in the special tokens of the built-in model", samples=samples.chat)
+CHAT = Task(asks="the code of a key, as a chat in the special tokens of the built-in model", samples=samples.chat)
 FOLLOW_UPS = Task(
-    asks="the same, one question after the other in one session", samples=samples.follow_ups, mode="multi_turn"
+    asks="the codes of keys, one question after the other in one session", samples=samples.follow_ups, mode="multi_turn"
 )
 CHAINS = Task(asks="the number that a chain of variables (--hops) leads back to", samples=samples.chains)
 MANY_SHOT = Task(
