@@ -31,6 +31,8 @@ class Outcome:
     """All that the target wrote."""
     token_ids: tuple[int, ...] = ()
     """Its tokens."""
+    why: str = ""
+    """What the scorer has to say beside the value."""
     error: str | None = None
     """Why there is no reply; the value is 0 and counts nowhere then."""
 
@@ -104,8 +106,17 @@ def outcomes_of(target: Target, sample: Sample, history: History = "own") -> Ite
         for number, turn in enumerate(sample.turns):
             reply = _ask(session, sample, turn, history)
             score = score_turn(turn, reply.text)
-            answer, value = score.answer, score.value
-            yield Outcome(sample.id, turn.target, answer, value, turn.depth, number, reply.text, reply.token_ids)
+            yield Outcome(
+                sample.id,
+                turn.target,
+                score.answer,
+                score.value,
+                turn.depth,
+                number,
+                reply.text,
+                reply.token_ids,
+                score.why,
+            )
     finally:
         session.close()
 

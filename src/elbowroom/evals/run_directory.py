@@ -46,7 +46,7 @@ class AskedSample:
 
     def without_replies(self) -> AskedSample:
         """Return what summaries need, in little memory."""
-        small = (replace(outcome, answer="", reply="", token_ids=()) for outcome in self.outcomes)
+        small = (replace(outcome, answer="", reply="", token_ids=(), why="") for outcome in self.outcomes)
         return AskedSample(self.task, self.num_tokens, tuple(small))
 
     def lines(self) -> str:

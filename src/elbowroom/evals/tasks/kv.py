@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from elbowroom.evals.base import Sample, TextTokenizer, Turn
+from elbowroom.evals.haystack import MOST_UNITS, hide
 from elbowroom.evals.samples import NUM_DECILES, TaskSpec
 from elbowroom.evals.sizing import Draft, Sizer, Units, generators, stratum
 from elbowroom.evals.tasks.base import Task
-from elbowroom.evals.tasks.niah import MOST_UNITS, hide
 from elbowroom.evals.words import uuids
 
 HEAD = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{\n"

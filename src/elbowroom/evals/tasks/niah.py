@@ -15,15 +15,14 @@ import numpy as np
 
 from elbowroom.evals.base import Sample, TextTokenizer, Turn
 from elbowroom.evals.distractors import heldout_lines
+from elbowroom.evals.haystack import MOST_UNITS, NOISE, hide
 from elbowroom.evals.samples import TaskSpec
 from elbowroom.evals.sizing import Draft, Sizer, Units, generators, stratum
 from elbowroom.evals.tasks.base import Task
 from elbowroom.evals.words import numbers, uuids, word_pairs
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEW_TOKENS = 128
 NUM_DEPTHS = 40
-MOST_UNITS = 2**22
 Strings = Iterator[str]
 
 
@@ -113,28 +112,6 @@ class Needles:
             f" The special magic {asked} for {query} mentioned in the provided text {answer}"
         )
         return sizer.turn(prompt, answers, f" {', '.join(answers)}.", "share", NEW_TOKENS)
-
-
-def hide(hay: list[str], needles: list[str], depths: list[float]) -> tuple[str, list[int]]:
-    """Return the lines of ``hay`` with ``needles`` between them, and the character offset of each needle.
-
-    Args:
-        hay: lines.
-        needles: lines to insert.
-        depths: share of ``hay`` in front of each needle.
-    """
-    order = sorted(range(len(needles)), key=lambda index: depths[index])
-    lines: list[str] = []
-    starts = [0] * len(needles)
-    length = done = 0
-    for index in order:
-        stop = round(depths[index] * len(hay))
-        lines += hay[done:stop]
-        length += sum(len(line) + 1 for line in hay[done:stop])
-        starts[index], done = length, stop
-        lines.append(needles[index])
-        length += len(needles[index]) + 1
-    return "\n".join(lines + hay[done:]), starts
 
 
 def _task(asks: str, needles: Needles) -> Task:

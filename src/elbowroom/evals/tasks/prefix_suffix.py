@@ -12,10 +12,10 @@ import numpy as np
 
 from elbowroom.evals.base import Sample, TextTokenizer, Turn
 from elbowroom.evals.facts import random_key
+from elbowroom.evals.haystack import MOST_UNITS, hide
 from elbowroom.evals.samples import NUM_DECILES, TaskSpec
 from elbowroom.evals.sizing import Draft, Sizer, Units, generators, stratum
 from elbowroom.evals.tasks.base import Task
-from elbowroom.evals.tasks.niah import MOST_UNITS, hide
 
 HEAD = "Below is a list of strings. Memorize them, and find the one with the given beginning and end.\n\n"
 QUESTION = '\nThe string that begins with "{prefix}" and ends with "{suffix}" is:'

@@ -13,10 +13,10 @@ from itertools import pairwise
 import numpy as np
 
 from elbowroom.evals.base import Sample, TextTokenizer, Turn
+from elbowroom.evals.haystack import MOST_UNITS, NOISE, hide
 from elbowroom.evals.samples import TaskSpec
 from elbowroom.evals.sizing import Draft, Sizer, generators
 from elbowroom.evals.tasks.base import Task
-from elbowroom.evals.tasks.niah import MOST_UNITS, NOISE, hide
 
 HEAD = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 QUESTION = (
