@@ -154,6 +154,38 @@ def test_retrieval_is_repeatable(capsys):
     assert first["by_depth"] != other["by_depth"]
 
 
+def test_a_run_of_tasks_goes_on_from_what_a_crash_left(capsys, tmp_path):
+    common = ("eval", "run", "--tasks", "retrieval,mf", "--length", "512", "--keys", "2", "--num-queries", "4")
+    common += ("--memory", BUDGET, "--controls", "--out", str(tmp_path / "run"))
+    first = run_json(capsys, *common)
+    assert first["tasks"]["retrieval"]["accuracy"] == 1.0
+    assert first["tasks"]["mf"]["num_queries"] == 4
+    assert all(part["oracle"] == 1.0 and part["num_differing"] == 0 for part in first["controls"].values())
+    samples = tmp_path / "run" / "samples.jsonl"
+    samples.write_bytes(samples.read_bytes()[:-300])
+    assert run_json(capsys, *common)["tasks"] == first["tasks"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["tasks"] == first["tasks"]
+    assert "kv was 'plain', is 'int8'" in refused(capsys, [*common, "--kv", "int8"], 2)
+
+
+@pytest.mark.parametrize("history", ["gold", "own"])
+def test_questions_may_follow_each_other_in_one_session(capsys, history):
+    common = ("eval", "run", "--tasks", "retrieval,chat,chains,many_shot", "--length", "512", "--keys", "3")
+    common += ("--num-queries", "6", "--mode", "multi_turn", "--history", history, "--memory", BUDGET)
+    result = run_json(capsys, *common)
+    for task in result["tasks"].values():
+        assert task["num_queries"] == 6
+        assert len(task["by_turn"]) == 3
+        assert task["accuracy"] >= 5 / 6
+        assert task["max_tokens"] <= 512
+
+
+def test_the_list_of_tasks_is_what_runs(capsys):
+    listed = run_json(capsys, "eval", "list")
+    assert listed["retrieval"]["mode"] == "multi_request"
+    assert "kv" in listed
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -170,6 +202,7 @@ def test_retrieval_is_repeatable(capsys):
         (["serve", "--port", "0", "--memory", "10MiB"], 3, "--memory"),
         (["eval", "retrieval", "--length", "8192", "--memory", BUDGET], 2, "--length 4096"),
         (["eval", "retrieval", "--length", "40", "--keys", "9", "--memory", BUDGET], 2, "--keys"),
+        (["eval", "run", "--tasks", "vt", "--length", "64", "--memory", BUDGET], 2, "--length"),
     ],
 )
 def test_impossible_requests_name_the_remedy(capsys, arguments, code, words):

@@ -70,6 +70,11 @@ def test_help_imports_no_torch_and_answers_at_once():
         (["serve", "--model", "a=x", "--model", "a=y"], 2, "two models"),
         (["eval", "retrieval", "--keys", "0"], 2, "--keys"),
         (["eval", "nothing"], 2, "nothing"),
+        (["eval", "run"], 2, "--tasks"),
+        (["eval", "run", "--tasks", "nothing"], 2, "unknown task 'nothing'"),
+        (["eval", "run", "--tasks", "kv,kv"], 2, "--tasks"),
+        (["eval", "run", "--tasks", "kv", "--mode", "telepathy"], 2, "--mode"),
+        (["eval", "run", "--tasks", "kv", "--retry-errors"], 2, "--out"),
     ],
 )
 def test_bad_usage_is_refused_in_one_line(capsys, arguments, code, words):

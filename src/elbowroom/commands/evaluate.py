@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
 from elbowroom.commands.options import KV, Dtype, Json, Memory, Model, Progress
-from elbowroom.errors import RequestError
 
-if TYPE_CHECKING:
-    from elbowroom.evals.retrieval import RetrievalResult
-    from elbowroom.evals.samples import TaskSpec
+Length = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Tokens of each context, with its questions and answers.")
+]
+Queries = Annotated[int, typer.Option(metavar="N", min=1, help="Questions in all, at least.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the contexts.")]
 
 app = typer.Typer(help="Measure how well a model uses its context inside a memory budget.", no_args_is_help=True)
 
@@ -23,13 +23,87 @@ def _group() -> None:
     """Measure how well a model uses its context inside a memory budget."""
 
 
+@app.command("list")
+def list_tasks(json: Json = False) -> None:
+    """Show the tasks that `eval run` knows, one a line."""
+    from elbowroom.commands.terminal import print_json
+    from elbowroom.evals.tasks import TASKS
+
+    tasks = {name: TASKS.get(name) for name in TASKS.names()}
+    if json:
+        print_json({name: {"asks": task.asks, "mode": task.mode} for name, task in tasks.items()})
+    else:
+        for name, task in tasks.items():
+            typer.echo(f"{name:16} {task.asks}")
+
+
+@app.command("run")
+def run(
+    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Tasks, as in retrieval,kv; all means every task.")],
+    model: Model = None,
+    length: Length = 1024,
+    keys: Annotated[int, typer.Option(metavar="K", min=1, help="Questions about each context.")] = 1,
+    hops: Annotated[int, typer.Option(metavar="N", min=1, help="Links of a chain in the task chains.")] = 1,
+    num_queries: Annotated[int, typer.Option(metavar="N", min=1, help="Questions of each task, at least.")] = 400,
+    mode: Annotated[
+        Literal["multi_turn", "multi_request"] | None,
+        typer.Option(
+            help="multi_turn: questions follow each other in one session; multi_request: each has its own fork of "
+            "the context. By default as the task does.",
+            show_default=False,
+        ),
+    ] = None,
+    history: Annotated[
+        Literal["gold", "own"], typer.Option(help="What later turns read as earlier answers: references, or its own.")
+    ] = "gold",
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep every reply here; the same command goes on from it.")
+    ] = None,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what failed in --out.")] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="First check the references, no context, and asking twice.")
+    ] = False,
+    memory: Memory = "80%",
+    kv: KV = "plain",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    progress: Progress = None,
+) -> None:
+    """Run tasks and report mean scores with their intervals, by depth and by turn.
+
+    `eval list` shows the tasks. With --out, a run that was interrupted goes on where it was.
+    """
+    from elbowroom.commands.evaluate_report import print_run, run_to_json
+    from elbowroom.commands.evaluate_run import EvalOptions, measure
+    from elbowroom.commands.terminal import print_json
+    from elbowroom.evals.run_plan import RunPlan, parse_tasks
+
+    plan = RunPlan(
+        tasks=parse_tasks(tasks),
+        context_tokens=length,
+        num_queries=num_queries,
+        num_facts=keys,
+        hops=hops,
+        seed=seed,
+        mode=mode,
+        history=history,
+    )
+    options = EvalOptions(model, memory, kv, dtype, progress, out, controls, retry_errors)
+    measured = measure(plan, options)
+    if json:
+        print_json(run_to_json(plan, measured))
+    else:
+        print_run(plan, measured)
+
+
 @app.command("retrieval")
 def retrieval(
     model: Model = None,
-    length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each context.")] = 1024,
+    length: Length = 1024,
     keys: Annotated[int, typer.Option(metavar="K", min=1, help="Facts in each context; every one is asked.")] = 8,
-    num_queries: Annotated[int, typer.Option(metavar="N", min=1, help="Questions in all, at least.")] = 400,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the contexts.")] = 0,
+    num_queries: Queries = 400,
+    seed: Seed = 0,
     memory: Memory = "80%",
     kv: KV = "plain",
     dtype: Dtype = "auto",
@@ -38,65 +112,17 @@ def retrieval(
 ) -> None:
     """Hide facts in source text, ask for each of them, and report the share of exact answers.
 
-    A context is read once; every question is asked in its own fork of it, greedily.
+    A context is read once; every question is asked in its own fork of it, greedily. This is `eval run --tasks
+    retrieval` with another report.
     """
-    from elbowroom.commands.report import RunReport
-    from elbowroom.commands.terminal import print_json, progress_bar, wants_progress
-    from elbowroom.models.directory import find_model, read_ahead
+    from elbowroom.commands.evaluate_report import print_retrieval, retrieval_to_json
+    from elbowroom.commands.evaluate_run import EvalOptions, measure
+    from elbowroom.commands.terminal import print_json
+    from elbowroom.evals.run_plan import RunPlan
 
-    read_ahead(find_model(model))
-    from elbowroom.engine.llm import LLM
-    from elbowroom.evals.engine_target import EngineTarget, PlainTokenizer, run_parallel
-    from elbowroom.evals.samples import TaskSpec
-    from elbowroom.evals.samples import retrieval as make_samples
-
-    shown = wants_progress(progress)
-    spec = TaskSpec(context_tokens=length, num_queries=num_queries, num_facts=keys, seed=seed)
-    with progress_bar("loading", shown, in_bytes=True) as bar:
-        llm = LLM(model, memory, kv, dtype, progress=bar)
-    with llm, progress_bar("asking", shown) as bar:
-        _check_length(length, llm.engine.parts.config.max_positions)
-        target = EngineTarget(llm)
-        total = -(-num_queries // keys) * keys
-        with _task_errors():
-            samples = make_samples(PlainTokenizer(llm.tokenizer), spec)
-            result = run_parallel(target, samples, target.num_parallel(length), lambda done: bar(done, total))
-        report = RunReport.of(llm.engine)
+    plan = RunPlan(tasks=("retrieval",), context_tokens=length, num_queries=num_queries, num_facts=keys, seed=seed)
+    measured = measure(plan, EvalOptions(model, memory, kv, dtype, progress))
     if json:
-        print_json(_to_json(spec, result) | report.to_json())
+        print_json(retrieval_to_json(plan, measured))
     else:
-        _print_text(spec, result)
-        report.print()
-
-
-def _check_length(length: int, max_positions: int) -> None:
-    if length > max_positions:
-        raise RequestError(
-            f"--length {length} exceeds the model's context of {max_positions} tokens", f"use --length {max_positions}"
-        )
-
-
-@contextmanager
-def _task_errors() -> Iterator[None]:
-    """Turn what the generators say about impossible sizes into an error of the request."""
-    try:
-        yield
-    except ValueError as reason:
-        raise RequestError(str(reason), "change --length or --keys") from reason
-
-
-def _to_json(spec: TaskSpec, result: RetrievalResult) -> dict[str, object]:
-    head = {"task": "retrieval", "length": spec.context_tokens, "keys": spec.num_facts, "seed": spec.seed}
-    return head | result.to_json() | {"lowest_decile": result.lowest_decile()}
-
-
-def _print_text(spec: TaskSpec, result: RetrievalResult) -> None:
-    low, high = result.interval
-    typer.echo(
-        f"retrieval, {spec.context_tokens} tokens, {spec.num_facts} facts each: "
-        f"{result.num_correct} of {result.num_queries} exact ({result.accuracy:.1%}; "
-        f"95% interval {low:.1%} to {high:.1%})"
-    )
-    for index, part in enumerate(result.by_depth):
-        share = "no questions" if part.accuracy is None else f"{part.accuracy:.1%} of {part.num_queries}"
-        typer.echo(f"  depth {index * 10:3d}-{index * 10 + 10}%  {share}")
+        print_retrieval(plan, measured)

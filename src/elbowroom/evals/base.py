@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
+
+Mode = Literal["multi_turn", "multi_request"]
+"""``multi_turn``: questions follow each other in one session; ``multi_request``: each has its own fork."""
+History = Literal["gold", "own"]
+"""What later turns of a session read as the answers before: the references, or what the model wrote itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,12 +19,23 @@ class Turn:
     prompt: str
     """Text that follows the context (or the turn before)."""
     target: str
-    """The answer: a number or a lowercase word."""
+    """The answer; for the scorer ``first`` a number or a lowercase word."""
     reference: str
-    """What a perfect model writes behind the prompt; holds ``target`` and no other number (word) before it."""
+    """What a perfect model writes behind the prompt; for ``first`` with no other number (word) before ``target``."""
     max_new_tokens: int
     depth: float | None = None
     """Where the asked fact stands: tokens before it as a share of the context's tokens."""
+    scorer: str = "first"
+    """Name in ``scorers.SCORERS``."""
+    more_targets: tuple[str, ...] = ()
+    """Answers that are asked for together with ``target``."""
+    rivals: tuple[str, ...] = ()
+    """Wrong answers that the reply must resemble less than ``target`` (scorer ``function``)."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All answers."""
+        return self.target, *self.more_targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +48,7 @@ class Sample:
     num_tokens: int
     """Tokens of the context with its longest prompt and answer."""
     follow_up: bool = False
-    """Turns follow each other in one session; otherwise each has its own fork of the context."""
+    """The mode: turns follow each other in one session; otherwise each has its own fork of the context."""
     meta: dict[str, int | float | str] = field(default_factory=dict)
 
 
@@ -50,6 +66,8 @@ class Score:
 
     value: float
     answer: str
+    why: str = ""
+    """How the value came about, where value and answer do not say it."""
 
 
 class Session(Protocol):
@@ -77,6 +95,9 @@ class Target(Protocol):
 
 class TextTokenizer(Protocol):
     """The two calls of a tokenizer that tasks need."""
+
+    def __hash__(self) -> int:
+        """Tell tokenizers apart; ``object`` does."""
 
     def encode(self, text: str) -> list[int]:
         """Return token ids without adding any."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -22,6 +23,17 @@ class Placed:
     num_tokens: int
 
 
+def split_lines(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return the lines of all texts, each with its line break and the blank lines behind it."""
+    return tuple(line for text in texts for line in re.findall(r"[^\n]+\n+", text.rstrip("\n") + "\n\n"))
+
+
+@cache
+def heldout_lines() -> tuple[str, ...]:
+    """Return the lines of all held-out texts."""
+    return split_lines(heldout_texts())
+
+
 class Distractors:
     """Held-out text cut into lines (each with the blank lines behind it), with their token counts.
 
@@ -32,8 +44,7 @@ class Distractors:
 
     def __init__(self, tokenizer: TextTokenizer, texts: Sequence[str] | None = None) -> None:
         self._tokenizer = tokenizer
-        chosen = heldout_texts() if texts is None else texts
-        self._lines = [line for text in chosen for line in re.findall(r"[^\n]+\n+", text.rstrip("\n") + "\n\n")]
+        self._lines = heldout_lines() if texts is None else split_lines(texts)
         self._counts = np.array([self.count(line) for line in self._lines], dtype=np.int64)
         self._ends = np.cumsum(self._counts)
 
@@ -90,3 +101,9 @@ class Distractors:
             parts.append(insert)
         parts += self._lines[done:stop]
         return "".join(parts), starts
+
+
+@lru_cache(maxsize=1)
+def heldout_distractors(tokenizer: TextTokenizer) -> Distractors:
+    """Return the held-out text counted with ``tokenizer``; tasks that follow each other share it."""
+    return Distractors(tokenizer)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -12,6 +10,7 @@ from elbowroom.engine.llm import LLM
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.session import Session
 from elbowroom.evals.base import Reply, Sample
+from elbowroom.evals.parallel import in_order
 from elbowroom.evals.retrieval import Outcome, RetrievalResult, run, summarize
 from elbowroom.models.tokenizer import Tokenizer
 
@@ -102,23 +101,9 @@ def run_parallel(
         advance: called with the number of questions answered so far.
     """
     outcomes: list[Outcome] = []
-    pending: deque[Future[tuple[RetrievalResult, list[Outcome]]]] = deque()
     longest = 0
-
-    def collect(most: int) -> None:
-        nonlocal longest
-        while len(pending) > most:
-            result, asked = pending.popleft().result()
-            longest = max(longest, result.max_tokens)
-            outcomes.extend(asked)
-            advance(len(outcomes))
-
-    pool = ThreadPoolExecutor(num_parallel)
-    try:
-        for sample in samples:
-            pending.append(pool.submit(run, target, [sample]))
-            collect(num_parallel)
-        collect(0)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    for result, asked in in_order(lambda sample: run(target, [sample]), samples, num_parallel):
+        longest = max(longest, result.max_tokens)
+        outcomes += asked
+        advance(len(outcomes))
     return summarize(outcomes, longest)

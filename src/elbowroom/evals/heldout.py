@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 from functools import cache
 from importlib import resources
@@ -25,3 +26,12 @@ def heldout_texts() -> tuple[str, ...]:
     """Return the text of every held-out file that the running interpreter has."""
     paths = [stdlib_root() / name for name in heldout_names()]
     return tuple(path.read_text(encoding="utf-8") for path in paths if path.is_file())
+
+
+@cache
+def heldout_fingerprint() -> str:
+    """Return what tells the held-out texts of one version of Python from those of another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for text in heldout_texts():
+        digest.update(text.encode())
+    return digest.hexdigest()

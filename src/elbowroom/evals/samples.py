@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from elbowroom.evals import facts
-from elbowroom.evals.base import Sample, TextTokenizer, Turn
-from elbowroom.evals.distractors import Distractors
+from elbowroom.evals.base import Mode, Sample, TextTokenizer, Turn
+from elbowroom.evals.distractors import Distractors, heldout_distractors
 
 NUM_DECILES = 10
+MANY_SHOT_QUESTIONS = 4
+"""Most items of a many-shot context that are asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,12 @@ class TaskSpec:
     hops: int = 1
     """Links of every variable chain."""
     seed: int = 0
+    mode: Mode | None = None
+    """How the questions of a context are asked; None: as the task does by itself."""
+
+    def follow_up(self, by_itself: bool = False) -> bool:
+        """Return whether questions follow each other in one session, which they do ``by_itself`` in some tasks."""
+        return by_itself if self.mode is None else self.mode == "multi_turn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ def follow_ups(tokenizer: TextTokenizer, spec: TaskSpec) -> Iterator[Sample]:
 
 def chains(tokenizer: TextTokenizer, spec: TaskSpec) -> Iterator[Sample]:
     """Yield contexts with variable chains of ``spec.hops`` links; the last variable is traced to its number."""
-    distractors, rng = Distractors(tokenizer), np.random.default_rng(spec.seed)
+    distractors, rng = heldout_distractors(tokenizer), np.random.default_rng(spec.seed)
     for number in range(-(-spec.num_queries // spec.num_facts)):
         questions, links = [], []
         for _ in range(spec.num_facts):
@@ -73,14 +81,14 @@ def chains(tokenizer: TextTokenizer, spec: TaskSpec) -> Iterator[Sample]:
 
 
 def many_shot(tokenizer: TextTokenizer, spec: TaskSpec) -> Iterator[Sample]:
-    """Yield blocks of ``spec.num_facts`` labelled items amid held-out text; four items are asked in forks."""
-    distractors, rng = Distractors(tokenizer), np.random.default_rng(spec.seed)
-    for number in range(-(-spec.num_queries // min(4, spec.num_facts))):
+    """Yield blocks of ``spec.num_facts`` labelled items amid held-out text; up to four are asked in forks."""
+    distractors, rng = heldout_distractors(tokenizer), np.random.default_rng(spec.seed)
+    for number in range(-(-spec.num_queries // min(MANY_SHOT_QUESTIONS, spec.num_facts))):
         words = [facts.random_key(rng) for _ in range(spec.num_facts)]
         labels = [facts.LABELS[index] for index in rng.integers(len(facts.LABELS), size=len(words))]
         lines = [facts.SHOT.fact(*pair) for pair in zip(words, labels, strict=True)]
         depths = [float(rng.random())] * len(lines)
-        asked = rng.choice(len(words), size=min(4, spec.num_facts), replace=False)
+        asked = rng.choice(len(words), size=min(MANY_SHOT_QUESTIONS, spec.num_facts), replace=False)
         questions = [
             _Question("\n" + facts.SHOT.prompt.format(key=words[index]), labels[index], " " + labels[index])
             for index in asked
@@ -93,9 +101,10 @@ def _completion(key: str, value: str, turn: int) -> _Question:
     return _Question(opening + facts.SENTENCE.prompt.format(key=key), value, " " + value)
 
 
-def _chat(key: str, value: str, _turn: int) -> _Question:
+def _chat(key: str, value: str, turn: int) -> _Question:
+    opening = "\n" if turn == 0 else "<|end|><|user|>"
     question = facts.CHAT_QUESTION.format(key=key)
-    return _Question(f"\n{question}<|end|><|assistant|>", value, facts.SENTENCE.fact(key, value))
+    return _Question(f"{opening}{question}<|end|><|assistant|>", value, facts.SENTENCE.fact(key, value))
 
 
 def _keyed(
@@ -106,7 +115,8 @@ def _keyed(
     head: str = "",
     follow_up: bool = False,
 ) -> Iterator[Sample]:
-    distractors, rng = Distractors(tokenizer), np.random.default_rng(spec.seed)
+    distractors, rng = heldout_distractors(tokenizer), np.random.default_rng(spec.seed)
+    follow_up = spec.follow_up(follow_up)
     deciles = _decile_stream(rng)
     for number in range(-(-spec.num_queries // spec.num_facts)):
         pairs = [(facts.random_key(rng), facts.random_value(rng)) for _ in range(spec.num_facts)]
@@ -137,7 +147,8 @@ def _sample(
     head: str = "",
     follow_up: bool = False,
 ) -> Sample:
-    tails = [distractors.count(question.prompt + question.reference) for question in questions]
+    follow_up = spec.follow_up(follow_up)
+    tails = [distractors.count(question.prompt) + distractors.count(question.reference) for question in questions]
     tail = sum(tails) if follow_up else max(tails)
     reserve = tail + (distractors.count(head) if head else 0)
     placed = distractors.place(rng, lines, depths, spec.context_tokens - reserve)
