@@ -31,7 +31,11 @@ class KVPricing:
     transient_bytes: int
     """On top while a step appends a chunk."""
     can_share: bool
-    """Whether prefixes are shared between sequences (not with sliding windows: a shared block could not expire)."""
+    """Whether prefixes are shared between sequences; see ``BoundPlan.shares_prefixes``."""
+    prompt_limit: int | None = None
+    """Most tokens that stay behind a part of a prompt; None: all."""
+    end_limit: int | None = None
+    """The same behind its end."""
     rollback_grain: int = 1
     """Tokens of whose multiples sequences can go back to any; 0: only to their beginning."""
 
@@ -44,11 +48,15 @@ class KVPricing:
         # While the last block is not full it lies open, and for the step that fills it both ways.
         prices = curve.resident_bytes + blocks * slack + (blocks > 0) * (plan.tail_bytes + open_slack)
         step_slack = num_blocks(step_tokens) * (slack * plan.has_windows + open_slack)
+        if plan.plan.policy is not None:
+            step_slack += (num_blocks(step_tokens) + 1) * page_bytes  # single strips
         return cls(
             by_blocks=tuple(prices.tolist()),
             block_bytes=plan.block_bytes + slack,
             transient_bytes=curve.transient_bytes + step_slack,
-            can_share=not plan.has_windows,
+            can_share=plan.shares_prefixes,
+            prompt_limit=None if plan.plan.policy is None else plan.plan.policy.limit(ends_prompt=False),
+            end_limit=None if plan.plan.policy is None else plan.plan.policy.limit(ends_prompt=True),
             rollback_grain=plan.rollback_grain,
         )
 
@@ -57,6 +65,23 @@ class KVPricing:
         if num_tokens == length:
             return length
         return num_tokens // self.rollback_grain * self.rollback_grain if self.rollback_grain else 0
+
+    def dropped(self, before: int, num_tokens: int, *, ends_prompt: bool) -> int:
+        """Return the blocks' worth of tokens that a policy has dropped of a prompt of which ``num_tokens`` are read."""
+        limit = self.end_limit if ends_prompt else self.prompt_limit
+        if limit is None:
+            return before
+        return before + max(num_blocks(num_tokens - STRIP_TOKENS * before - limit), 0)
+
+    def held(self, num_tokens: int, dropped: int) -> int:
+        """Return the most blocks that a sequence holds while it is read up to ``num_tokens``.
+
+        A policy chooses from what stayed before and what a step brings, into new strips: both are held for a while.
+        """
+        blocks = num_blocks(num_tokens) - dropped
+        if self.end_limit is None or self.prompt_limit is None or num_tokens - STRIP_TOKENS * dropped <= self.end_limit:
+            return blocks
+        return min(blocks, 2 * (num_blocks(self.prompt_limit) + 1))
 
     def price(self, blocks: int, shared_blocks: int = 0) -> int:
         """Return the private bytes of a sequence of ``blocks``, the first ``shared_blocks`` of them paid elsewhere."""

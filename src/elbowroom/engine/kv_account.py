@@ -91,6 +91,7 @@ class KVAccount:
         """Give ``seq`` a slot that shares the prefix down to ``node`` (pinned by the caller) and pay ``blocks``."""
         seq.slot, seq.shared, seq.num_blocks = self._new_slot(), node, blocks
         seq.num_computed = 0 if node is None else node.depth * STRIP_TOKENS
+        seq.dropped_blocks = 0
         self.used_bytes += self.private_bytes(blocks, node)
         if node is None:
             self.ops.append(KVOp("open", seq.slot))
@@ -101,6 +102,7 @@ class KVAccount:
         """Give ``seq`` a slot that shares the first ``keep`` tokens of a parked sequence; ``node`` is pinned."""
         # Blocks that the parent holds privately are paid again here: an upper bound, exact once one is written.
         seq.slot, seq.shared, seq.num_blocks, seq.num_computed = self._new_slot(), node, blocks, keep
+        seq.dropped_blocks = parent.dropped_blocks
         self.used_bytes += self.private_bytes(blocks, node)
         self.ops.append(KVOp("fork", seq.slot, parent.slot, keep))
 
@@ -108,6 +110,12 @@ class KVAccount:
         """Pay for ``seq`` to have ``blocks`` in all."""
         self.used_bytes += self.growth_bytes(seq, blocks)
         seq.num_blocks = max(seq.num_blocks, blocks)
+
+    def shrink(self, seq: SeqState, dropped_blocks: int) -> None:
+        """Note what the plan's policy has dropped of ``seq`` and pay only for what is left."""
+        blocks = num_blocks(seq.num_computed) - dropped_blocks
+        self.used_bytes += self.private_bytes(blocks, seq.shared) - self.private_bytes(seq.num_blocks, seq.shared)
+        seq.num_blocks, seq.dropped_blocks = blocks, dropped_blocks
 
     def growth_bytes(self, seq: SeqState, blocks: int) -> int:
         """Return what ``grow`` would add."""
@@ -121,7 +129,7 @@ class KVAccount:
         if seq.shared is not None:
             self.index.unpin(seq.shared)
         self.ops.append(KVOp("close", seq.slot))
-        seq.slot, seq.shared, seq.num_blocks, seq.num_computed = -1, None, 0, 0
+        seq.slot, seq.shared, seq.num_blocks, seq.num_computed, seq.dropped_blocks = -1, None, 0, 0, 0
 
     # Parked sessions
 
@@ -129,10 +137,11 @@ class KVAccount:
         """Keep the sequence's slot for the next request of its session."""
         if key in self.parked:
             self.drop_parked(key)
-        blocks = num_blocks(seq.num_computed)
+        blocks = num_blocks(seq.num_computed) - seq.dropped_blocks
         self.used_bytes += self.private_bytes(blocks, seq.shared) - self.private_bytes(seq.num_blocks, seq.shared)
         self._clock += 1
-        self.parked[key] = Parked(seq.slot, seq.tokens[: seq.num_computed], seq.shared, blocks, self._clock)
+        tokens = seq.tokens[: seq.num_computed]
+        self.parked[key] = Parked(seq.slot, tokens, seq.shared, blocks, seq.dropped_blocks, self._clock)
         if seq.shared is not None:
             self.index.soften(seq.shared)
         seq.slot, seq.shared, seq.num_blocks = -1, None, 0
@@ -160,6 +169,7 @@ class KVAccount:
         if parked.shared is not None:
             self.index.soften(parked.shared, -1)
         seq.slot, seq.shared, seq.num_blocks = parked.slot, parked.shared, parked.num_blocks
+        seq.dropped_blocks = parked.dropped_blocks
         keep = self.num_kept(parked, seq)
         if keep == len(parked.tokens):
             seq.num_computed = keep
@@ -170,7 +180,7 @@ class KVAccount:
             if seq.shared is not None:
                 self.index.unpin(seq.shared)
             self.ops += [KVOp("close", seq.slot), KVOp("open", seq.slot)]
-            seq.shared, seq.num_blocks, seq.num_computed = None, 0, 0
+            seq.shared, seq.num_blocks, seq.num_computed, seq.dropped_blocks = None, 0, 0, 0
 
     def num_kept(self, parked: Parked, seq: SeqState) -> int:
         """Return how many tokens of a parked session ``seq`` can go on from; one at least is left to compute."""
@@ -180,8 +190,9 @@ class KVAccount:
 
     def take_over_bytes(self, parked: Parked, seq: SeqState) -> int:
         """Return what ``take_over`` and growing to all tokens of ``seq`` would add to ``used_bytes``."""
-        node = self.ancestor(parked.shared, self.num_kept(parked, seq))
-        after = self.private_bytes(num_blocks(len(seq.tokens)), node)
+        keep = self.num_kept(parked, seq)
+        node, dropped = self.ancestor(parked.shared, keep), parked.dropped_blocks if keep else 0
+        after = self.private_bytes(self.pricing.held(len(seq.tokens), dropped), node)
         return after - self.private_bytes(parked.num_blocks, parked.shared)
 
     def ancestor(self, node: Node | None, num_tokens: int) -> Node | None:

@@ -32,6 +32,7 @@ from elbowroom.engine.types import (
     StepResult,
 )
 from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
+from elbowroom.kv.base import PromptPart
 from elbowroom.units import format_bytes
 
 Rows = list[tuple[SeqState, Row]]
@@ -210,6 +211,11 @@ class Scheduler:
                 continue  # ended while the step ran
             before = seq.num_computed
             seq.num_computed = before + row.num_tokens + repeats
+            if row.prompt:
+                ends = row.prompt is PromptPart.END
+                dropped = self.pricing.dropped(seq.dropped_blocks, seq.num_computed, ends_prompt=ends)
+                if dropped != seq.dropped_blocks:
+                    self.account.shrink(seq, dropped)
             if before < seq.num_prompt <= seq.num_computed:
                 self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
             if row.sample is not None:
@@ -259,10 +265,12 @@ class Scheduler:
                 f"{prompt} prompt tokens and {wanted} new ones exceed the context of {context}",
                 f"shorten the prompt or lower max_tokens to {max(context - prompt, 0)}",
             )
-        capacity = self.account.capacity_bytes
-        room = self.pricing.largest(capacity)
-        if prompt + wanted > room:
-            need = self.pricing.price(num_blocks(prompt + wanted)) + self.pricing.transient_bytes
+        capacity, pricing = self.account.capacity_bytes, self.pricing
+        dropped = pricing.dropped(0, prompt, ends_prompt=True)
+        room = pricing.largest(capacity) + dropped * STRIP_TOKENS
+        blocks = max(pricing.held(prompt, 0), num_blocks(prompt + wanted) - dropped)
+        if blocks * STRIP_TOKENS > room - dropped * STRIP_TOKENS:
+            need = pricing.price(blocks) + pricing.transient_bytes
             raise RequestTooLarge(
                 f"{prompt} prompt tokens and {wanted} new ones need {format_bytes(need)} of KV cache; "
                 f"{format_bytes(capacity)} are there, enough for {room} tokens in all",
@@ -290,7 +298,7 @@ class Scheduler:
         """Open a slot behind the longest cached prefix, with all blocks of the known tokens paid."""
         account = self.account
         node = account.match(seq)
-        blocks = num_blocks(len(seq.tokens))
+        blocks = self.pricing.held(len(seq.tokens), 0)
         if node is not None:
             account.index.pin(node)
         if self._fits(account.private_bytes(blocks, node)):
@@ -310,7 +318,7 @@ class Scheduler:
             if not self._fits(account.take_over_bytes(own, seq), own):
                 return False
             account.take_over(seq, session.key)
-            account.grow(seq, num_blocks(len(seq.tokens)))
+            account.grow(seq, self.pricing.held(len(seq.tokens), seq.dropped_blocks))
             return True
         parent = account.use_parked(session.parent)
         return parent is not None and self._branch(seq, parent)
@@ -320,7 +328,8 @@ class Scheduler:
         keep = account.num_kept(parent, seq)
         if keep == 0:
             return False
-        node, blocks = account.ancestor(parent.shared, keep), num_blocks(len(seq.tokens))
+        node = account.ancestor(parent.shared, keep)
+        blocks = self.pricing.held(len(seq.tokens), parent.dropped_blocks)
         if node is not None:
             account.index.pin(node)
         if self._fits(account.private_bytes(blocks, node), parent):
@@ -359,12 +368,17 @@ class Scheduler:
         stop = end if end - start <= most_tokens else start + most_tokens
         if stop == start:
             return None
-        if stop > seq.num_blocks * STRIP_TOKENS and not self._pay(seq, num_blocks(stop)):
-            return None
+        prompt = PromptPart.NONE
+        if start < seq.num_prompt or stop > start + 1:
+            prompt = PromptPart.END if stop == end else PromptPart.PART
+        if stop > (seq.num_blocks + seq.dropped_blocks) * STRIP_TOKENS:
+            blocks = num_blocks(stop) - seq.dropped_blocks
+            if not self._pay(seq, self.pricing.held(stop, seq.dropped_blocks) if prompt else blocks):
+                return None
         if stop == end == start + 1 and start >= seq.num_prompt and not seq.is_new_to_executor:
             return Row(seq.slot, "decode", start, 1, None, seq.spec)
         sample = seq.sample_spec() if stop == end and seq.max_new_tokens > 0 else None
-        return Row(seq.slot, "chunk", start, stop - start, seq.tokens[start:stop], sample)
+        return Row(seq.slot, "chunk", start, stop - start, seq.tokens[start:stop], sample, prompt)
 
     def _pay(self, seq: SeqState, blocks: int) -> bool:
         """Let a running sequence have ``blocks`` in all; it gives way, and False is returned, if there is no room."""
@@ -403,7 +417,7 @@ class Scheduler:
     def _give_up(self, seq: SeqState) -> None:
         """Nothing runs, all caches may go, and still ``seq`` does not fit: the budget was lowered after ``add``."""
         account = self.account
-        need = self.pricing.price(num_blocks(len(seq.tokens))) + self.pricing.transient_bytes
+        need = self.pricing.price(self.pricing.held(len(seq.tokens), 0)) + self.pricing.transient_bytes
         there = account.capacity_bytes - account.lacking_bytes
         text = f"{len(seq.tokens)} tokens need {format_bytes(need)} of KV cache; {format_bytes(there)} are left"
         self._finish(seq, "error", error=RequestTooLarge(text, "raise memory= (--memory)"))
@@ -456,7 +470,7 @@ class Scheduler:
             # One that ends early is cut back, and a sliding window may have dropped what lies before.
             if row.kind != "decode" or (seq.stop_token_ids and not self.pricing.can_share):
                 return 1
-            paid, last = seq.num_blocks * STRIP_TOKENS, seq.limit - 1
+            paid, last = (seq.num_blocks + seq.dropped_blocks) * STRIP_TOKENS, seq.limit - 1
             left = (min(last, paid)) - row.start
             fewest = min(fewest, left)
         return max(fewest, 1)

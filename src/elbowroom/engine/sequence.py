@@ -33,6 +33,8 @@ class SeqState:
     """Deepest cached node that this sequence shares; its blocks are paid by the index."""
     num_blocks: int = 0
     """Blocks paid for, shared ones included."""
+    dropped_blocks: int = 0
+    """Blocks' worth of tokens that the plan's policy has dropped."""
     num_cached_tokens: int = 0
     is_new_to_executor: bool = True
     num_prompt: int = field(init=False)
@@ -83,4 +85,5 @@ class Parked:
     """Exactly the tokens in the store."""
     shared: Node | None
     num_blocks: int
+    dropped_blocks: int
     last_used: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.kv.base import PromptPart
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -81,6 +82,8 @@ class Row(NamedTuple):
     """Their token ids; None means the last token sampled for this slot."""
     sample: SampleSpec | None
     """Set when a token is to be sampled behind the last position."""
+    prompt: PromptPart = PromptPart.NONE
+    """Whether the tokens are part of a prompt, or its end."""
 
 
 @dataclass(frozen=True, slots=True)

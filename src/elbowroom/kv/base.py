@@ -10,6 +10,7 @@ back before.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +29,14 @@ class KVHandle:
     id: int
 
 
+class PromptPart(IntEnum):
+    """What a row of a step has to do with a prompt: policies choose behind parts of it."""
+
+    NONE = 0
+    PART = 1
+    END = 2
+
+
 @dataclass(slots=True)
 class KVStep:
     """Rows of one forward pass: which sequence each packed token belongs to, and where it stands in it.
@@ -39,6 +48,8 @@ class KVStep:
     handles: tuple[KVHandle, ...]
     row_starts: npt.NDArray[np.int32]
     positions: Positions
+    prompts: npt.NDArray[np.int8] | None = None
+    """int8 ``[R]``: what each row has to do with a prompt (``PromptPart``); None: nothing. No token count tells."""
     prepared: object | None = field(default=None, repr=False)
     """Whatever the store keeps between ``reserve`` and ``end_step``."""
 
@@ -88,6 +99,8 @@ class KVReport:
     num_strips: int
     """Layer strips held, shared ones once."""
     num_shared_strips: int
+    num_dropped: int
+    """Tokens of sequences that a policy has dropped."""
     bf16_bytes: int
     """What ``num_tokens`` would take in bfloat16 without sharing, expiry or compression."""
 

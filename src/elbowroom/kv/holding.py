@@ -14,7 +14,7 @@ ROLLBACK_TOKENS = 64
 """Tokens at the end of the last step that can be taken back: sliding windows do not move on for them."""
 
 Blocks = npt.NDArray[np.int64]
-Part = Literal["all", "sealed", "tail", "staging"]
+Part = Literal["all", "chosen", "sealed", "tail", "staging"]
 
 
 def blocks_of(num_tokens: int) -> int:
@@ -26,9 +26,10 @@ def blocks_of(num_tokens: int) -> int:
 class Holding:
     """A rule of positions only.
 
-    ``all`` blocks, where tokens are written one by one. Codecs that seal strips have three parts: full blocks are
-    ``sealed``, the last one that is not full lies in the ``tail`` as it was computed; and blocks that a long step both
-    begins and fills pass through ``staging``, which all layers use one after the other.
+    ``all`` blocks, where tokens are written one by one; ``chosen`` ones, where a policy drops tokens. Codecs that seal
+    strips have three parts: full blocks are ``sealed``, the last one that is not full lies in the ``tail`` as it was
+    computed; and blocks that a long step both begins and fills pass through ``staging``, which all layers use one after
+    the other. So do the blocks of a step behind which a policy chooses.
     """
 
     part: Part = "all"
@@ -61,7 +62,7 @@ class Holding:
             start: tokens before the step.
             num_tokens: tokens behind it.
         """
-        if self.part == "all":
+        if self.part in ("all", "chosen"):
             return blocks
         full = blocks < num_tokens // STRIP_TOKENS
         if self.part == "sealed":

@@ -13,7 +13,7 @@ from elbowroom.errors import BudgetError, OutOfBudget
 from elbowroom.kv.base import Shortfall
 from elbowroom.kv.holding import Holding
 from elbowroom.kv.plan import BoundPlan
-from elbowroom.kv.pool import StripPool
+from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.sequence import Rows, Sequence, Table
 from elbowroom.memory.arena import Arena
 from elbowroom.units import format_bytes
@@ -60,7 +60,7 @@ class PoolSet:
         self.tails: list[Lane] = []
         """For each main lane, the tails of its layers; empty where tokens are written one by one."""
         self.staging: list[Lane] = []
-        """For each main lane, the blocks that a long step begins and fills; in single strips of the tail's pool."""
+        """Blocks that all layers of a pool use one after the other, in single strips; see ``Holding``."""
         for layers in self._members():
             self._add(layers)
         self._lanes = [*self.main, *self.tails, *self.staging]
@@ -84,7 +84,7 @@ class PoolSet:
         fmt, window = plan.formats[layers[0]], plan.layers[layers[0]].window
         share = fmt.strip_bytes * len(layers) / plan.block_bytes
         if not plan.tails:
-            self.main.append(Lane(self._pool(fmt, layers, share), rows, Holding("all", window)))
+            self._add_open(self._pool(fmt, layers, share), rows, window)
             return
         sealed = self._pool(fmt, layers, share * (1 - 1 / _TAIL_SHARE))
         tail = self._pool(plan.tails[layers[0]], layers, share / _TAIL_SHARE)
@@ -92,6 +92,14 @@ class PoolSet:
         self.main.append(Lane(sealed, rows, Holding("sealed", window)))
         self.tails.append(Lane(tail, rows + len(plan.layers), Holding("tail")))
         self.staging.append(Lane(tail, staged, Holding("staging")))
+
+    def _add_open(self, pool: StripPool, rows: Rows, window: int | None) -> None:
+        if self._plan.plan.policy is None or window is not None:
+            self.main.append(Lane(pool, rows, Holding("all", window)))
+            return
+        staged = np.asarray([len(self._plan.layers) + len(self.staging)], dtype=np.int64)
+        self.main.append(Lane(pool, rows, Holding("chosen")))
+        self.staging.append(Lane(pool, staged, Holding("staging")))
 
     def _pool(self, fmt: PageFormat, layers: list[int], share: float) -> StripPool:
         # Address space is free on an elastic tier: every pool could hold the whole capacity, with slack for groups
@@ -145,9 +153,9 @@ class PoolSet:
 
     def _asked(self, counts: Counts[int]) -> Iterator[tuple[StripPool, int, int]]:
         """Yield each pool with the groups and the single strips that ``counts`` ask of it."""
-        singles = [0] * len(self.main) + list(counts[len(self.pools) :])
         for number, pool in enumerate(self.pools):
-            yield pool, counts[number], singles[number] if number < len(singles) else 0
+            staged = zip(self.staging, counts[len(self.pools) :], strict=True)
+            yield pool, counts[number], sum(count for lane, count in staged if lane.pool is pool)
 
     def take(self, counts: Counts[int]) -> list[Table]:
         """Take ``counts[i]`` blocks for lane i, or nothing at all.
@@ -192,7 +200,7 @@ class PoolSet:
 
     def cut(self, sequence: Sequence, num_tokens: int) -> int:
         """Shorten a sequence to what is held of ``num_tokens`` between steps; return the bytes of pages freed."""
-        freed = 0
+        freed = self.drop_spare(sequence)
         for lane in self._lanes:
             first, end = lane.holding.rest(num_tokens)
             freed += lane.pool.release(sequence.cut(lane.rows, end))
@@ -202,20 +210,41 @@ class PoolSet:
         sequence.room = self.room(sequence)
         return freed
 
+    def resting(self, lane: Lane, num_tokens: int, dropped_blocks: int) -> tuple[int, int]:
+        """Return first and end block of what a lane holds of ``num_tokens`` of which a policy dropped some."""
+        first, end = lane.holding.rest(num_tokens)
+        return (dropped_blocks if lane.holding.part == "chosen" else first), end
+
+    def set_spare(self, sequence: Sequence, lane: Lane, entries: Table) -> None:
+        """Give ``sequence`` spare strips for the rows of ``lane``, in place of those it had."""
+        if sequence.spare.shape[1] < entries.shape[1]:
+            wider = np.full((self.num_rows, entries.shape[1]), ABSENT, dtype=np.uint32)
+            wider[:, : sequence.spare.shape[1]] = sequence.spare
+            sequence.spare = wider
+        lane.pool.release(sequence.spare[lane.rows])
+        sequence.spare[lane.rows] = ABSENT
+        sequence.spare[lane.rows, : entries.shape[1]] = entries
+
+    def drop_spare(self, sequence: Sequence) -> int:
+        """Let go of a sequence's spare strips; return the bytes of pages freed."""
+        freed = self.release(sequence.spare) if sequence.spare.shape[1] else 0
+        sequence.spare = sequence.spare[:, :0]
+        return freed
+
     def room(self, sequence: Sequence) -> int:
         """Return the position from which a sequence needs another strip."""
-        if not self.tails:
+        if not self.staging:
             return sequence.num_blocks * STRIP_TOKENS
         block = sequence.num_tokens // STRIP_TOKENS
-        if not sequence.holds(self.tails[0].first_row, block):
+        if not all(sequence.holds(lane.first_row, block) for lane in self.open):
             return sequence.num_tokens
-        return (block + 1) * STRIP_TOKENS - 1  # the last slot of a block seals it
+        return (block + 1) * STRIP_TOKENS - len(self.tails[:1])  # the last slot of a block seals it
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, StripPool, int, int]]:
+    def pieces(self, start: int, stop: int, dropped_blocks: int = 0) -> list[tuple[int, StripPool, int, int]]:
         """Return row, pool, first and end block of what a sequence of ``stop`` tokens holds from ``start`` on."""
         found = []
         for lane in self._lanes:
-            first, end = lane.holding.rest(stop)
+            first, end = self.resting(lane, stop, dropped_blocks)
             first = max(first, start // STRIP_TOKENS)
             found += [(row, lane.pool, first, end) for row in lane.rows.tolist() if first < end]
         return sorted(found, key=lambda piece: piece[0])

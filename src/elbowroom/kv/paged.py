@@ -18,6 +18,7 @@ from elbowroom.kernels import attention
 from elbowroom.kernels.base import LayerStrips, Tail
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Shortfall, Want
 from elbowroom.kv.codecs import token_codec
+from elbowroom.kv.compaction import Compactor
 from elbowroom.kv.holding import Blocks
 from elbowroom.kv.layout import Lane, PoolSet
 from elbowroom.kv.plan import BoundPlan
@@ -48,7 +49,11 @@ class PagedStore:
         self._codec = plan.plan.codec
         self._open_codec = token_codec(self._codec)
         self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
-        self._preparer = Preparer(self._pools, len(plan.layers))
+        self._preparer = Preparer(self._pools, plan)
+        policy = plan.plan.policy
+        self._compactor = None if policy is None else Compactor(policy, self._open_codec)
+        self._last_reader = {source: layer for layer, source in enumerate(self._pools.source_of)}
+        """For each layer with keys of its own the last one that reads them."""
         self._sequences: dict[int, Sequence] = {}
         self._next_id = 0
 
@@ -93,7 +98,7 @@ class PagedStore:
         sequence = self._sequence(handle)
         del self._sequences[handle.id]
         self._preparer.clear()
-        return self._pools.release(sequence.table)
+        return self._pools.drop_spare(sequence) + self._pools.release(sequence.table)
 
     def num_tokens(self, handle: KVHandle) -> int:
         """Return how many tokens the sequence holds."""
@@ -114,7 +119,15 @@ class PagedStore:
     def _check_rollback(self, sequence: Sequence, num_tokens: int) -> None:
         if not 0 <= num_tokens <= sequence.num_tokens:
             raise IntegrityError(f"a sequence of {sequence.num_tokens} tokens has no prefix of {num_tokens}")
+        if num_tokens < sequence.chosen_tokens:
+            raise IntegrityError(
+                f"cannot go back to token {num_tokens}: plan {self.plan.plan} chose among all tokens before "
+                f"{sequence.chosen_tokens}",
+                "prefill the prefix again",
+            )
         for lane in self._pools.main:
+            if lane.holding.part == "chosen":
+                continue
             lost = int(sequence.expired_blocks[lane.first_row])
             if lost > lane.holding.expired(num_tokens):
                 raise IntegrityError(
@@ -151,7 +164,11 @@ class PagedStore:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: KVStep, want: Want) -> AttnOut:
         """Append ``k, v`` of ``layer`` and return attention; needs a successful ``reserve(step)`` before."""
-        spec, strips = self.plan.layers[layer], self.strips(layer, step)
+        spec, strips = self.plan.layers[layer], self._strips(layer, step)
+        if spec.kv_source is None and self._compactor is not None and self._is_chosen(layer):
+            for each in self._prepared(step).compactions:
+                rows = slice(int(step.row_starts[each.row]), int(step.row_starts[each.row + 1]))
+                self._compactor.note(each, layer, q[rows])
         if spec.kv_source is None:
             attention.append(strips, k, v)
         result = AttnOut(*attention.attend(strips, spec, q))
@@ -159,8 +176,16 @@ class PagedStore:
             column_statistics(result, want, q, spec, strips)
         return result
 
-    def strips(self, layer: int, step: KVStep) -> LayerStrips:
-        """Return where the layer's strips lie."""
+    def strips(self, layer: int, step: KVStep) -> LayerStrips | None:
+        """Return where the layer's strips lie, if no policy wants to see its queries and to choose behind it."""
+        if self._prepared(step).compactions and self._is_chosen(layer):
+            return None
+        return self._strips(layer, step)
+
+    def _is_chosen(self, layer: int) -> bool:
+        return self._pools.main[self._pools.number_of[layer]].holding.part == "chosen"
+
+    def _strips(self, layer: int, step: KVStep) -> LayerStrips:
         prepared, number = self._prepared(step), self._pools.number_of[layer]
         pool, source = self._pools.main[number].pool, self._pools.source_of[layer]
         table, tails = prepared.tables[source], prepared.tails
@@ -178,7 +203,16 @@ class PagedStore:
         return LayerStrips(prepared.steps[number], table, pool.base, pool.fmt, self._codec, tail)
 
     def end_layer(self, layer: int, step: KVStep) -> None:
-        """Nothing to compact: these plans keep every token."""
+        """Let the policy choose among the tokens of rows that read prompts, and free what does not stay."""
+        prepared, source = self._prepared(step), self._pools.source_of[layer]
+        if self._compactor is None or not prepared.compactions:
+            return
+        if not self._is_chosen(source) or self._last_reader[source] != layer:
+            return
+        lane = self._pools.main[self._pools.number_of[source]]
+        for each in prepared.compactions:
+            table = prepared.tables[source, each.row]
+            self._compactor.compact(each, source, self.plan.layers[source], lane, table)
 
     def end_step(self, step: KVStep) -> None:
         """Make the new lengths final and free what sliding windows left behind and what is sealed now.
@@ -190,6 +224,9 @@ class PagedStore:
             sequence.step_start = sequence.num_tokens
             sequence.num_tokens = length
             sequence.writable = None
+        for each in prepared.compactions:
+            each.sequence.dropped_blocks, each.sequence.chosen_tokens = each.dropped_blocks, each.num_tokens
+            self._pools.drop_spare(each.sequence)
         for lane in self._pools.dropping:
             for sequence in prepared.rows:
                 self._expire(sequence, lane, lane.holding.keeps_from(sequence.step_start, sequence.num_tokens))
@@ -304,13 +341,18 @@ class PagedStore:
                 f"start at a multiple of {STRIP_TOKENS}",
             )
         self._check_rollback(sequence, stop)
+        if start and sequence.dropped_blocks:
+            raise IntegrityError(
+                f"plan {self.plan.plan} has dropped tokens: what is left has no part that begins at {start}",
+                "start at 0",
+            )
         strips: list[npt.NDArray[np.uint8]] = []
-        for row, pool, first, end in self._pools.pieces(start, stop):
+        for row, pool, first, end in self._pools.pieces(start, stop, sequence.dropped_blocks):
             held = [pool.strip(entry) for entry in sequence.table[row, first:end].tolist()]
             if stop < end * STRIP_TOKENS:
                 held[-1] = self._blanked(held[-1], pool, stop % STRIP_TOKENS)
             strips.extend(strip.numpy() for strip in held)
-        return pack_span(self.fingerprint, start, stop, strips)
+        return pack_span(self.fingerprint, start, stop, strips, sequence.dropped_blocks)
 
     def _blanked(self, strip: Tensor, pool: StripPool, used: int) -> Tensor:
         """Return a copy without the slots from ``used`` on: they may hold what another sequence left there."""
@@ -326,14 +368,14 @@ class PagedStore:
             IntegrityError: damaged bytes, another model or plan, or a span that does not start where the sequence ends.
             OutOfBudget: the strips do not fit. In either case nothing changes.
         """
-        start, stop, payload = unpack_span(span, self.fingerprint)
+        start, stop, dropped, payload = unpack_span(span, self.fingerprint)
         sequence = self._sequence(handle)
         if start != sequence.num_tokens or start % STRIP_TOKENS:
             raise IntegrityError(f"the span starts at token {start}, the sequence ends at {sequence.num_tokens}")
-        pieces = self._pools.pieces(start, stop)
+        pieces = self._pools.pieces(start, stop, dropped)
         if sum((end - first) * pool.strip_bytes for _, pool, first, end in pieces) != len(payload):
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {stop - start} tokens")
-        self._extend(sequence, start, stop)
+        self._extend(sequence, start, stop, dropped)
         offset = 0
         for row, pool, first, end in pieces:
             for entry in sequence.table[row, first:end].tolist():
@@ -342,19 +384,21 @@ class PagedStore:
                 offset += pool.strip_bytes
         return stop - start
 
-    def _extend(self, sequence: Sequence, start: int, stop: int) -> None:
+    def _extend(self, sequence: Sequence, start: int, stop: int, dropped: int) -> None:
         """Lengthen ``sequence`` from ``start`` to ``stop``, with the strips that it would hold then."""
         self._pools.cut(sequence, start)  # blocks of a step that was reserved and never run
         ranges = []
         for lane in self._pools:
-            first, end = lane.holding.rest(stop)
+            first, end = self._pools.resting(lane, stop, dropped)
             ranges.append(np.arange(max(start // STRIP_TOKENS, first), end))
         taken = self._pools.take_for(f"a span of {stop - start} tokens", [blocks.size for blocks in ranges])
         for lane, blocks, entries in zip(self._pools, ranges, taken, strict=True):
             sequence.put(lane.rows, blocks, entries)
         sequence.num_tokens = sequence.step_start = stop
-        for lane in self._pools.dropping:
-            self._expire(sequence, lane, lane.holding.rest(stop)[0])
+        if dropped:
+            sequence.dropped_blocks, sequence.chosen_tokens = dropped, stop
+        for lane in self._pools:
+            self._expire(sequence, lane, self._pools.resting(lane, stop, dropped)[0])
         sequence.room = self._pools.room(sequence)
 
     # Bytes
@@ -379,6 +423,7 @@ class PagedStore:
             num_sequences=len(self._sequences),
             num_tokens=tokens,
             num_strips=sum(pool.num_strips for pool in self._pools.pools),
+            num_dropped=sum(STRIP_TOKENS * sequence.dropped_blocks for sequence in self._sequences.values()),
             num_shared_strips=sum(pool.num_shared_strips for pool in self._pools.pools),
             bf16_bytes=tokens * width * 2,
         )
@@ -388,6 +433,7 @@ class PagedStore:
         for pool in self._pools.pools:
             rows = np.concatenate([lane.rows for lane in self._pools if lane.pool is pool])
             entries = [sequence.table[rows].reshape(-1) for sequence in self._sequences.values()]
+            entries += [sequence.spare[rows].reshape(-1) for sequence in self._sequences.values()]
             pool.check(np.concatenate([np.empty(0, dtype=np.uint32), *entries]))
         for sequence in self._sequences.values():
             for lane in self._pools:

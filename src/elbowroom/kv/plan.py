@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,11 @@ from elbowroom.errors import ConfigError, PlanError
 from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.holding import ROLLBACK_TOKENS
+from elbowroom.kv.policies import POLICIES, TokenPolicy
 
+_Part = TypeVar("_Part")
 _PART = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
-_HINT = 'a plan is parts joined by "|", e.g. "plain" or "plain(bf16)"'
+_HINT = 'a plan is parts joined by "|", e.g. "plain", "plain(bf16)" or "snapkv(tokens=512) | int8"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,13 @@ class KVPlan:
     """A parsed plan; immutable, comparable, printable."""
 
     codec: Codec
+    policy: TokenPolicy | None = None
+    """Which tokens of a prompt stay; None: all."""
 
     @property
     def text(self) -> str:
         """The plan as text, one spelling for equal plans; ``parse`` reads it back."""
-        return _canonical(self.codec)
+        return " | ".join(_canonical(part) for part in (self.policy, self.codec) if part is not None)
 
     def __str__(self) -> str:
         """Return ``text``."""
@@ -60,15 +65,35 @@ class KVPlan:
         if isinstance(text, KVPlan):
             return text
         codec: Codec | None = None
+        policy: TokenPolicy | None = None
         for part in (text or "plain").split("|"):
             match = _PART.fullmatch(part)
             if match is None:
                 raise PlanError(f"cannot read {part.strip()!r} in KV plan {text!r}", _HINT)
-            if codec is not None:
-                raise PlanError(f"KV plan {text!r} names two codecs", _HINT)
-            codec = _make_codec(match[1], match[2] or "")
-        assert codec is not None
-        return cls(codec)
+            name, arguments = match[1], match[2] or ""
+            if name in POLICIES.names():
+                if policy is not None:
+                    raise PlanError(f"KV plan {text!r} names two policies", _HINT)
+                policy = _make("policy", POLICIES.get(name), name, arguments)
+            else:
+                if codec is not None:
+                    raise PlanError(f"KV plan {text!r} names two codecs", _HINT)
+                codec = _make("codec", _codec_called(name), name, arguments)
+        plan = cls(codec or PlainCodec(), policy)
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Refuse parts that cannot work together.
+
+        Raises:
+            PlanError: names both and the way out.
+        """
+        if self.policy is not None and self.codec.seals:
+            raise PlanError(
+                f"KV policy {self.policy.name!r} cannot drop tokens that codec {self.codec.name!r} has sealed together",
+                "use a codec that writes tokens one by one: bfp, int8, fp8 or plain",
+            )
 
     def bind(self, layers: Sequence[LayerSpec], dtype: str) -> BoundPlan:
         """Fix the plan to a model's layers and activation dtype (``float32``, ``bfloat16``, ``float16``).
@@ -108,9 +133,14 @@ class BoundPlan:
         return any(layer.window is not None for layer in self.layers)
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether a prefix means the same to every sequence: no window expires it, no policy chose from it."""
+        return not self.has_windows and self.plan.policy is None
+
+    @property
     def rollback_grain(self) -> int:
         """A sequence can always go back to multiples of so many tokens; 0: only to its beginning."""
-        if self.has_windows:
+        if not self.shares_prefixes:
             return 0
         return STRIP_TOKENS if self.tails else 1
 
@@ -123,6 +153,8 @@ class BoundPlan:
             step_tokens: most tokens that one step appends.
         """
         totals = np.asarray(total_tokens, dtype=np.int64)
+        dropped = self.dropped_blocks(0, prompt_tokens, ends_prompt=True) * STRIP_TOKENS
+        totals = np.where(totals > prompt_tokens, totals - dropped, np.minimum(totals, self._most_read(prompt_tokens)))
         blocks = totals // STRIP_TOKENS if self.tails else -(-totals // STRIP_TOKENS)
         resident = (totals % STRIP_TOKENS > 0) * self.tail_bytes
         transient = self._staging_bytes(step_tokens)
@@ -138,8 +170,30 @@ class BoundPlan:
             resident = resident + kept * fmt.strip_bytes
         return KVCurve(resident, transient)
 
+    def dropped_blocks(self, dropped: int, num_tokens: int, *, ends_prompt: bool) -> int:
+        """Return the blocks' worth of tokens that a layer has given up behind a step that reads a prompt.
+
+        Args:
+            dropped: those before the step.
+            num_tokens: tokens of the sequence behind it.
+            ends_prompt: whether the step ends the prompt.
+        """
+        if self.plan.policy is None:
+            return dropped
+        above = num_tokens - STRIP_TOKENS * dropped - self.plan.policy.limit(ends_prompt)
+        return dropped + max(-(-above // STRIP_TOKENS), 0)
+
+    def _most_read(self, prompt_tokens: int) -> int:
+        """Return the most tokens held while a prompt is read: what stays, and once more for the next choice."""
+        if self.plan.policy is None or prompt_tokens <= self.plan.policy.limit(True):
+            return prompt_tokens
+        return min(prompt_tokens, 2 * (self.plan.policy.limit(False) + STRIP_TOKENS))
+
     def _staging_bytes(self, step_tokens: int) -> int:
-        """Return what a step holds on top to seal: blocks that it fills, of one layer a pool, and two tails at once."""
+        """Return what a step holds on top: blocks that wait in one layer a pool to be sealed or chosen, and tails."""
+        if self.plan.policy is not None:
+            chosen = {fmt for layer, fmt in zip(self.layers, self.formats, strict=True) if layer.window is None}
+            return (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)
         staged = {
             (fmt, layer.window, tail) for layer, fmt, tail in zip(self.layers, self.formats, self.tails, strict=False)
         }
@@ -175,25 +229,32 @@ def _check_source(layers: Sequence[LayerSpec], index: int) -> None:
         )
 
 
-def _make_codec(name: str, arguments: str) -> Codec:
+def _codec_called(name: str) -> Callable[..., Codec]:
+    try:
+        return CODECS.get(name)
+    except PlanError as error:
+        raise PlanError(error.message, f"{error.hint}; or a policy: {', '.join(POLICIES.names())}") from error
+
+
+def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _Part:
     positional: list[str] = []
     named: dict[str, str] = {}
     for argument in filter(None, (each.strip() for each in arguments.split(","))):
         key, equals, value = argument.partition("=")
         if equals and key.strip() in named:
-            raise PlanError(f"codec {name!r} is given {key.strip()!r} twice", _HINT)
+            raise PlanError(f"{kind} {name!r} is given {key.strip()!r} twice", _HINT)
         if equals:
             named[key.strip()] = value.strip()
         else:
             positional.append(argument)
     try:
-        return CODECS.get(name)(*positional, **named)
+        return make(*positional, **named)
     except TypeError as error:
-        raise PlanError(f"codec {name!r} does not take ({arguments})", _HINT) from error
+        raise PlanError(f"{kind} {name!r} does not take ({arguments})", _HINT) from error
 
 
-def _canonical(codec: Codec) -> str:
-    """Return one spelling for equal plans."""
-    names: list[str] = [each.name for each in fields(codec)] if is_dataclass(codec) else []
-    inner = ",".join(f"{name}={getattr(codec, name)}" for name in names)
-    return f"{codec.name}({inner})"
+def _canonical(part: Codec | TokenPolicy) -> str:
+    """Return one spelling for equal parts."""
+    names: list[str] = [each.name for each in fields(part)] if is_dataclass(part) else []
+    inner = ",".join(f"{name}={getattr(part, name)}" for name in names)
+    return f"{part.name}({inner})"

@@ -12,9 +12,12 @@ import torch
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels.base import StripStep
-from elbowroom.kv.base import KVStep, Positions, Shortfall
-from elbowroom.kv.holding import Blocks
+from elbowroom.kv.base import KVStep, Positions, PromptPart, Shortfall
+from elbowroom.kv.compaction import Compaction
+from elbowroom.kv.holding import Blocks, blocks_of
 from elbowroom.kv.layout import Lane, PoolSet
+from elbowroom.kv.plan import BoundPlan
+from elbowroom.kv.pool import ABSENT
 from elbowroom.kv.sequence import Sequence, Table
 from elbowroom.kv.tables import TableCache, TailCache, Tails
 
@@ -33,6 +36,8 @@ class Prepared:
     """``[num_layers, R, blocks]``."""
     tails: Tails | None
     """Where tokens go that are not sealed."""
+    compactions: list[Compaction]
+    """Rows behind which a policy chooses."""
 
 
 @dataclass(slots=True)
@@ -42,6 +47,12 @@ class _Need:
     sequence: Sequence
     missing: list[Blocks]
     copies: list[Blocks]
+    compaction: Compaction | None
+    """Its fresh strips are taken on top, where a policy chooses."""
+
+    def spare(self, lane: Lane) -> int:
+        """Return the fresh strips a row of ``lane`` needs."""
+        return 0 if self.compaction is None or lane.holding.part != "chosen" else self.compaction.num_fresh
 
 
 class Preparer:
@@ -49,11 +60,12 @@ class Preparer:
 
     Args:
         pools: where strips come from.
-        num_layers: layers of the model.
+        plan: layers and policy.
     """
 
-    def __init__(self, pools: PoolSet, num_layers: int) -> None:
-        self._pools = pools
+    def __init__(self, pools: PoolSet, plan: BoundPlan) -> None:
+        self._pools, self._plan = pools, plan
+        num_layers = len(plan.layers)
         self._tables = TableCache(num_layers)
         self._tails = TailCache(num_layers, [lane.rows.tolist() for lane in pools.main])
 
@@ -73,8 +85,8 @@ class Preparer:
         steps = [self._strip_step(step, rows, lengths, lane) for lane in self._pools.main]
         if needs:
             counts = [
-                sum(each.missing[number].size + each.copies[number].size for each in needs)
-                for number in range(len(self._pools))
+                sum(each.missing[number].size + each.copies[number].size + each.spare(lane) for each in needs)
+                for number, lane in enumerate(self._pools)
             ]
             shortfall = self._pools.shortfall(counts)
             if shortfall is not None:
@@ -83,7 +95,25 @@ class Preparer:
         tails = None
         if self._pools.tails:
             tails = self._tails.update(rows, step, lengths)
-        return Prepared(rows, lengths, steps, self._tables.update(rows), tails)
+        compactions = [need.compaction for need in needs if need.compaction is not None]
+        tables = self._tables.update(rows)
+        return Prepared(rows, lengths, steps, self._staged(tables, compactions), tails, compactions)
+
+    def _staged(self, tables: Table, compactions: Rows[Compaction]) -> Table:
+        """Return tables in which the blocks that are staged stand where layers look for them."""
+        if not compactions:
+            return tables
+        tables = tables.copy()
+        chosen = [lane for lane in self._pools.main if lane.holding.part == "chosen"]
+        for lane, staging in zip(chosen, self._pools.staging, strict=True):
+            for each in compactions:
+                row = tables[lane.rows, each.row]
+                waiting = each.sequence.table[staging.first_row][None]
+                row[:, : waiting.shape[1]] = np.where(
+                    row[:, : waiting.shape[1]] == ABSENT, waiting, row[:, : waiting.shape[1]]
+                )
+                tables[lane.rows, each.row] = row
+        return tables
 
     def _needs(self, step: KVStep, rows: Rows[Sequence]) -> tuple[npt.NDArray[np.int64], list[_Need]]:
         """Check the positions; return each sequence's length after the step, and who needs blocks."""
@@ -93,19 +123,33 @@ class Preparer:
             # A decoding row appends one token, mostly to a block that it has alone.
             if first != last or first != sequence.num_tokens or starts[row + 1] - starts[row] > 1:
                 _check_positions(sequence, step.positions[starts[row] : starts[row + 1]])
-            if last >= sequence.room or first < sequence.shared_blocks * STRIP_TOKENS:
-                need = self._need(sequence, step.positions[starts[row] : starts[row + 1]])
-                if any(blocks.size for blocks in (*need.missing, *need.copies)):
+            compaction = self._compaction(step, row, sequence, last + 1)
+            if compaction is not None or last >= sequence.room or first < sequence.shared_blocks * STRIP_TOKENS:
+                need = self._need(sequence, step.positions[starts[row] : starts[row + 1]], compaction)
+                if compaction is not None or any(blocks.size for blocks in (*need.missing, *need.copies)):
                     needs.append(need)
         before = np.asarray([sequence.num_tokens for sequence in rows], dtype=np.int64)
         return np.maximum(before, np.asarray(lasts, dtype=np.int64) + 1), needs
 
-    def _need(self, sequence: Sequence, positions: Positions) -> _Need:
+    def _compaction(self, step: KVStep, row: int, sequence: Sequence, num_tokens: int) -> Compaction | None:
+        """Return what a row drops of each layer, or None."""
+        part = PromptPart.NONE if step.prompts is None else PromptPart(step.prompts[row])
+        if part is PromptPart.NONE or not self._pools.staging or self._plan.plan.policy is None:
+            return None
+        before, ends = sequence.dropped_blocks, part is PromptPart.END
+        dropped = self._plan.dropped_blocks(before, num_tokens, ends_prompt=ends)
+        return None if dropped == before else Compaction(row, sequence, dropped, num_tokens)
+
+    def _need(self, sequence: Sequence, positions: Positions, compaction: Compaction | None) -> _Need:
         blocks = np.unique(positions // STRIP_TOKENS)
         length = max(sequence.num_tokens, int(positions[-1]) + 1)
-        need = _Need(sequence, [], [])
+        need = _Need(sequence, [], [], compaction)
         for lane in self._pools:
             written = lane.holding.written(blocks, sequence.num_tokens, length)
+            if lane.holding.part == "staging" and not self._pools.tails:
+                written = _new(blocks, sequence) if compaction is not None else _NO_BLOCKS
+            elif lane.holding.part == "chosen" and compaction is not None:
+                written = blocks[blocks < blocks_of(sequence.num_tokens)]
             missing = sequence.missing(lane.first_row, written)
             need.missing.append(missing)
             need.copies.append(self.shared(sequence, lane, written[~np.isin(written, missing)]))
@@ -122,7 +166,7 @@ class Preparer:
 
     def _strip_step(self, step: KVStep, rows: Rows[Sequence], lengths: npt.NDArray[np.int64], lane: Lane) -> StripStep:
         first_slots = np.zeros(len(rows), dtype=np.int64)
-        if lane.holding.window is not None:
+        if lane.holding.window is not None or lane.holding.part == "chosen":
             first_slots[:] = [sequence.expired_blocks[lane.first_row] * STRIP_TOKENS for sequence in rows]
         return StripStep(
             row_starts=torch.from_numpy(step.row_starts),
@@ -141,6 +185,9 @@ class Preparer:
                 self.replace(need.sequence, lane, copies, entries[:, offset:middle])
                 offset = middle + missing.size
                 need.sequence.put(lane.rows, missing, entries[:, middle:offset])
+                if need.spare(lane):
+                    self._pools.set_spare(need.sequence, lane, entries[:, offset : offset + need.spare(lane)])
+                    offset += need.spare(lane)
         for need in needs:
             need.sequence.own(np.unique(np.concatenate(need.copies)))
             need.sequence.room = self._pools.room(need.sequence)
@@ -152,6 +199,12 @@ class Preparer:
             lane.pool.copy(old, entries)
             sequence.put(lane.rows, blocks, entries)
             lane.pool.release(old)
+
+
+def _new(blocks: Blocks, sequence: Sequence) -> Blocks:
+    """Return those of ``blocks`` that the sequence has not begun."""
+    new: Blocks = blocks[blocks >= blocks_of(sequence.num_tokens)]
+    return new
 
 
 def _check_rows(step: KVStep, rows: Rows[Sequence]) -> None:

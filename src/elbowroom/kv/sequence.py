@@ -30,8 +30,14 @@ class Sequence:
         """Blocks before this one may be held by other sequences too; writing there needs a look."""
         self.expired_blocks = np.zeros(num_rows, dtype=np.int64)
         """For each row, leading blocks that are gone."""
+        self.dropped_blocks = 0
+        """Blocks' worth of tokens that a policy has dropped of every layer without a window."""
+        self.chosen_tokens = 0
+        """Tokens when it did so the last time: what lies before cannot be gone back to."""
         self.writable: npt.NDArray[np.int64] | None = None
         """Stored positions that the next step may write again (repair)."""
+        self.spare: Table = np.empty((num_rows, 0), dtype=np.uint32)
+        """Strips ``[num_rows, n]`` for tokens that a policy is about to choose."""
         self.version = 0
         """Rises whenever the table changes."""
         self._table: Table = np.full((num_rows, 4), ABSENT, dtype=np.uint32)
@@ -92,8 +98,23 @@ class Sequence:
         twin.num_tokens = twin.step_start = num_tokens
         twin.shared_blocks = blocks_of(num_tokens)
         twin.expired_blocks = np.minimum(self.expired_blocks, twin.shared_blocks)
+        twin.dropped_blocks, twin.chosen_tokens = self.dropped_blocks, self.chosen_tokens
         self.shared_blocks = max(self.shared_blocks, twin.shared_blocks)
         return twin
+
+    def take_spare(self, row: int, count: int) -> Table:
+        """Return ``count`` of the spare strips of ``row``, which has none left of them then."""
+        taken = self.spare[row, :count].copy()
+        self.spare[row, :count] = ABSENT
+        return taken
+
+    def replace(self, row: int, first: int, entries: Table) -> Table:
+        """Let ``row`` hold ``entries [n]`` from block ``first`` on and nothing else; return what it held."""
+        held = self._table[row, : self.num_blocks].copy()
+        self._table[row] = ABSENT
+        self.expired_blocks[row] = first
+        self.put(np.asarray([row]), np.arange(first, first + entries.size), entries[None])
+        return held
 
     def _take_out(self, rows: Rows, begin: int, end: int) -> Table:
         gone = self._table[rows, begin:end].copy()

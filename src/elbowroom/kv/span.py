@@ -13,15 +13,27 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 
-_MAGIC = b"ELBKV\x00\x00\x01"
+_MAGIC = b"ELBKV\x00\x00\x02"
 _DIGEST_BYTES = 32
 
 
-def pack_span(fingerprint: bytes, start: int, stop: int, strips: Sequence[npt.NDArray[np.uint8]]) -> bytes:
-    """Return the object for tokens ``[start, stop)``; ``fingerprint`` names model and plan."""
-    header = json.dumps({"fingerprint": fingerprint.hex(), "start": start, "stop": stop}).encode()
+def pack_span(
+    fingerprint: bytes, start: int, stop: int, strips: Sequence[npt.NDArray[np.uint8]], dropped_blocks: int = 0
+) -> bytes:
+    """Return the object for tokens ``[start, stop)``.
+
+    Args:
+        fingerprint: names model and plan.
+        start: first token.
+        stop: end of the tokens.
+        strips: their bytes, layer by layer.
+        dropped_blocks: blocks' worth of them that a policy dropped.
+    """
+    fields = {"fingerprint": fingerprint.hex(), "start": start, "stop": stop, "dropped": dropped_blocks}
+    header = json.dumps(fields).encode()
     views: list[memoryview] = [strip.data for strip in strips]  # no copy before the one that joins them
     parts: list[bytes | memoryview] = [_MAGIC, struct.pack("<I", len(header)), header, *views]
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
@@ -30,8 +42,8 @@ def pack_span(fingerprint: bytes, start: int, stop: int, strips: Sequence[npt.ND
     return b"".join((*parts, digest.digest()))
 
 
-def unpack_span(span: bytes, fingerprint: bytes) -> tuple[int, int, memoryview]:
-    """Return start, stop and the strips of a span.
+def unpack_span(span: bytes, fingerprint: bytes) -> tuple[int, int, int, memoryview]:
+    """Return start, stop, dropped blocks and the strips of a span.
 
     Raises:
         IntegrityError: truncated, damaged, or of another model, plan or version.
@@ -44,19 +56,21 @@ def unpack_span(span: bytes, fingerprint: bytes) -> tuple[int, int, memoryview]:
         raise IntegrityError("the KV span fails its checksum", "prefill those tokens again")
     (length,) = struct.unpack_from("<I", body, len(_MAGIC))
     begin = len(_MAGIC) + 4
-    made_with, start, stop = _read_header(bytes(body[begin : begin + length]))
+    made_with, start, stop, dropped = _read_header(bytes(body[begin : begin + length]))
     if made_with != fingerprint.hex():
         raise IntegrityError("the KV span is of another model or KV plan", "use the model and kv= it was made with")
-    return start, stop, body[begin + length :]
+    return start, stop, dropped, body[begin + length :]
 
 
-def _read_header(header: bytes) -> tuple[str, int, int]:
-    """Return fingerprint, start and stop."""
+def _read_header(header: bytes) -> tuple[str, int, int, int]:
+    """Return fingerprint, start, stop and dropped blocks."""
     try:
         fields = json.loads(header)
-        made_with, start, stop = fields["fingerprint"], fields["start"], fields["stop"]
+        made_with, start, stop, dropped = (fields[name] for name in ("fingerprint", "start", "stop", "dropped"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError("the KV span has no readable header") from error
     if type(start) is not int or type(stop) is not int or not 0 <= start < stop:
         raise IntegrityError(f"the KV span names the tokens {start!r}..{stop!r}")
-    return str(made_with), start, stop
+    if type(dropped) is not int or not 0 <= dropped * STRIP_TOKENS <= stop or (dropped and start):
+        raise IntegrityError(f"the KV span names {dropped!r} dropped blocks")
+    return str(made_with), start, stop, dropped

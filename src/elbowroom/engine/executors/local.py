@@ -6,6 +6,7 @@ import itertools
 import time
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -126,7 +127,8 @@ class TorchExecutor:
         positions = np.array([row.start for row in rows], dtype=np.int64)
         if max(counts) > 1:
             positions = np.repeat(positions - starts[:-1], counts) + np.arange(starts[-1])
-        return KVStep(tuple([self._handles[row.slot] for row in rows]), starts, positions)
+        handles = tuple([self._handles[row.slot] for row in rows])
+        return KVStep(handles, starts, positions, _prompts(rows))
 
     def _tokens(self, rows: tuple[Row, ...]) -> Tensor:
         ids: list[int] = []
@@ -156,3 +158,8 @@ class TorchExecutor:
         if spec.history is not None:
             self._samplers[row.slot] = SlotSampler.start(spec)
         return self._samplers[row.slot]
+
+
+def _prompts(rows: tuple[Row, ...]) -> npt.NDArray[np.int8] | None:
+    """Return what each row has to do with a prompt; None where all decode."""
+    return np.array([row.prompt for row in rows], dtype=np.int8) if any(row.prompt for row in rows) else None

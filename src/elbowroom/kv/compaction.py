@@ -1,0 +1,119 @@
+"""Compaction: behind a layer of a step, a policy chooses which tokens stay, and their bytes move up.
+
+Tokens that stay take the last places of the prompt: of n tokens m stay in the slots n - m .. n - 1, with n - m a whole
+number of blocks. So positions go on as before, and what was dropped looks like what a sliding window left behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from elbowroom.core import STRIP_TOKENS, LayerSpec
+from elbowroom.errors import IntegrityError
+from elbowroom.kv.codecs import TokenCodec
+from elbowroom.kv.holding import blocks_of
+from elbowroom.kv.layout import Lane
+from elbowroom.kv.policies import LayerView, TokenPolicy
+from elbowroom.kv.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Compaction:
+    """A row of a step whose layers hold too many tokens behind it."""
+
+    row: int
+    sequence: Sequence
+    dropped_blocks: int
+    """Blocks' worth of tokens that each layer will have dropped."""
+    num_tokens: int
+    """Tokens of the sequence behind the step."""
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    """Layer -> the newest queries."""
+
+    @property
+    def num_fresh(self) -> int:
+        """Strips that a layer needs for the tokens that stay."""
+        return blocks_of(self.num_tokens) - self.dropped_blocks
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of a layer that stay."""
+        return self.num_tokens - self.dropped_blocks * STRIP_TOKENS
+
+
+class Compactor:
+    """Moves what a policy keeps of a layer.
+
+    Args:
+        policy: who chooses.
+        codec: how tokens lie in strips.
+    """
+
+    def __init__(self, policy: TokenPolicy, codec: TokenCodec) -> None:
+        self._policy, self._codec = policy, codec
+
+    def note(self, compaction: Compaction, layer: int, queries: Tensor) -> None:
+        """Remember the newest of a row's ``queries [n, Hq, D]`` of a layer."""
+        if self._policy.window:
+            compaction.queries[layer] = queries[-self._policy.window :].float()
+
+    def compact(
+        self, compaction: Compaction, layer: int, spec: LayerSpec, lane: Lane, table: npt.NDArray[np.uint32]
+    ) -> int:
+        """Keep what the policy chooses of ``layer``; return the bytes of pages freed.
+
+        Args:
+            compaction: the row.
+            layer: a layer with keys of its own.
+            spec: its shape.
+            lane: where its strips lie.
+            table: ``[blocks]``, where the step finds the sequence's blocks.
+        """
+        sequence = compaction.sequence
+        first = int(sequence.expired_blocks[layer])
+        end = blocks_of(compaction.num_tokens)
+        strips = [lane.pool.strip(int(entry)) for entry in table[first:end]]
+        count = compaction.num_tokens - first * STRIP_TOKENS
+        chosen = self._choose(compaction, layer, spec, lane, strips, count)
+        targets = sequence.take_spare(layer, compaction.num_fresh)
+        self._move(lane, strips, [lane.pool.strip(int(entry)) for entry in targets], chosen)
+        return lane.pool.release(sequence.replace(layer, compaction.dropped_blocks, targets))
+
+    def _choose(
+        self, compaction: Compaction, layer: int, spec: LayerSpec, lane: Lane, strips: Rows[Tensor], count: int
+    ) -> Tensor:
+        """Return the tokens that stay of ``count``, int64 ``[Hkv, m]``, checked."""
+
+        def opened() -> tuple[Tensor, Tensor]:
+            pairs = [self._codec.open(strip, lane.pool.fmt) for strip in strips]
+            k, v = (torch.cat(parts, dim=1)[:, :count].float() for parts in zip(*pairs, strict=True))
+            return k, v
+
+        queries = compaction.queries.pop(layer, torch.empty(0, spec.num_q_heads, spec.head_dim))
+        view = LayerView(layer, spec, queries, opened, count)
+        chosen = self._policy.select(view, compaction.held_tokens)
+        rising = chosen.dim() == 2 and bool((chosen.diff(dim=1) > 0).all())
+        shape = chosen.shape[0] in (1, spec.num_kv_heads) and chosen.shape[1:] == (compaction.held_tokens,)
+        if not (rising and shape and chosen[:, 0].min() >= 0 and (chosen[:, -1] == count - 1).all()):
+            raise IntegrityError(
+                f"policy {self._policy.name!r} must keep {compaction.held_tokens} of {count} tokens in their order, "
+                "the newest among them"
+            )
+        return chosen.expand(spec.num_kv_heads, -1)
+
+    def _move(self, lane: Lane, strips: Rows[Tensor], targets: Rows[Tensor], chosen: Tensor) -> None:
+        """Copy the bytes of the ``chosen`` tokens from ``strips`` to ``targets``, field by field."""
+        fmt = lane.pool.fmt
+        sources = [self._codec.fields(strip, fmt) for strip in strips]
+        places = [self._codec.fields(strip, fmt) for strip in targets]
+        for number in range(len(sources[0])):
+            whole = torch.cat([fields[number] for fields in sources], dim=1)
+            kept = torch.gather(whole, 1, chosen[..., None].expand(-1, -1, whole.shape[2]))
+            for place, part in zip(places, torch.split(kept, STRIP_TOKENS, dim=1), strict=True):
+                place[number][:, : part.shape[1]] = part

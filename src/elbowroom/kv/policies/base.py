@@ -1,0 +1,69 @@
+"""The seam of token policies: a small pure object decides which tokens stay; the store moves the bytes.
+
+When a prompt ends, or a part of a long one has been read, and a layer holds more tokens than ``limit`` says, the store
+drops whole blocks' worth: the tokens that stay move up to the end of the prompt, so that later tokens keep their
+places and nothing that was rotated is rotated again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from elbowroom.core import LayerSpec
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """What a policy may look at: one layer of one sequence, as attention reads it."""
+
+    layer: int
+    spec: LayerSpec
+    queries: Tensor
+    """float32 ``[W, Hq, D]``: the newest queries, the last one behind all keys; W is at most what the policy asked."""
+    open: Callable[[], tuple[Tensor, Tensor]]
+    """Decodes keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` in float32."""
+    num_held: int
+    """Tokens n that are held now."""
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """float32 ``[Hkv, n, D]``."""
+        return self.open()[0]
+
+    def window_attention(self) -> Tensor:
+        """Return attention ``[Hq, W, n]`` of the newest queries, causal, with the layer's scale and softcap."""
+        spec, count = self.spec, self.queries.shape[0]
+        grouped = torch.unflatten(self.queries.transpose(0, 1), 0, (spec.num_kv_heads, spec.group_size))
+        scores = torch.einsum("hgwd,hnd->hgwn", grouped, self.keys).flatten(0, 1) * spec.scale
+        if spec.softcap is not None:
+            scores = torch.tanh(scores / spec.softcap) * spec.softcap
+        hidden = torch.ones(count, self.num_held, dtype=torch.bool).triu(self.num_held - count + 1)
+        return scores.masked_fill_(hidden, -math.inf).softmax(-1)
+
+
+class TokenPolicy(Protocol):
+    """One dataclass, one file a policy; parameters are its fields."""
+
+    @property
+    def name(self) -> str:
+        """Name in plans."""
+
+    @property
+    def window(self) -> int:
+        """Newest queries that ``select`` looks at; 0: none."""
+
+    def limit(self, ends_prompt: bool) -> int:
+        """Return the most tokens that a layer holds behind a step which reads a prompt, or ends one."""
+
+    def select(self, view: LayerView, count: int) -> Tensor:
+        """Return the tokens that stay, ascending, int64 ``[Hkv, count]``, or ``[1, count]`` for all heads alike.
+
+        The newest token always stays.
+        """

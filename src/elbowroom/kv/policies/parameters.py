@@ -1,0 +1,47 @@
+"""Parameters of policies: whole numbers, and budgets that leave room for what a policy always keeps."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from elbowroom.core import STRIP_TOKENS
+from elbowroom.errors import PlanError
+
+_MOST = 2**31
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def whole(policy: _Named, *names: str) -> None:
+    """Turn the fields ``names`` of a frozen dataclass into numbers of at least 1.
+
+    Raises:
+        PlanError: one is not.
+    """
+    for name in names:
+        value = getattr(policy, name)
+        try:
+            number = int(value)
+        except ValueError:
+            number = 0
+        if not 1 <= number < _MOST:
+            raise PlanError(f"KV policy {policy.name!r} cannot take {name}={value}", f"give {name} as a number above 0")
+        object.__setattr__(policy, name, number)
+
+
+def check_budget(policy: str, tokens: int, always: int) -> None:
+    """Refuse a budget that could not hold what always stays: blocks go whole, so up to a block less than it stays.
+
+    Raises:
+        PlanError: names the least budget.
+    """
+    least = always + STRIP_TOKENS
+    if tokens < least:
+        raise PlanError(
+            f"KV policy {policy!r} cannot keep {tokens} tokens of a prompt: {always} always stay, and tokens go in "
+            f"blocks of {STRIP_TOKENS}",
+            f"give tokens={least} or more",
+        )

@@ -1,0 +1,57 @@
+"""Policy ``snapkv``: the tokens that the end of a prompt looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from elbowroom.kv.policies.base import LayerView
+from elbowroom.kv.policies.parameters import check_budget, whole
+
+
+@dataclass(frozen=True, slots=True)
+class SnapKVPolicy:
+    """SnapKV (Li et al., arXiv 2404.14469): attention of the last queries, smoothed along the prompt, for each KV head.
+
+    The scores of a KV head are the mean over its own query heads (a public baseline averages across groups). While a
+    long prompt is read in parts, twice the budget stays behind each part.
+
+    Args:
+        tokens: most tokens that a layer holds when a prompt has been read.
+        w: newest tokens, which stay and whose queries choose.
+        kernel: width of the average pooling along the prompt; odd.
+    """
+
+    tokens: int | str = 512
+    w: int | str = 32
+    kernel: int | str = 5
+    name: ClassVar[str] = "snapkv"
+
+    def __post_init__(self) -> None:
+        """Read the parameters as numbers."""
+        whole(self, "tokens", "w", "kernel")
+        check_budget(self.name, int(self.tokens), int(self.w))
+
+    @property
+    def window(self) -> int:
+        """Newest queries that choose."""
+        return int(self.w)
+
+    def limit(self, ends_prompt: bool) -> int:
+        """Return the budget, twice of it within a prompt: its end may ask for something else."""
+        return int(self.tokens) * (1 if ends_prompt else 2)
+
+    def select(self, view: LayerView, count: int) -> Tensor:
+        """Return the best of the older tokens for each KV head, and the newest ones."""
+        kept = min(int(self.w), view.num_held)
+        older = view.num_held - kept
+        scores = view.window_attention()[..., :older].sum(1)
+        grouped = torch.unflatten(scores, 0, (view.spec.num_kv_heads, view.spec.group_size)).mean(1)
+        width = int(self.kernel)
+        smooth = torch.nn.functional.avg_pool1d(grouped, width, stride=1, padding=width // 2)
+        best = smooth[:, :older].topk(count - kept, dim=1).indices.sort(dim=1).values
+        newest = torch.arange(older, view.num_held).expand(best.shape[0], -1)
+        return torch.cat([best, newest], dim=1)
