@@ -13,6 +13,7 @@ from elbowroom.bench import BENCHES, BenchOptions
     ("name", "claims"),
     [
         ("release", {"release.cleared", "release.interleaved"}),
+        ("compose", {"compose.pairs"}),
         ("budget", {"budget.hwm", "budget.complete", "budget.refusal"}),
     ],
 )

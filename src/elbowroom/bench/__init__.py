@@ -5,6 +5,7 @@ from elbowroom.registry import Registry
 
 NAMES = (
     "budget",
+    "compose",
     "decode",
     "decode8",
     "http",
