@@ -62,7 +62,7 @@ class Holding:
             start: tokens before the step.
             num_tokens: tokens behind it.
         """
-        if self.part in ("all", "chosen"):
+        if self.part == "all":
             return blocks
         full = blocks < num_tokens // STRIP_TOKENS
         if self.part == "sealed":

@@ -107,12 +107,9 @@ class Preparer:
         chosen = [lane for lane in self._pools.main if lane.holding.part == "chosen"]
         for lane, staging in zip(chosen, self._pools.staging, strict=True):
             for each in compactions:
-                row = tables[lane.rows, each.row]
-                waiting = each.sequence.table[staging.first_row][None]
-                row[:, : waiting.shape[1]] = np.where(
-                    row[:, : waiting.shape[1]] == ABSENT, waiting, row[:, : waiting.shape[1]]
-                )
-                tables[lane.rows, each.row] = row
+                waiting = each.sequence.table[staging.first_row]
+                blocks = np.flatnonzero(waiting != ABSENT)
+                tables[lane.rows[:, None], each.row, blocks[None]] = waiting[blocks]
         return tables
 
     def _needs(self, step: KVStep, rows: Rows[Sequence]) -> tuple[npt.NDArray[np.int64], list[_Need]]:
@@ -145,15 +142,22 @@ class Preparer:
         length = max(sequence.num_tokens, int(positions[-1]) + 1)
         need = _Need(sequence, [], [], compaction)
         for lane in self._pools:
-            written = lane.holding.written(blocks, sequence.num_tokens, length)
-            if lane.holding.part == "staging" and not self._pools.tails:
-                written = _new(blocks, sequence) if compaction is not None else _NO_BLOCKS
-            elif lane.holding.part == "chosen" and compaction is not None:
-                written = blocks[blocks < blocks_of(sequence.num_tokens)]
+            written = self._written(sequence, lane, blocks, length, compaction)
             missing = sequence.missing(lane.first_row, written)
             need.missing.append(missing)
             need.copies.append(self.shared(sequence, lane, written[~np.isin(written, missing)]))
         return need
+
+    def _written(
+        self, sequence: Sequence, lane: Lane, blocks: Blocks, num_tokens: int, compaction: Compaction | None
+    ) -> Blocks:
+        """Return those of ``blocks``, which a step writes, that it writes in ``lane``."""
+        if lane.holding.part == "all" or self._pools.tails:
+            return lane.holding.written(blocks, sequence.num_tokens, num_tokens)
+        if compaction is None:
+            return _NO_BLOCKS if lane.holding.part == "staging" else blocks
+        begun = blocks < blocks_of(sequence.num_tokens)
+        return blocks[~begun if lane.holding.part == "staging" else begun]
 
     def shared(self, sequence: Sequence, lane: Lane, blocks: Blocks) -> Blocks:
         """Return those of ``blocks``, held in ``lane``, that somebody else holds too."""
@@ -199,12 +203,6 @@ class Preparer:
             lane.pool.copy(old, entries)
             sequence.put(lane.rows, blocks, entries)
             lane.pool.release(old)
-
-
-def _new(blocks: Blocks, sequence: Sequence) -> Blocks:
-    """Return those of ``blocks`` that the sequence has not begun."""
-    new: Blocks = blocks[blocks >= blocks_of(sequence.num_tokens)]
-    return new
 
 
 def _check_rows(step: KVStep, rows: Rows[Sequence]) -> None:
