@@ -63,9 +63,7 @@ def require_transformers() -> None:
     try:
         version = str(importlib.import_module("transformers").__version__)
     except ImportError as error:
-        raise PlanError(
-            f"KVPlan.for_hf needs transformers {needed} or later, which is not installed", _INSTALL
-        ) from error
+        raise PlanError(f"KVPlan.for_hf needs transformers {needed} or later; there is none", _INSTALL) from error
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM:
         raise PlanError(f"KVPlan.for_hf needs transformers {needed} or later, found {version}", _INSTALL)
 
