@@ -6,6 +6,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from tests.support.hf import CASE_OF, assert_alike, assert_same, generate, left_
 
 from elbowroom.errors import IntegrityError, OutOfBudget, PlanError, RequestError
 from elbowroom.kv import KVPlan
+from elbowroom.models.directory import BUILTIN
 
 transformers = pytest.importorskip("transformers", minversion="5.23", reason="the library that is adapted to")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+ROOT = Path(__file__).parents[2]
 FAMILIES = ("llama", "mistral-window", "qwen3", "qwen2-late-windows", "gemma2-softcaps", "gemma3-windows")
 CODECS = ("plain(bf16)", "int8", "fp8", "bfp", "bfp(k=8,v=4,n=16)", "kivi(k=4,v=4)", "kivi(k=2,v=2,g=64)")
 Opener = Callable[..., Any]
@@ -356,3 +359,16 @@ def test_a_missing_or_old_library_is_named_with_the_remedy(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(PlanError, match="there is none"):
         require_transformers()
+
+
+@pytest.mark.skipif(not (BUILTIN / "config.json").is_file(), reason="the built-in model is not there")
+@pytest.mark.parametrize(("number", "shown"), [(0, ["import sys"]), (1, ["104738", "834818"])])
+def test_the_examples_of_the_documentation_run(
+    number: int, shown: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/transformers.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(compile(blocks[number], "docs/transformers.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in shown), printed
