@@ -57,13 +57,13 @@ def require_transformers() -> None:
     """Refuse to go on without a transformers library that is known to work.
 
     Raises:
-        PlanError: it is missing or too old; the message says what to install.
+        PlanError: it is missing, broken or too old; the message says what to install.
     """
     needed = ".".join(map(str, MINIMUM))
     try:
         version = str(importlib.import_module("transformers").__version__)
     except ImportError as error:
-        raise PlanError(f"KVPlan.for_hf needs transformers {needed} or later; there is none", _INSTALL) from error
+        raise PlanError(f"KVPlan.for_hf needs transformers {needed} or later: {error}", _INSTALL) from error
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM:
         raise PlanError(f"KVPlan.for_hf needs transformers {needed} or later, found {version}", _INSTALL)
 

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from elbowroom.errors import PlanError
 from elbowroom.kv.adapters.hf_mask import PaddingMask, padding_mask, read_mask, request_of
 
 NAME = "elbowroom"
@@ -45,7 +46,7 @@ def attention(
 class _Switched:
     """A model whose attention is ours, and what it was before."""
 
-    before: dict[str, str | None]
+    before: dict[str, str]
     num_users: int = 0
 
 
@@ -53,13 +54,22 @@ _SWITCHED: weakref.WeakKeyDictionary[nn.Module, _Switched] = weakref.WeakKeyDict
 
 
 def switch_on(model: Any) -> None:
-    """Give ``model`` this attention; each call needs one of ``switch_off``."""
+    """Give ``model`` this attention; each call needs one of ``switch_off``.
+
+    Raises:
+        PlanError: the model does not take it.
+    """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, padding_mask)
     switched = _SWITCHED.get(model)
     if switched is None:
         switched = _SWITCHED[model] = _Switched(_implementations(model.config))
     model.set_attn_implementation(NAME)
+    if model.config.get_text_config(decoder=True)._attn_implementation != NAME:  # noqa: SLF001
+        raise PlanError(
+            f"{type(model).__name__} does not let its attention be chosen",
+            "generate without past_key_values: this model keeps its own cache",
+        )
     switched.num_users += 1
 
 
@@ -72,8 +82,8 @@ def switch_off(model: Any) -> None:
         model.set_attn_implementation(switched.before)
 
 
-def _implementations(config: Any) -> dict[str, str | None]:
+def _implementations(config: Any) -> dict[str, str]:
     """Return the attention of a model and of its parts, in the form that ``set_attn_implementation`` reads."""
-    parts = {key: getattr(config, key) for key in config.sub_configs}
-    inner = {key: part._attn_implementation for key, part in parts.items() if part is not None}  # noqa: SLF001
-    return {"": config._attn_implementation, **inner}  # noqa: SLF001
+    parts = {"": config} | {key: getattr(config, key) for key in config.sub_configs}
+    found = {key: getattr(part, "_attn_implementation", None) for key, part in parts.items()}
+    return {key: value for key, value in found.items() if value is not None}

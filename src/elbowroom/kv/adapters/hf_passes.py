@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.core import LayerSpec
-from elbowroom.errors import IntegrityError, PlanError, RequestError
+from elbowroom.errors import PlanError, RequestError
 from elbowroom.kv.adapters.hf_batch import PaddedBatch, PaddedStep
 from elbowroom.kv.adapters.hf_mask import PaddingMask
 from elbowroom.kv.base import KVStore, Want
@@ -76,7 +76,7 @@ class Passes:
             OutOfBudget: the tokens do not fit. After any error the cache is as it was before the pass.
         """
         if layer != self._next:
-            raise IntegrityError(f"attention of layer {layer} where layer {self._next} is next")
+            raise PlanError(f"layer {layer} attends more than once in a pass, or out of turn", _HINT)
         check_call(layer, self._layers[layer], q, k, v, mask, options)
         if self._step is None:
             self._step = self.batch.begin(mask.is_token, q.shape[2])
