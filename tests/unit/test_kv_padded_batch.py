@@ -116,11 +116,11 @@ def alone(plan: str, row: list[Token]) -> tuple[bytes, list[Tensor]]:
 
 
 @pytest.mark.parametrize("plan", ["plain", "plain(bf16)", "int8", "fp8", "bfp", "kivi", "kivi(k=2,v=2,g=64)"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_rows_of_a_random_life_are_those_rows_alone(plan: str, seed: int):
     """Padding, passes that die, rollbacks and chosen rows leave the bits and the attention of each row by itself."""
     life = Life(plan, seed)
-    for _ in range(14):
+    for _ in range(12):
         kind = life.random.choice(["pass"] * 4 + ["dies", "crop", "select"])
         if kind in ("pass", "dies"):
             life.forward(life.random.choice([1, 1, 7, 64, 90]), len(LAYERS) if kind == "pass" else 1)

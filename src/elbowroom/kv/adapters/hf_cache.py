@@ -89,7 +89,7 @@ class StoreCache(Cache):
     def __init__(self, shared: SharedStore, batch: PaddedBatch | None = None) -> None:
         plan, shared.num_users = shared.store.plan, shared.num_users + 1
         self._shared = shared
-        self._passes = Passes(shared.store, plan.layers, batch or PaddedBatch(shared.store))
+        self._passes = Passes(shared.store, plan.layers, batch or PaddedBatch(shared.store), shared.arena)
         self.ledger = shared.arena.ledger
         super().__init__(layers=[StoreLayer(self._passes, index) for index in range(len(plan.layers))])
 

@@ -13,6 +13,7 @@ from elbowroom.errors import PlanError, RequestError
 from elbowroom.kv.adapters.hf_batch import PaddedBatch, PaddedStep
 from elbowroom.kv.adapters.hf_mask import PaddingMask
 from elbowroom.kv.base import KVStore, Want
+from elbowroom.memory.arena import Arena
 
 _NO_STATISTICS = Want()
 _HARMLESS = frozenset({"position_ids", "cache_position"})
@@ -27,12 +28,13 @@ class Passes:
         store: where keys and values go.
         layers: what the plan was bound to; each call of attention is checked against its layer.
         batch: the rows.
+        arena: where the store's pages are; those that stay free are given back between passes.
     """
 
-    def __init__(self, store: KVStore, layers: tuple[LayerSpec, ...], batch: PaddedBatch) -> None:
+    def __init__(self, store: KVStore, layers: tuple[LayerSpec, ...], batch: PaddedBatch, arena: Arena) -> None:
         self.batch = batch
         self.closed = False
-        self._store, self._layers = store, layers
+        self._store, self._layers, self._arena = store, layers, arena
         self._step: PaddedStep | None = None
         self._next = 0
 
@@ -91,6 +93,7 @@ class Passes:
         if self._next == len(self._layers):
             self._step, self._next = None, 0
             self.batch.end()
+            self._arena.trim()
         return out
 
 
