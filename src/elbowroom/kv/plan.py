@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.holding import ROLLBACK_TOKENS
 from elbowroom.kv.policies import POLICIES, TokenPolicy
+
+if TYPE_CHECKING:
+    from elbowroom.kv.adapters.hf_cache import StoreCache
 
 _Part = TypeVar("_Part")
 _PART = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
@@ -105,6 +108,23 @@ class KVPlan:
             _check_source(layers, index)
         tails = tuple(PlainCodec().page_format(layer, dtype) for layer in layers) if self.codec.seals else ()
         return BoundPlan(self, tuple(layers), tuple(self.codec.page_format(layer, dtype) for layer in layers), tails)
+
+    def for_hf(self, model: Any, memory: str | int = "80%") -> StoreCache:
+        """Return a cache for ``model.generate(..., past_key_values=cache)`` of a transformers model on the CPU.
+
+        Until ``cache.close()`` the model computes attention by this library.
+
+        Args:
+            model: a decoder as transformers has it.
+            memory: most bytes of keys and values, such as ``512MiB``; a share is one of what is available now.
+
+        Raises:
+            PlanError: transformers is missing or too old, or this plan cannot keep what the model attends to.
+            RequestError: ``memory`` is not an amount.
+        """
+        from elbowroom.kv.adapters.hf import open_cache
+
+        return open_cache(self, model, memory)
 
 
 @dataclass(frozen=True, slots=True)
