@@ -72,10 +72,10 @@ def measure(plan: RunPlan, options: EvalOptions) -> Measured:
     with progress_bar("loading", shown, in_bytes=True) as bar:
         llm = LLM(options.model, options.memory, options.kv, options.dtype, progress=bar)
     with llm:
-        _check_length(plan.context_tokens, llm)
+        check_length(plan.context_tokens, llm)
         target, tokenizer = EngineTarget(llm), PlainTokenizer(llm.tokenizer)
         num_parallel = target.num_parallel(plan.context_tokens)
-        with _directory(plan, llm, options) as directory:
+        with open_directory(plan, llm, options) as directory:
             controls = _controls(plan, target, tokenizer, shown) if options.controls else {}
             with progress_bar("asking", shown) as bar:
                 results = run_plan(plan, target, tokenizer, num_parallel=num_parallel, directory=directory, advance=bar)
@@ -87,7 +87,7 @@ def measure(plan: RunPlan, options: EvalOptions) -> Measured:
 
 
 @contextmanager
-def _directory(plan: RunPlan, llm: LLM, options: EvalOptions) -> Iterator[RunDirectory | None]:
+def open_directory(plan: RunPlan, llm: LLM, options: EvalOptions) -> Iterator[RunDirectory | None]:
     """Yield the directory that the options name, if they do; closed at the end of the block."""
     if options.out is None:
         yield None
@@ -139,7 +139,7 @@ def _check_answered(results: dict[str, RetrievalResult]) -> None:
         raise RequestError(f"no question was answered: {errors[0]}", "change --length, --memory or --kv")
 
 
-def _check_length(length: int, llm: LLM) -> None:
+def check_length(length: int, llm: LLM) -> None:
     """Raise when contexts of ``length`` tokens, and what the tokenizer puts in front, exceed the model's context."""
     special = len(llm.tokenizer.encode(""))
     most = llm.engine.parts.config.max_positions - special
