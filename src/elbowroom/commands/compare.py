@@ -78,8 +78,8 @@ def compare(
     with open_comparison(plan, options) as root:
         comparison = measure(plan, options, root.path)
         result = comparison_to_json(plan, comparison, equal) | {"env": root.read("env")}
-        pictures, missing = draw(comparison, root.path) if out is not None else ([], None)
         root.write("compare", result)
+        pictures, missing = draw(comparison, root.path) if out is not None else ([], None)
     if json:
         print_json(result)
     else:
