@@ -61,9 +61,12 @@ def test_a_method_that_failed_is_a_row_with_its_reason(capsys):
 
 
 def test_rankings_are_printed_on_request(capsys):
-    assert "kv, 500 B to 515 B, best first: fp8, int8" in printed(capsys, made(), "bytes")
+    assert "kv, 500 B to 515 B, best first: fp8 (1.000), int8 (0.900)" in printed(capsys, made(), "bytes")
     text = printed(capsys, made(), "quality")
-    assert "perplexity, not worse than dense, fewest bytes first: plain, plain(bf16); worse: int8, fp8" in text
+    assert (
+        "perplexity, not worse than dense, fewest bytes first: plain (1.000), plain(bf16) (1.000); worse: int8, fp8"
+        in text
+    )
     alone = comparison({"int8": (500, 1.0, 1.0)})
     assert "nothing to rank" in printed(capsys, alone, "bytes")
 

@@ -130,7 +130,10 @@ def _rankings(comparison: Comparison, equal: Equal) -> list[str]:
 
     lines = []
     for each in rank(comparison, equal):
-        names = ", ".join(each.methods)
+        scores = {
+            row.method.label: row.qualities[each.task].score for row in comparison.rows if each.task in row.qualities
+        }
+        names = ", ".join(f"{label} ({scores[label]:.3f})" for label in each.methods)
         if equal == "quality":
             worse = f"; worse: {', '.join(each.dropped)}" if each.dropped else ""
             lines.append(f"{each.task}, not worse than dense, fewest bytes first: {names}{worse}")
