@@ -33,7 +33,7 @@ class _Scale:
 
     def __init__(self, values: Sequence[float], begin: float, end: float, least_span: float) -> None:
         low, high = min(values), max(values)
-        margin = max((high - low) * 0.08, (least_span - (high - low)) / 2)
+        margin = max((high - low) * 0.12, (least_span - (high - low)) / 2)
         self.low, self.high = low - margin, high + margin
         self._begin, self._end = begin, end
 
