@@ -70,6 +70,21 @@ def test_bytes_are_those_of_full_and_open_blocks(model: str, kv: str, sealed: in
     assert moves == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_a_model_with_sliding_windows_holds_and_reads_the_window(tmp_path: Path):
+    directory = write_tiny_model(tmp_path, family="llama", context=1024)
+    changes = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    with load(str(directory), "plain") as llm:
+        found = measure_footprint(llm, 512, 2, nothing)
+        block_bytes = llm.engine.parts.plan.block_bytes
+        tokenizer = PlainTokenizer(llm.tokenizer)
+        scored = score_windows(llm, tokenizer, windows(tokenizer, 200, 1), tmp_path / FILE, nothing)
+    assert found.read_bytes_per_token == 2 * block_bytes
+    assert 2 * 2 * block_bytes <= found.kv_bytes < 2 * 8 * block_bytes
+    assert scored[0].num_tokens == 100
+
+
 def test_contexts_that_do_not_fit_together_are_refused(model: str):
     few = r"holds \d+ of 40 contexts"
     with load(model, "plain", "24MiB") as llm, pytest.raises(RequestError, match=few) as refused:
