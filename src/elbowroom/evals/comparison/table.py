@@ -1,4 +1,4 @@
-"""Comparison: all rows of a finished comparison, as JSON, and what may be concluded at equal bytes or equal quality."""
+"""Comparison: what each method holds and how it answers, as rows and as JSON."""
 
 from __future__ import annotations
 
