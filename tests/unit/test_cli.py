@@ -21,7 +21,7 @@ from elbowroom.errors import RequestError
 def test_help_names_every_command(capsys):
     assert invoke(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("run", "serve", "eval", "bench", "doctor"):
+    for command in ("run", "serve", "eval", "compare", "bench", "doctor"):
         assert f"\n  {command} " in text
 
 

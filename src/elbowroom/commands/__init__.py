@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from elbowroom import __version__
-from elbowroom.commands import bench, doctor, evaluate, run, serve
+from elbowroom.commands import bench, compare, doctor, evaluate, run, serve
 from elbowroom.errors import ElbowroomError
 
 # typer exports no base class of its usage errors; BadParameter derives from UsageError, which derives from it.
@@ -31,6 +31,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("serve")(serve.serve)
 app.add_typer(evaluate.app, name="eval")
+app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elbowroom.errors import RequestError
+from elbowroom.errors import RequestError, TokenizerError
 
 if TYPE_CHECKING:
     from elbowroom.commands.report import RunReport
@@ -72,10 +72,10 @@ def measure(plan: RunPlan, options: EvalOptions) -> Measured:
     with progress_bar("loading", shown, in_bytes=True) as bar:
         llm = LLM(options.model, options.memory, options.kv, options.dtype, progress=bar)
     with llm:
-        _check_length(plan.context_tokens, llm)
+        check_length(plan.context_tokens, llm)
         target, tokenizer = EngineTarget(llm), PlainTokenizer(llm.tokenizer)
         num_parallel = target.num_parallel(plan.context_tokens)
-        with _directory(plan, llm, options) as directory:
+        with open_directory(plan, llm, options) as directory:
             controls = _controls(plan, target, tokenizer, shown) if options.controls else {}
             with progress_bar("asking", shown) as bar:
                 results = run_plan(plan, target, tokenizer, num_parallel=num_parallel, directory=directory, advance=bar)
@@ -87,31 +87,43 @@ def measure(plan: RunPlan, options: EvalOptions) -> Measured:
 
 
 @contextmanager
-def _directory(plan: RunPlan, llm: LLM, options: EvalOptions) -> Iterator[RunDirectory | None]:
+def open_directory(plan: RunPlan, llm: LLM, options: EvalOptions) -> Iterator[RunDirectory | None]:
     """Yield the directory that the options name, if they do; closed at the end of the block."""
     if options.out is None:
         yield None
         return
-    from elbowroom import __version__
     from elbowroom.bench.machine import machine_info
-    from elbowroom.engine.build import model_fingerprint
     from elbowroom.evals.run_directory import RunDirectory
-    from elbowroom.models.directory import find_model
 
-    parts, model = llm.engine.parts, find_model(options.model)
-    target = {
-        "elbowroom": __version__,
-        "model": model_fingerprint(model).hex(),
-        "tokenizer": hashlib.blake2b((model / "tokenizer.json").read_bytes(), digest_size=8).hexdigest(),
-        "kv": options.kv,
-        "dtype": options.dtype,
-    }
-    env = machine_info(probe=False) | {"budget_bytes": parts.memory.budget_bytes}
+    target = describe_model(options.model, options.dtype) | {"kv": options.kv}
+    env = machine_info(probe=False) | {"budget_bytes": llm.engine.parts.memory.budget_bytes}
     directory = RunDirectory(options.out, plan.to_json() | target, env, options.retry_errors)
     try:
         yield directory
     finally:
         directory.close()
+
+
+def describe_model(model: str | None, dtype: str) -> dict[str, object]:
+    """Return what tells one model under evaluation from another, with the version that runs it.
+
+    Raises:
+        TokenizerError: the directory has no tokenizer, so that no task can be written.
+    """
+    from elbowroom import __version__
+    from elbowroom.engine.build import model_fingerprint
+    from elbowroom.models.directory import find_model
+
+    directory = find_model(model)
+    tokenizer = directory / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise TokenizerError(f"{directory} has no tokenizer.json", "evaluation needs one: give another --model")
+    return {
+        "elbowroom": __version__,
+        "model": model_fingerprint(directory).hex(),
+        "tokenizer": hashlib.blake2b(tokenizer.read_bytes(), digest_size=8).hexdigest(),
+        "dtype": dtype,
+    }
 
 
 def _controls(plan: RunPlan, target: EngineTarget, tokenizer: PlainTokenizer, shown: bool) -> dict[str, ControlResult]:
@@ -139,7 +151,7 @@ def _check_answered(results: dict[str, RetrievalResult]) -> None:
         raise RequestError(f"no question was answered: {errors[0]}", "change --length, --memory or --kv")
 
 
-def _check_length(length: int, llm: LLM) -> None:
+def check_length(length: int, llm: LLM) -> None:
     """Raise when contexts of ``length`` tokens, and what the tokenizer puts in front, exceed the model's context."""
     special = len(llm.tokenizer.encode(""))
     most = llm.engine.parts.config.max_positions - special

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from elbowroom.evals.base import TextTokenizer
@@ -39,13 +39,20 @@ def bits_per_byte(
         num_windows: at most this many windows.
         texts: documents; the held-out standard library files by default.
     """
-    tokens = tokenizer.encode("".join(heldout_texts() if texts is None else texts))
-    starts = range(0, max(1, len(tokens) - window_tokens + 1), window_tokens)
-    stride = max(1, len(starts) // num_windows)
     nats, num_bytes, num_tokens = 0.0, 0, 0
-    for start in starts[::stride][:num_windows]:
-        window = tokens[start : start + window_tokens]
+    for window in text_windows(tokenizer, window_tokens, num_windows, texts):
         nats -= math.fsum(log_probs(window))
         num_bytes += len(tokenizer.decode(window[1:]).encode("utf-8"))
         num_tokens += len(window) - 1
     return BitsPerByte(nats / math.log(2) / max(1, num_bytes), num_bytes, num_tokens)
+
+
+def text_windows(
+    tokenizer: TextTokenizer, window_tokens: int, num_windows: int, texts: Sequence[str] | None = None
+) -> Iterator[list[int]]:
+    """Yield the tokens of windows spread evenly through the text; the arguments are those of ``bits_per_byte``."""
+    tokens = tokenizer.encode("".join(heldout_texts() if texts is None else texts))
+    starts = range(0, max(1, len(tokens) - window_tokens + 1), window_tokens)
+    stride = max(1, len(starts) // num_windows)
+    for start in starts[::stride][:num_windows]:
+        yield tokens[start : start + window_tokens]

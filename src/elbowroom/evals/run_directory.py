@@ -8,21 +8,15 @@ crash left incomplete is dropped when the directory is opened again.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from elbowroom.errors import RequestError
 from elbowroom.evals.base import Sample
 from elbowroom.evals.retrieval import Outcome
-
-_OURS = frozenset({"env.json", "env.json.new", "spec.json.new"})
-"""What a crash can leave before there is a spec."""
-_OTHER = "give another --out, or ask for the same as before"
+from elbowroom.evals.spec_directory import SpecDirectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +49,7 @@ class AskedSample:
         return "".join(json.dumps(head | asdict(outcome), allow_nan=False) + "\n" for outcome in self.outcomes)
 
 
-class RunDirectory:
+class RunDirectory(SpecDirectory):
     """An open run.
 
     Args:
@@ -71,12 +65,10 @@ class RunDirectory:
     def __init__(
         self, path: Path, spec: Mapping[str, object], env: Mapping[str, object], retry_errors: bool = False
     ) -> None:
-        self.path = path
+        super().__init__(path, spec, env)
         self.asked: dict[tuple[str, str], AskedSample] = {}
         """Complete samples, without replies."""
         with self._file_errors():
-            path.mkdir(parents=True, exist_ok=True)
-            self._check_spec(spec, env)
             self._read(retry_errors)
             self._file = self._samples.open("a", encoding="utf-8")
 
@@ -91,32 +83,9 @@ class RunDirectory:
             self._file.flush()
         self.asked[asked.key] = asked.without_replies()
 
-    def read(self, name: str) -> Any:
-        """Return what ``write`` wrote, or None."""
-        path = self.path / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def write(self, name: str, value: Mapping[str, object]) -> None:
-        """Write ``NAME.json``, whole or not at all."""
-        with self._file_errors():
-            self._replace(f"{name}.json", json.dumps(value, indent=1, allow_nan=False) + "\n")
-
     def close(self) -> None:
         """Close the file of samples."""
         self._file.close()
-
-    def _check_spec(self, spec: Mapping[str, object], env: Mapping[str, object]) -> None:
-        wanted = json.loads(json.dumps(spec))
-        found = self.read("spec")
-        if found is None:
-            if any(path.name not in _OURS for path in self.path.iterdir()):
-                raise RequestError(f"--out {self.path} holds other files", "give a new or an empty directory")
-            self.write("env", env)
-            self.write("spec", spec)
-        elif found != wanted:
-            names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-            changes = "; ".join(f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}" for name in names)
-            raise RequestError(f"--out {self.path} holds a run of another kind: {changes}", _OTHER)
 
     def _read(self, retry_errors: bool) -> None:
         """Note the complete samples; if the file holds anything else, write it anew with only those."""
@@ -138,20 +107,6 @@ class RunDirectory:
             clean.unlink()
         else:
             clean.replace(self._samples)
-
-    @contextmanager
-    def _file_errors(self) -> Iterator[None]:
-        """Turn what the file system says into an error that names the option."""
-        try:
-            yield
-        except OSError as reason:
-            message = f"--out {self.path}: {os.strerror(reason.errno or 0)}"
-            raise RequestError(message, "make room there, or give another directory") from reason
-
-    def _replace(self, name: str, text: str) -> None:
-        draft = self.path / f"{name}.new"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(self.path / name)
 
 
 def _fields(line: str) -> dict[str, Any]:
