@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from elbowroom.commands import app
+from elbowroom.commands import app, reference
 from elbowroom.commands.reference import commands_page, with_claims
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,26 @@ def test_the_commands_page_is_the_help():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_of_claims_are_the_newest_results(page: Path):
     assert page.read_text() == with_claims(page.read_text()), "run: python -m elbowroom.commands.reference"
+
+
+def test_a_benchmark_without_results_is_not_measured_yet():
+    page = "<!-- claims: no-such -->\n<!-- /claims -->\n"
+    assert "| no-such | not measured yet | | | |" in with_claims(page)
+
+
+def test_ratios_of_rows_are_shown_with_what_they_have(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(reference, "RESULTS", tmp_path)
+    rows = [
+        {"ratio": "a / b", "value": 2.0},
+        {"ratio": "a / best", "best": "c", "value": 3.0, "low": 1.0, "high": 4.0, "context_tokens": 64},
+        {"ratio": "a / d", "value": None},
+    ]
+    (tmp_path / "one-two_2026-01-01.json").write_text(json.dumps({"claims": [], "rows": rows}))
+    lines = with_claims("<!-- claims: one-two -->\n<!-- /claims -->\n").splitlines()[3:-1]
+    assert lines == [
+        "| one-two: a / b | 2 x |  | | |",
+        "| one-two behind 64 tokens: a / best (c) | 3 x | 1 to 4 | | |",
+    ]
 
 
 def test_every_module_is_in_the_architecture():

@@ -9,6 +9,8 @@ NAMES = (
     "decode",
     "decode8",
     "http",
+    "kv-capacity",
+    "kv-speed",
     "long",
     "overhead",
     "parity",
@@ -16,6 +18,8 @@ NAMES = (
     "release",
     "retrieval",
 )
-BENCHES: Registry[Benchmark] = Registry("benchmark", {name: f"elbowroom.bench.{name}:run" for name in NAMES})
+BENCHES: Registry[Benchmark] = Registry(
+    "benchmark", {name: f"elbowroom.bench.{name.replace('-', '_')}:run" for name in NAMES}
+)
 
 __all__ = ["BENCHES", "BenchOptions", "BenchResult", "Benchmark", "Claim"]

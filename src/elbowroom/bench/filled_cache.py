@@ -46,7 +46,7 @@ def _adopt(engine: Engine, tokens: Sequence[int], seed: int) -> None:
     opened: list[KVHandle] = []
     with replaced(store, "open", _noting(store.open, opened)):
         core.executor.collect(core.executor.submit(StepPlan((KVOp("open", slot),), ())))
-    _import_random(store, opened[0], engine.parts.plan, account.namespace, len(tokens), seed)
+    import_random(store, opened[0], engine.parts.plan, account.namespace, len(tokens), seed)
     keys = block_keys(root_key(account.namespace), tokens, len(tokens) // STRIP_TOKENS)
     account.index.insert(None, keys, slot)
 
@@ -59,7 +59,7 @@ def _noting(function: Callable[[], KVHandle], into: list[KVHandle]) -> Callable[
     return call
 
 
-def _import_random(
+def import_random(
     store: KVStore, handle: KVHandle, plan: BoundPlan, fingerprint: bytes, num_tokens: int, seed: int
 ) -> None:
     """Append ``num_tokens`` to a stored sequence, in spans; the blocks of a layer all hold the same numbers."""

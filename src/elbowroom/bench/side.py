@@ -33,9 +33,13 @@ OUR_SETTINGS = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "ELBOWROOM_THREADS", "ELBO
 
 
 def rival_environment(num_threads: int) -> dict[str, str]:
-    """Return the environment of a rival: this process's without our settings, and ``num_threads`` OpenMP threads."""
+    """Return the environment of a rival: this process's without our settings, and ``num_threads`` OpenMP threads.
+
+    The programs of this Python's environment come first: some rivals compile a part of themselves.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in OUR_SETTINGS}
-    return kept | {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), kept.get("PATH")]))
+    return kept | {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1", "PATH": path}
 
 
 def our_environment(num_threads: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ import torch
 
 from elbowroom.bench.base import BenchOptions, Claim, Row
 from elbowroom.bench.gguf_file import write_gguf
+from elbowroom.bench.kv_shapes import KIVI2
 from elbowroom.bench.machine import ForeignCPU, usable_threads
 from elbowroom.bench.pairs import MedianInterval, Run, Turns, median_ratio, one_line, ratio_claim, take_turns
 from elbowroom.bench.random_model import write_random_model
@@ -33,6 +34,11 @@ OURS = "ours"
 TRANSFORMERS, TRANSFORMERS_FP32, LLAMACPP = "transformers-bf16", "transformers-fp32", "llamacpp-f16"
 ITEM_BYTES = {OURS: 2, TRANSFORMERS: 2, TRANSFORMERS_FP32: 4, LLAMACPP: 2}
 """Side -> bytes of one weight."""
+OURS_KIVI, QUANTO4, QUANTO2 = "ours-kivi2", "transformers-quanto4", "transformers-quanto2"
+OUR_PLANS = {OURS: None, OURS_KIVI: KIVI2}
+"""Our sides -> KV plan."""
+CACHE_BITS = {QUANTO4: 4, QUANTO2: 2}
+"""Sides of transformers with a quantized cache -> its bits."""
 SPARE_BYTES = 2**30
 """What our own side gets beyond weights and KV cache; it asks for no more than it needs."""
 MAX_LOGPROB_ERROR = 0.25
@@ -160,7 +166,7 @@ class Contest:
     def _start(self, name: str, directory: Path) -> None:
         """Start a side and send it what to load."""
         threads = self._threads
-        if name == OURS:
+        if name in OUR_PLANS:
             self._open(name, "ours.py", our_environment(threads)).send(
                 "load",
                 directory=str(directory),
@@ -168,6 +174,7 @@ class Contest:
                 dtype="bfloat16",
                 num_streams=self._num_streams,
                 prefix_cache=self._prefix_cache,
+                kv=OUR_PLANS[name],
             )
         elif name == LLAMACPP:
             file = write_gguf(directory, directory.parent / "model.gguf")
@@ -181,7 +188,8 @@ class Contest:
         else:
             dtype = "float32" if name == TRANSFORMERS_FP32 else "bfloat16"
             side = self._open(name, "hf.py", rival_environment(threads))
-            side.send("load", directory=str(directory), dtype=dtype, num_threads=threads)
+            bits = CACHE_BITS.get(name)
+            side.send("load", directory=str(directory), dtype=dtype, num_threads=threads, cache_bits=bits)
 
     def _open(self, name: str, script: str, environment: Mapping[str, str]) -> Side:
         self.sides[name] = self._cleanup.enter_context(Side(SIDES / script, environment))
@@ -194,13 +202,16 @@ class Contest:
         )
 
     def _check(self) -> None:
-        """Compare the log-probabilities of our 20 most likely tokens behind a prompt and some decoded tokens."""
+        """Compare the log-probabilities of our 20 most likely tokens behind a prompt and some decoded tokens.
+
+        Ours with another KV plan is the same program, and may answer otherwise.
+        """
         (prompt,) = self.prompts(-2, 1, _CHECKED_TOKENS)
         top: dict[str, Any] = {}  # tokens and log-probabilities of ours
         if OURS in self.failures or not self._guard(OURS, lambda n: top.update(self._top(n, prompt))):
             return
         for name in self._rivals:
-            if name not in self.failures:
+            if name not in self.failures and name not in OUR_PLANS:
                 self._guard(name, lambda n: self._compare(n, prompt, top))
 
     def _top(self, name: str, prompt: list[int]) -> dict[str, Any]:

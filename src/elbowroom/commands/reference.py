@@ -36,7 +36,7 @@ FLOORS = (
     ("0", ("memory", "")),
 )
 """Rooms by floor, the top first; the empty name is the package itself."""
-_CLAIMS = re.compile(r"(<!-- claims: ([\w ]+) -->\n).*?(<!-- /claims -->)", re.DOTALL)
+_CLAIMS = re.compile(r"(<!-- claims: ([\w -]+) -->\n).*?(<!-- /claims -->)", re.DOTALL)
 _MODULES = re.compile(r"<!-- modules -->.*<!-- /modules -->", re.DOTALL)
 _SHOWN = re.compile(r"(```sh\nelbowroom (.*?)\n```\n\n```text\n).*?(```)", re.DOTALL)
 _HEAD = """\
@@ -94,7 +94,10 @@ def with_claims(text: str) -> str:
 def _claim_lines(names: list[str]) -> Iterator[str]:
     yield from ("| claim | measured | interval | target | holds |", "| --- | --- | --- | --- | --- |")
     for name in names:
-        newest = max(RESULTS.glob(f"{name}_*.json"))  # dated: the last by name
+        newest = max(RESULTS.glob(f"{name}_*.json"), default=None)  # dated: the last by name
+        if newest is None:
+            yield f"| {name} | not measured yet | | | |"
+            continue
         result = json.loads(newest.read_text(encoding="utf-8"))
         for claim in result["claims"]:
             low, high, value = claim["low"], claim["high"], claim["value"]
@@ -104,9 +107,14 @@ def _claim_lines(names: list[str]) -> Iterator[str]:
             yield f"| `{claim['id']}` | {found} | {span} | {target} | {holds} |"
         for row in result["rows"]:
             if row.get("ratio") and row["value"] is not None:
-                where = f" behind {row['context_tokens']} tokens" if "context_tokens" in row else ""
-                span = f"{row['low']:.3g} to {row['high']:.3g}"
-                yield f"| {name}{where}: {row['ratio']} ({row['best']}) | {row['value']:.3g} x | {span} | | |"
+                yield _ratio_line(name, row)
+
+
+def _ratio_line(name: str, row: dict[str, Any]) -> str:
+    where = f" behind {row['context_tokens']} tokens" if "context_tokens" in row else ""
+    best = f" ({row['best']})" if "best" in row else ""
+    span = f"{row['low']:.3g} to {row['high']:.3g}" if "low" in row else ""
+    return f"| {name}{where}: {row['ratio']}{best} | {row['value']:.3g} x | {span} | | |"
 
 
 def write() -> None:

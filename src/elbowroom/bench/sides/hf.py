@@ -1,4 +1,4 @@
-"""transformers as a side: greedy decoding over a DynamicCache, without what ``generate`` adds around it."""
+"""transformers as a side: greedy decoding over one of its caches, without what ``generate`` adds around it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ ENOUGH_S = 40.0
 
 
 class Side:
-    """Commands on one loaded model."""
+    """Commands on one loaded model.
 
-    def __init__(self, transformers: Any, model: Any) -> None:
-        self._transformers, self._model = transformers, model
+    Args:
+        transformers: the package.
+        model: a causal language model.
+        cache_bits: of a QuantizedCache (quanto); None takes a DynamicCache.
+    """
+
+    def __init__(self, transformers: Any, model: Any, cache_bits: int | None) -> None:
+        self._transformers, self._model, self._cache_bits = transformers, model, cache_bits
         self._held: Any = None
         self._last = torch.zeros(0, dtype=torch.int64)
 
@@ -59,7 +65,7 @@ class Side:
     def extend(self, new_tokens: int) -> dict[str, Any]:
         """Decode behind the held cache and time the tokens behind the first of each stream; then rewind.
 
-        Ends early after ``ENOUGH_S``: a rate is known by then.
+        Ends early after ``ENOUGH_S``: a rate is known by then. A quantized cache cannot rewind and keeps the tokens.
         """
         token = self._next(self._last[:, None], self._held)
         made = [token.tolist()]
@@ -68,11 +74,14 @@ class Side:
             token = self._next(token[:, None], self._held)
             made.append(token.tolist())  # a user sees each token, so it leaves torch
         seconds = time.perf_counter() - started
-        self._held.crop(-len(made))
+        if self._cache_bits is None:
+            self._held.crop(-len(made))
         token_ids = [list(stream) for stream in zip(*made, strict=True)]
         return {"tokens": len(token_ids) * (len(made) - 1), "seconds": seconds, "token_ids": token_ids}
 
     def _cache(self) -> Any:
+        if self._cache_bits is not None:
+            return self._transformers.QuantizedCache("quanto", self._model.config, nbits=self._cache_bits)
         return self._transformers.DynamicCache(config=self._model.config)
 
     def _next(self, ids: Tensor, cache: Any) -> Tensor:
@@ -82,15 +91,22 @@ class Side:
         return chosen
 
 
-def load(directory: str, dtype: str, num_threads: int) -> dict[str, Callable[..., dict[str, Any]]]:
+def load(
+    directory: str, dtype: str, num_threads: int, cache_bits: int | None = None
+) -> dict[str, Callable[..., dict[str, Any]]]:
     """Load a model directory in ``dtype``, with torch's own attention."""
     transformers: Any = importlib.import_module("transformers")
+    if cache_bits is not None:
+        try:
+            importlib.import_module("optimum.quanto")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(str(error), name="optimum-quanto") from error
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(num_threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
-    side = Side(transformers, model.eval())
+    side = Side(transformers, model.eval(), cache_bits)
     return {
         "read": side.read,
         "prefill": side.prefill,

@@ -100,10 +100,10 @@ class Side:
 
 
 def load(
-    directory: str, memory: int, dtype: str, num_streams: int, prefix_cache: bool
+    directory: str, memory: int, dtype: str, num_streams: int, prefix_cache: bool, kv: str | None = None
 ) -> dict[str, Callable[..., dict[str, Any]]]:
-    """Load a model inside ``memory`` bytes; ``num_streams`` requests run at once."""
-    llm = LLM(directory, memory, dtype=dtype, max_sequences=num_streams, prefix_cache=prefix_cache)
+    """Load a model inside ``memory`` bytes with KV plan ``kv``; ``num_streams`` requests run at once."""
+    llm = LLM(directory, memory, kv=kv, dtype=dtype, max_sequences=num_streams, prefix_cache=prefix_cache)
     side = Side(llm)
     return {
         "prefill": side.prefill,
