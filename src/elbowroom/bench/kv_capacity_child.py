@@ -67,7 +67,9 @@ class Growing:
             return False
         _, k, v = self._random(num_tokens)
         for layer in range(len(self._plan.layers)):
-            attention.append(self.store.strips(layer, step), k, v)
+            strips = self.store.strips(layer, step)
+            assert strips is not None, "a codec alone always says where a layer lies"
+            attention.append(strips, k, v)
         self.store.end_step(step)
         return True
 

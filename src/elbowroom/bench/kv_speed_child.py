@@ -62,7 +62,8 @@ class FilledStore:
         import_random(self.store, handle, plan, self.store.fingerprint, num_tokens, seed)
         step = KVStep((handle,), np.asarray([0, 1], dtype=np.int32), np.asarray([num_tokens], dtype=np.int64))
         assert self.store.reserve(step) is None, "twice the bytes hold one more token"
-        self._strips = [self.store.strips(layer, step) for layer in range(len(plan.layers))]
+        found = (self.store.strips(layer, step) for layer in range(len(plan.layers)))
+        self._strips = [strips for strips in found if strips is not None]
         # Other numbers than those of the stored keys, or some queries would find themselves.
         generator, layer = torch.Generator().manual_seed(seed + 1), plan.layers[0]
         heads = (layer.num_q_heads, layer.num_kv_heads, layer.num_kv_heads)
