@@ -135,7 +135,7 @@ class SealedStrip {
                 x = x == -__builtin_inff() ? x : vtanh(x / softcap_) * softcap_;
                 store(scores + i, x);
             }
-            tops = x <= tops ? tops : x;  // NaN becomes the greatest: it must not be hidden
+            tops = (x <= tops) | (tops != tops) ? tops : x;  // NaN is the greatest: it must not be hidden
         }
         const float top = max_lane(tops);
         vf sums{};

@@ -297,8 +297,9 @@ inline vf vexp(vf x) {
 
 // The same for x <= 0, to about 1e-4 relative: enough for weights that are rounded to 8 bits.
 inline vf vexp_coarse(vf x) {
-    const vf shifted = vmax(x, splat(-87.0f)) * 1.44269504f + 12582912.0f;
-    const vf r = vmax(x, splat(-87.0f)) - (shifted - 12582912.0f) * 0.693147181f;
+    const vf clamped = x < -87.0f ? splat(-87.0f) : x;  // NaN stays
+    const vf shifted = clamped * 1.44269504f + 12582912.0f;
+    const vf r = clamped - (shifted - 12582912.0f) * 0.693147181f;
     const vf y = ((r * 0.16566635f + 0.50496031f) * r + 1.00016416f) * r + 0.99992816f;
     const vf power = bit_cast<vf>((bit_cast<vu>(shifted) + 127u) << 23);
     return y * power;

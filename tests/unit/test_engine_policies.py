@@ -52,10 +52,10 @@ def watched(stepper: Stepper) -> list[Shortfall]:
 @pytest.mark.parametrize("kv", PLANS)
 @pytest.mark.parametrize("native_tokens", [0, ANY] if backend_name() == "native" else [0])
 def test_every_schedule_runs_and_the_books_agree(decoder: Decoder, kv: str, native_tokens: int) -> None:
-    """Chunks, batches, preemption, sessions, forks and samples; in the end nothing is held."""
+    """Batches, sessions, forks and samples; in the end nothing is held."""
     subject = Subject(decoder, ComputePath(native_tokens), kv)
-    for seed, schedule in enumerate(SCHEDULES.values()):
-        for tokens in schedule(subject, prompt(300), 30, seed):
+    for seed, name in enumerate(("batched", "prefix_hit", "forked", "rolled_back", "samples")):
+        for tokens in SCHEDULES[name](subject, prompt(300), 30, seed):
             assert len(tokens) == 30
 
 
@@ -109,3 +109,40 @@ def test_a_session_is_compressed_before_its_questions_come(directory: Path) -> N
         again = session.ask([65, 66, 67], sampling)
         assert again.outputs[0].token_ids == answer.outputs[0].token_ids
         assert again.cached_tokens == 1000
+
+
+@pytest.mark.parametrize("kv", ["streaming(tokens=512)", "snapkv(512)", "kivi(k=2,v=2,g=64)"])
+@pytest.mark.parametrize("count", [64, 576, 600])
+def test_what_is_accepted_runs_without_a_shortfall(decoder: Decoder, kv: str, count: int) -> None:
+    """Prompts just above a budget, and of a whole block, in stores of every size that takes them."""
+    for capacity in range(count // 64 * 64 + 64, 2000, 192):
+        stepper = Stepper(Subject(decoder, ComputePath(0), kv), capacity)
+        shortfalls = watched(stepper)
+        try:
+            for number in range(3):
+                stepper.add(number, prompt(count, number), 20)
+        except RequestTooLarge:
+            stepper.close()
+            continue
+        stepper.run()
+        assert not shortfalls
+        assert all(len(stepper.tokens[number, 0]) == 20 for number in range(3))
+        stepper.close()
+
+
+@pytest.mark.parametrize("kv", PLANS)
+def test_preemption_changes_no_answer(decoder: Decoder, kv: str) -> None:
+    """What was generated is computed again behind what the policy keeps of the prompt alone."""
+    texts = []
+    for interrupted in (False, True):
+        stepper = Stepper(Subject(decoder, ComputePath(0), kv), 4000)
+        stepper.add(1, prompt(300), 120)
+        for number in range(200):
+            if interrupted and number == 90:
+                stepper.scheduler._preempt(stepper.scheduler._state.running[0])
+            if stepper.scheduler.has_work():
+                stepper.step()
+        texts.append(stepper.tokens[1, 0])
+        assert stepper.scheduler.stats().preemptions == interrupted
+        stepper.close()
+    assert texts[0] == texts[1]

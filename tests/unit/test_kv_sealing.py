@@ -179,12 +179,16 @@ def test_native_code_seals_the_same_bytes_and_attends_alike(
 
 
 @native
-def test_what_is_not_finite_is_not_hidden_by_integer_products() -> None:
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("plan", ["kivi(2,2,64)", "kivi(2,2,32)", "kivi(4,4,32)"])
+@pytest.mark.parametrize("token", [3, 40])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e6])
+def test_what_is_not_finite_is_not_hidden_by_integer_products(plan: str, token: int, bad: float) -> None:
     for part in range(2):
-        layer = Layer("kivi(2,2,64)", SPEC, "float32", [70])
+        layer = Layer(plan, SPEC, "float32", [70])
         strips = layer.strips([70])
         rows = [draw(1, 70, 2, 64), draw(2, 70, 2, 64)]
-        rows[part][3, 1, 4] = torch.nan
+        rows[part][token, 1, 4] = bad
         attention.append(strips, *rows)
         out, _ = attention.attend(strips, SPEC, draw(3, 70, 8, 64))
         assert out[:, :4].isfinite().all()
@@ -257,4 +261,12 @@ def test_a_speculative_step_can_be_taken_back_to_its_first_token(start: int) -> 
     world.accept(handle, start, [start, start + 2, start + 5, start + 7])
     world.check()
     world.append((handle, 1), (world.fork(handle), 70))
+    world.check()
+
+
+def test_a_layer_that_is_read_later_keeps_its_own_staging() -> None:
+    """Layers of one shape share what they use one after the other, but not with one that others read again."""
+    shape = make_spec(dim=32)
+    world = World([shape, shape, dataclasses.replace(shape, kv_source=0)], plan="kivi")
+    world.open(300)
     world.check()

@@ -42,21 +42,28 @@ class KVPricing:
     @classmethod
     def of(cls, plan: BoundPlan, max_tokens: int, step_tokens: int, page_bytes: int) -> KVPricing:
         """Return the prices of ``plan`` for sequences of up to ``max_tokens``."""
-        blocks = np.arange(num_blocks(max_tokens) + 1, dtype=np.int64)
+        policy = plan.plan.policy
+        prompt_limit, end_limit = (None if policy is None else policy.limit(ends_prompt=ends) for ends in (False, True))
+        most = num_blocks(max_tokens) if prompt_limit is None else max(num_blocks(max_tokens), _twice(prompt_limit))
+        blocks = np.arange(most + 1, dtype=np.int64)
         curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens)
         slack, open_slack = _page_slack(plan, plan.formats, page_bytes), _page_slack(plan, plan.tails, page_bytes)
-        # While the last block is not full it lies open, and for the step that fills it both ways.
-        prices = curve.resident_bytes + blocks * slack + (blocks > 0) * (plan.tail_bytes + open_slack)
+        resident = curve.resident_bytes
+        if policy is not None:
+            # Blocks are those that stay; sliding windows may hold all of theirs beside few of them.
+            resident = blocks * plan.chosen_bytes + (blocks > 0) * (resident - blocks * plan.chosen_bytes).max()
+        # While the last block is not full it lies open; a step over a border holds it and the next one.
+        prices = resident + blocks * slack + (blocks > 0) * 2 * (plan.tail_bytes + open_slack)
         step_slack = num_blocks(step_tokens) * (slack * plan.has_windows + open_slack)
-        if plan.plan.policy is not None:
+        if policy is not None:
             step_slack += (num_blocks(step_tokens) + 1) * page_bytes  # single strips
         return cls(
             by_blocks=tuple(prices.tolist()),
             block_bytes=plan.block_bytes + slack,
             transient_bytes=curve.transient_bytes + step_slack,
             can_share=plan.shares_prefixes,
-            prompt_limit=None if plan.plan.policy is None else plan.plan.policy.limit(ends_prompt=False),
-            end_limit=None if plan.plan.policy is None else plan.plan.policy.limit(ends_prompt=True),
+            prompt_limit=prompt_limit,
+            end_limit=end_limit,
             rollback_grain=plan.rollback_grain,
         )
 
@@ -81,7 +88,7 @@ class KVPricing:
         blocks = num_blocks(num_tokens) - dropped
         if self.end_limit is None or self.prompt_limit is None or num_tokens - STRIP_TOKENS * dropped <= self.end_limit:
             return blocks
-        return min(blocks, 2 * (num_blocks(self.prompt_limit) + 1))
+        return min(2 * blocks, _twice(self.prompt_limit))
 
     def price(self, blocks: int, shared_blocks: int = 0) -> int:
         """Return the private bytes of a sequence of ``blocks``, the first ``shared_blocks`` of them paid elsewhere."""
@@ -92,6 +99,11 @@ class KVPricing:
         room = capacity_bytes - self.transient_bytes
         fitting = int(np.searchsorted(np.asarray(self.by_blocks), room, side="right")) - 1
         return max(fitting, 0) * STRIP_TOKENS
+
+
+def _twice(limit: int) -> int:
+    """Return the blocks of a prompt cut to ``limit`` tokens and of the strips that the next choice is written to."""
+    return 2 * (num_blocks(limit) + 1)
 
 
 def _widened(plan: BoundPlan) -> BoundPlan:
@@ -108,10 +120,12 @@ def _widened(plan: BoundPlan) -> BoundPlan:
 
 def _page_slack(plan: BoundPlan, formats: Sequence[PageFormat], page_bytes: int) -> int:
     """Return the bytes that one block may take beyond its strips because its ends share pages with others."""
-    groups: dict[tuple[PageFormat, int | None], int] = {}
-    for layer, fmt in zip(plan.layers, formats, strict=False):
+    groups: dict[tuple[PageFormat, int | None, int | None], int] = {}
+    read_later = {layer.kv_source for layer in plan.layers}
+    for index, (layer, fmt) in enumerate(zip(plan.layers, formats, strict=False)):
         if layer.kv_source is None:
-            groups[fmt, layer.window] = groups.get((fmt, layer.window), 0) + fmt.strip_bytes
+            key = fmt, layer.window, index if index in read_later else None
+            groups[key] = groups.get(key, 0) + fmt.strip_bytes
     slack = 0
     for group_bytes in groups.values():
         # Groups lie behind one another from a page's start, so one begins at a multiple of this in its page.

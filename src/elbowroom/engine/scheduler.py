@@ -271,9 +271,12 @@ class Scheduler:
         blocks = max(pricing.held(prompt, 0), num_blocks(prompt + wanted) - dropped)
         if blocks * STRIP_TOKENS > room - dropped * STRIP_TOKENS:
             need = pricing.price(blocks) + pricing.transient_bytes
+            choice = f", enough for {room} tokens in all"
+            if pricing.end_limit is not None:
+                choice = "; while the plan chooses what stays of a prompt, that is held twice"
             raise RequestTooLarge(
                 f"{prompt} prompt tokens and {wanted} new ones need {format_bytes(need)} of KV cache; "
-                f"{format_bytes(capacity)} are there, enough for {room} tokens in all",
+                f"{format_bytes(capacity)} are there{choice}",
                 "raise memory= (--memory), lower max_tokens, or choose a smaller kv= format such as plain(bf16)",
             )
         return min(context, room) - prompt if asked is None else asked
@@ -369,16 +372,25 @@ class Scheduler:
         if stop == start:
             return None
         prompt = PromptPart.NONE
-        if start < seq.num_prompt or stop > start + 1:
-            prompt = PromptPart.END if stop == end else PromptPart.PART
-        if stop > (seq.num_blocks + seq.dropped_blocks) * STRIP_TOKENS:
-            blocks = num_blocks(stop) - seq.dropped_blocks
-            if not self._pay(seq, self.pricing.held(stop, seq.dropped_blocks) if prompt else blocks):
-                return None
+        if start < seq.num_prompt:
+            if self.pricing.end_limit is not None:  # computed again: what was generated was not chosen from either
+                stop = min(stop, seq.num_prompt)
+            prompt = PromptPart.PART if stop < seq.num_prompt else PromptPart.END
+        if not self._afford(seq, stop, prompt):
+            return None
         if stop == end == start + 1 and start >= seq.num_prompt and not seq.is_new_to_executor:
             return Row(seq.slot, "decode", start, 1, None, seq.spec)
         sample = seq.sample_spec() if stop == end and seq.max_new_tokens > 0 else None
         return Row(seq.slot, "chunk", start, stop - start, seq.tokens[start:stop], sample, prompt)
+
+    def _afford(self, seq: SeqState, stop: int, prompt: PromptPart) -> bool:
+        """Pay for computing ``seq`` up to ``stop``; see ``_pay``."""
+        pricing, dropped = self.pricing, seq.dropped_blocks
+        if prompt and pricing.dropped(dropped, stop, ends_prompt=prompt is PromptPart.END) != dropped:
+            return self._pay(seq, pricing.held(stop, dropped))
+        if stop > (seq.num_blocks + dropped) * STRIP_TOKENS:
+            return self._pay(seq, num_blocks(stop) - dropped)
+        return True
 
     def _pay(self, seq: SeqState, blocks: int) -> bool:
         """Let a running sequence have ``blocks`` in all; it gives way, and False is returned, if there is no room."""

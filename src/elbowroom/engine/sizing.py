@@ -63,20 +63,20 @@ def plan_memory(
     """
     weights = reserved_weights_bytes(config, dtype)
     for step_tokens in STEP_TOKENS:
-        made = _divide(config, dtype, path, weights, budget_bytes, step_tokens, max_sequences)
+        made = _divide(config, dtype, path, plan, weights, budget_bytes, step_tokens, max_sequences)
         room = budget_bytes - weights - RUNTIME_BASE_BYTES
         overhead = made.workspace_bytes + made.runtime_bytes - RUNTIME_BASE_BYTES
         if overhead <= WORKSPACE_SHARE * room and made.kv_bytes >= _minimum_kv(plan, step_tokens):
             return made
     fewest = min(max_sequences, FEWEST_SEQUENCES)
-    smallest = _divide(config, dtype, path, weights, budget_bytes, STEP_TOKENS[-1], fewest)
+    smallest = _divide(config, dtype, path, plan, weights, budget_bytes, STEP_TOKENS[-1], fewest)
     needed = _minimum_kv(plan, smallest.max_step_tokens)
     if smallest.kv_bytes >= needed:
         return smallest
     least = smallest
     while least.kv_bytes < needed:  # a larger budget needs a little more for its own books
         enough = least.budget_bytes + needed - least.kv_bytes
-        least = _divide(config, dtype, path, weights, enough, STEP_TOKENS[-1], fewest)
+        least = _divide(config, dtype, path, plan, weights, enough, STEP_TOKENS[-1], fewest)
     minimum = least.budget_bytes
     raise BudgetTooSmall(
         f"a budget of {format_bytes(budget_bytes)} is too small: weights {format_bytes(weights)}, "
@@ -107,6 +107,7 @@ def _divide(
     config: ModelConfig,
     dtype: torch.dtype,
     path: ComputePath,
+    plan: BoundPlan,
     weights: int,
     budget: int,
     step_tokens: int,
@@ -114,7 +115,8 @@ def _divide(
 ) -> MemoryPlan:
     workspace = workspace_sizes(config, dtype, path, step_tokens, max_sequences)
     books = budget // HostTier.page_bytes * PAGE_BOOK_BYTES
-    runtime = RUNTIME_BASE_BYTES + books + _temporary_bytes(config, path, step_tokens, max_sequences)
+    temporary = _temporary_bytes(config, path, step_tokens, max_sequences) + plan.choice_bytes(step_tokens)
+    runtime = RUNTIME_BASE_BYTES + books + temporary
     return MemoryPlan(
         budget_bytes=budget,
         weights_bytes=weights,

@@ -6,6 +6,7 @@ number of blocks. So positions go on as before, and what was dropped looks like 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
@@ -61,12 +62,12 @@ class Compactor:
     def note(self, compaction: Compaction, layer: int, queries: Tensor) -> None:
         """Remember the newest of a row's ``queries [n, Hq, D]`` of a layer."""
         if self._policy.window:
-            compaction.queries[layer] = queries[-self._policy.window :].float()
+            compaction.queries[layer] = queries[-self._policy.window :].to(torch.float32, copy=True)
 
     def compact(
         self, compaction: Compaction, layer: int, spec: LayerSpec, lane: Lane, table: npt.NDArray[np.uint32]
-    ) -> int:
-        """Keep what the policy chooses of ``layer``; return the bytes of pages freed.
+    ) -> None:
+        """Keep what the policy chooses of ``layer`` and free the rest.
 
         Args:
             compaction: the row.
@@ -83,20 +84,19 @@ class Compactor:
         chosen = self._choose(compaction, layer, spec, lane, strips, count)
         targets = sequence.take_spare(layer, compaction.num_fresh)
         self._move(lane, strips, [lane.pool.strip(int(entry)) for entry in targets], chosen)
-        return lane.pool.release(sequence.replace(layer, compaction.dropped_blocks, targets))
+        lane.pool.release(sequence.replace(layer, compaction.dropped_blocks, targets))
 
     def _choose(
         self, compaction: Compaction, layer: int, spec: LayerSpec, lane: Lane, strips: Rows[Tensor], count: int
     ) -> Tensor:
         """Return the tokens that stay of ``count``, int64 ``[Hkv, m]``, checked."""
 
-        def opened() -> tuple[Tensor, Tensor]:
-            pairs = [self._codec.open(strip, lane.pool.fmt) for strip in strips]
-            k, v = (torch.cat(parts, dim=1)[:, :count].float() for parts in zip(*pairs, strict=True))
-            return k, v
+        def keys(head: int) -> Tensor:
+            parts = [self._codec.open(strip, lane.pool.fmt)[0][head] for strip in strips]
+            return torch.cat(parts)[:count].float()
 
         queries = compaction.queries.pop(layer, torch.empty(0, spec.num_q_heads, spec.head_dim))
-        view = LayerView(layer, spec, queries, opened, count)
+        view = LayerView(layer, spec, queries, keys, count)
         chosen = self._policy.select(view, compaction.held_tokens)
         rising = chosen.dim() == 2 and bool((chosen.diff(dim=1) > 0).all())
         shape = chosen.shape[0] in (1, spec.num_kv_heads) and chosen.shape[1:] == (compaction.held_tokens,)
@@ -112,8 +112,8 @@ class Compactor:
         fmt = lane.pool.fmt
         sources = [self._codec.fields(strip, fmt) for strip in strips]
         places = [self._codec.fields(strip, fmt) for strip in targets]
-        for number in range(len(sources[0])):
-            whole = torch.cat([fields[number] for fields in sources], dim=1)
-            kept = torch.gather(whole, 1, chosen[..., None].expand(-1, -1, whole.shape[2]))
-            for place, part in zip(places, torch.split(kept, STRIP_TOKENS, dim=1), strict=True):
-                place[number][:, : part.shape[1]] = part
+        for number, head in itertools.product(range(len(sources[0])), range(fmt.num_kv_heads)):
+            whole = torch.cat([fields[number][head] for fields in sources])
+            kept = torch.split(whole[chosen[head]], STRIP_TOKENS)
+            for place, part in zip(places, kept, strict=True):
+                place[number][head, : part.shape[0]] = part

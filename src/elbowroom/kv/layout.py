@@ -73,10 +73,15 @@ class PoolSet:
         """For each layer the number of the main lane that holds what it reads."""
 
     def _members(self) -> list[list[int]]:
-        """Return the layers with keys of their own, those that share a pool together."""
-        members: dict[tuple[object, int | None], list[int]] = {}
+        """Return the layers with keys of their own, those that share a pool together.
+
+        A layer that others read later cannot share what layers use one after the other: it has a pool of its own.
+        """
+        members: dict[tuple[object, int | None, int | None], list[int]] = {}
+        read_later = {source for layer, source in enumerate(self.source_of) if layer != source}
         for index in sorted(set(self.source_of)):
-            members.setdefault((self._plan.formats[index], self._plan.layers[index].window), []).append(index)
+            alone = index if index in read_later else None
+            members.setdefault((self._plan.formats[index], self._plan.layers[index].window, alone), []).append(index)
         return list(members.values())
 
     def _add(self, layers: list[int]) -> None:

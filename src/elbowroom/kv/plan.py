@@ -38,7 +38,7 @@ class KVCurve:
     resident_bytes: npt.NDArray[np.int64]
     """One value for every asked length."""
     transient_bytes: int
-    """Extra bytes while a step appends ``step_tokens`` at once (sliding windows expire behind the step)."""
+    """Extra bytes while a step appends ``step_tokens``: windows expire, strips are sealed, tokens chosen behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +103,12 @@ class KVPlan:
 
         Raises:
             ConfigError: a layer reads keys and values of another one that does not hold them.
+            PlanError: codec or policy do not suit the layers.
         """
         for index in range(len(layers)):
             _check_source(layers, index)
+        if self.policy is not None:
+            _check_choice(self.policy, layers)
         tails = tuple(PlainCodec().page_format(layer, dtype) for layer in layers) if self.codec.seals else ()
         return BoundPlan(self, tuple(layers), tuple(self.codec.page_format(layer, dtype) for layer in layers), tails)
 
@@ -148,6 +151,12 @@ class BoundPlan:
         return sum(fmt.strip_bytes for layer, fmt in zip(self.layers, self.tails, strict=False) if _owns(layer))
 
     @property
+    def chosen_bytes(self) -> int:
+        """Bytes of one token block over the layers that a policy chooses from."""
+        pairs = zip(self.layers, self.formats, strict=True)
+        return sum(fmt.strip_bytes for layer, fmt in pairs if _owns(layer) and layer.window is None)
+
+    @property
     def has_windows(self) -> bool:
         """Whether some layer forgets tokens behind a sliding window."""
         return any(layer.window is not None for layer in self.layers)
@@ -172,7 +181,7 @@ class BoundPlan:
             total_tokens: int64 ``[n]``, prompt and generated tokens.
             step_tokens: most tokens that one step appends.
         """
-        totals = np.asarray(total_tokens, dtype=np.int64)
+        read = totals = np.asarray(total_tokens, dtype=np.int64)
         dropped = self.dropped_blocks(0, prompt_tokens, ends_prompt=True) * STRIP_TOKENS
         totals = np.where(totals > prompt_tokens, totals - dropped, np.minimum(totals, self._most_read(prompt_tokens)))
         blocks = totals // STRIP_TOKENS if self.tails else -(-totals // STRIP_TOKENS)
@@ -183,9 +192,10 @@ class BoundPlan:
                 continue
             kept = blocks
             if layer.window is not None:
+                blocks_read = read // STRIP_TOKENS if self.tails else -(-read // STRIP_TOKENS)
                 # A step that ends at n leaves blocks from (n - ROLLBACK_TOKENS - window + 1) // 64 on.
                 window_blocks = (layer.window + ROLLBACK_TOKENS + STRIP_TOKENS - 3) // STRIP_TOKENS + 1
-                kept = np.minimum(blocks, window_blocks)
+                kept = np.minimum(blocks_read, window_blocks)
                 transient += fmt.strip_bytes * -(-step_tokens // STRIP_TOKENS)
             resident = resident + kept * fmt.strip_bytes
         return KVCurve(resident, transient)
@@ -207,10 +217,26 @@ class BoundPlan:
         """Return the most tokens held while a prompt is read: what stays, and once more for the next choice."""
         if self.plan.policy is None or prompt_tokens <= self.plan.policy.limit(True):
             return prompt_tokens
-        return min(prompt_tokens, 2 * (self.plan.policy.limit(False) + STRIP_TOKENS))
+        return 2 * min(prompt_tokens, self.plan.policy.limit(False) + STRIP_TOKENS)
+
+    def choice_bytes(self, step_tokens: int) -> int:
+        """Return the most temporary bytes while a policy chooses in one layer behind a step of ``step_tokens``.
+
+        Keys of a head in float32 and as they are stored, three times the scores of the window's queries, the strips'
+        bytes on their way, and attention, whose output then lies outside the workspace.
+        """
+        policy = self.plan.policy
+        if policy is None:
+            return 0
+        tokens = policy.limit(ends_prompt=False) + step_tokens + STRIP_TOKENS
+        most = 0
+        for layer in self.layers:
+            scores = (12 * layer.group_size + 1) * policy.window
+            most = max(most, tokens * (scores + 8 * layer.head_dim + 8 * (layer.head_dim + layer.v_head_dim)))
+        return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
 
     def _staging_bytes(self, step_tokens: int) -> int:
-        """Return what a step holds on top: blocks that wait in one layer a pool to be sealed or chosen, and tails."""
+        """Return what a step holds on top: blocks that wait, in one layer a pool, to be sealed or chosen from."""
         if self.plan.policy is not None:
             chosen = {fmt for layer, fmt in zip(self.layers, self.formats, strict=True) if layer.window is None}
             return (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)
@@ -218,7 +244,7 @@ class BoundPlan:
             (fmt, layer.window, tail) for layer, fmt, tail in zip(self.layers, self.formats, self.tails, strict=False)
         }
         passing = step_tokens // STRIP_TOKENS if step_tokens > ROLLBACK_TOKENS else 0
-        return passing * sum(tail.strip_bytes for *_, tail in staged) + self.tail_bytes
+        return passing * sum(tail.strip_bytes for *_, tail in staged)
 
     def fingerprint(self) -> bytes:
         """Return 16 bytes that differ whenever stored strips would not be interchangeable."""
@@ -230,6 +256,22 @@ class BoundPlan:
 def _owns(layer: LayerSpec) -> bool:
     """Whether ``layer`` stores keys and values of its own."""
     return layer.kv_source is None
+
+
+def _check_choice(policy: TokenPolicy, layers: Sequence[LayerSpec]) -> None:
+    """A policy needs a layer that reads everything; what a window reads must not have been chosen from."""
+    if all(layer.window is not None for layer in layers):
+        raise PlanError(
+            f"KV policy {policy.name!r} has nothing to choose: every layer reads a sliding window only",
+            "leave the policy out: windows drop their tokens by themselves",
+        )
+    for index, layer in enumerate(layers):
+        if layer.window is not None and layer.kv_source is not None and layers[layer.kv_source].window is None:
+            raise PlanError(
+                f"KV policy {policy.name!r} would drop keys of layer {layer.kv_source} that the window of layer "
+                f"{index} reads",
+                "use a plan of a codec alone",
+            )
 
 
 def _check_source(layers: Sequence[LayerSpec], index: int) -> None:

@@ -8,8 +8,8 @@ PANEL_TOKENS = 16
 """Native code lays out the tokens of a longer pass in groups of so many."""
 _ITEM_ROWS, _ITEM_DEPTH = 48, 256
 """Rows and columns of weights that a native thread widens at a time."""
-_ATTENTION_FLOATS = 2**16
-"""More than a native thread needs for one item of attention."""
+_ATTENTION_FLOATS = 2**17
+"""More than a native thread needs for one item of attention, packed heads of 256 channels included."""
 
 
 def decoder_buffers(config: ModelConfig, num_tokens: int) -> dict[str, int]:

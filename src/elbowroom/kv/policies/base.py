@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -27,21 +26,16 @@ class LayerView:
     spec: LayerSpec
     queries: Tensor
     """float32 ``[W, Hq, D]``: the newest queries, the last one behind all keys; W is at most what the policy asked."""
-    open: Callable[[], tuple[Tensor, Tensor]]
-    """Decodes keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` in float32."""
+    keys: Callable[[int], Tensor]
+    """Decodes the keys of a KV head, float32 ``[n, D]``: one head at a time, for the memory that it takes."""
     num_held: int
     """Tokens n that are held now."""
 
-    @cached_property
-    def keys(self) -> Tensor:
-        """float32 ``[Hkv, n, D]``."""
-        return self.open()[0]
-
-    def window_attention(self) -> Tensor:
-        """Return attention ``[Hq, W, n]`` of the newest queries, causal, with the layer's scale and softcap."""
+    def window_attention(self, head: int) -> Tensor:
+        """Return attention ``[G, W, n]`` of a KV head's newest queries, causal, with the layer's scale and softcap."""
         spec, count = self.spec, self.queries.shape[0]
-        grouped = torch.unflatten(self.queries.transpose(0, 1), 0, (spec.num_kv_heads, spec.group_size))
-        scores = torch.einsum("hgwd,hnd->hgwn", grouped, self.keys).flatten(0, 1) * spec.scale
+        group = self.queries[:, head * spec.group_size : (head + 1) * spec.group_size].transpose(0, 1)
+        scores = (group @ self.keys(head).t()).mul_(spec.scale)
         if spec.softcap is not None:
             scores = torch.tanh(scores / spec.softcap) * spec.softcap
         hidden = torch.ones(count, self.num_held, dtype=torch.bool).triu(self.num_held - count + 1)

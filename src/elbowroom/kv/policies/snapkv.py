@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from elbowroom.errors import PlanError
 from elbowroom.kv.policies.base import LayerView
 from elbowroom.kv.policies.parameters import check_budget, whole
 
@@ -33,6 +34,8 @@ class SnapKVPolicy:
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""
         whole(self, "tokens", "w", "kernel")
+        if int(self.kernel) % 2 == 0:
+            raise PlanError(f"KV policy 'snapkv' cannot centre kernel={self.kernel} on a token", "give an odd kernel")
         check_budget(self.name, int(self.tokens), int(self.w))
 
     @property
@@ -48,10 +51,9 @@ class SnapKVPolicy:
         """Return the best of the older tokens for each KV head, and the newest ones."""
         kept = min(int(self.w), view.num_held)
         older = view.num_held - kept
-        scores = view.window_attention()[..., :older].sum(1)
-        grouped = torch.unflatten(scores, 0, (view.spec.num_kv_heads, view.spec.group_size)).mean(1)
+        heads = [view.window_attention(head)[..., :older].sum(1).mean(0) for head in range(view.spec.num_kv_heads)]
         width = int(self.kernel)
-        smooth = torch.nn.functional.avg_pool1d(grouped, width, stride=1, padding=width // 2)
-        best = smooth[:, :older].topk(count - kept, dim=1).indices.sort(dim=1).values
+        smooth = torch.nn.functional.avg_pool1d(torch.stack(heads), width, stride=1, padding=width // 2)
+        best = smooth.topk(count - kept, dim=1).indices.sort(dim=1).values
         newest = torch.arange(older, view.num_held).expand(best.shape[0], -1)
         return torch.cat([best, newest], dim=1)
