@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.kv_account import KVAccount
+from elbowroom.engine.limits import max_new_tokens
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.types import (
     FinishReason,
@@ -31,7 +32,7 @@ from elbowroom.engine.types import (
     StepPlan,
     StepResult,
 )
-from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
+from elbowroom.errors import RequestTooLarge
 from elbowroom.kv.base import PromptPart
 from elbowroom.units import format_bytes
 
@@ -95,7 +96,7 @@ class Scheduler:
             ContextTooLong: prompt and max_tokens exceed the context.
             RequestTooLarge: it could not run even alone in the KV budget.
         """
-        limit = self._max_new_tokens(request)
+        limit = max_new_tokens(request, self.config.max_positions, self.pricing, self.account.capacity_bytes)
         state, order = self._state, self._state.next_order
         state.next_order += 1
         seed = request.sampling.seed
@@ -253,33 +254,6 @@ class Scheduler:
         self.account.check(state.running)
 
     # Admission
-
-    def _max_new_tokens(self, request: Request) -> int:
-        prompt, context = len(request.prompt_token_ids), self.config.max_positions
-        asked = request.sampling.max_tokens
-        if prompt == 0:
-            raise RequestError("the prompt is empty", "give at least one token")
-        wanted = 1 if asked is None else asked
-        if prompt + wanted > context:
-            raise ContextTooLong(
-                f"{prompt} prompt tokens and {wanted} new ones exceed the context of {context}",
-                f"shorten the prompt or lower max_tokens to {max(context - prompt, 0)}",
-            )
-        capacity, pricing = self.account.capacity_bytes, self.pricing
-        dropped = pricing.dropped(0, prompt, ends_prompt=True)
-        room = pricing.largest(capacity) + dropped * STRIP_TOKENS
-        blocks = max(pricing.held(prompt, 0), num_blocks(prompt + wanted) - dropped)
-        if blocks * STRIP_TOKENS > room - dropped * STRIP_TOKENS:
-            need = pricing.price(blocks) + pricing.transient_bytes
-            choice = f", enough for {room} tokens in all"
-            if pricing.end_limit is not None:
-                choice = "; while the plan chooses what stays of a prompt, that is held twice"
-            raise RequestTooLarge(
-                f"{prompt} prompt tokens and {wanted} new ones need {format_bytes(need)} of KV cache; "
-                f"{format_bytes(capacity)} are there{choice}",
-                "raise memory= (--memory), lower max_tokens, or choose a smaller kv= format such as plain(bf16)",
-            )
-        return min(context, room) - prompt if asked is None else asked
 
     def _admit(self, seq: SeqState) -> bool:
         """Start a waiting sequence if all its tokens fit beside what runs; True when it runs now."""

@@ -1,0 +1,48 @@
+"""What a request may ask for: its place in the context, and in the memory of the KV cache when it runs alone."""
+
+from __future__ import annotations
+
+from elbowroom.core import STRIP_TOKENS
+from elbowroom.engine.accounting import KVPricing, num_blocks
+from elbowroom.engine.types import Request
+from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
+from elbowroom.units import format_bytes
+
+
+def max_new_tokens(request: Request, max_positions: int, pricing: KVPricing, capacity_bytes: int) -> int:
+    """Return the most tokens that ``request`` may generate.
+
+    Args:
+        request: prompt and ``max_tokens``.
+        max_positions: the model's context.
+        pricing: what sequences cost.
+        capacity_bytes: bytes that the KV store may hold.
+
+    Raises:
+        RequestError: the prompt is empty.
+        ContextTooLong: prompt and max_tokens exceed the context.
+        RequestTooLarge: it could not run even alone in the KV budget.
+    """
+    prompt, asked = len(request.prompt_token_ids), request.sampling.max_tokens
+    if prompt == 0:
+        raise RequestError("the prompt is empty", "give at least one token")
+    wanted = 1 if asked is None else asked
+    if prompt + wanted > max_positions:
+        raise ContextTooLong(
+            f"{prompt} prompt tokens and {wanted} new ones exceed the context of {max_positions}",
+            f"shorten the prompt or lower max_tokens to {max(max_positions - prompt, 0)}",
+        )
+    dropped = pricing.dropped(0, prompt, ends_prompt=True)
+    room = pricing.largest(capacity_bytes)
+    blocks = max(pricing.held(prompt, 0), num_blocks(prompt + wanted) - dropped)
+    if blocks * STRIP_TOKENS > room:
+        need = pricing.price(blocks) + pricing.transient_bytes
+        choice = f", enough for {room} tokens in all"
+        if pricing.end_limit is not None:
+            choice = "; while the plan chooses what stays of a prompt, that is held twice"
+        raise RequestTooLarge(
+            f"{prompt} prompt tokens and {wanted} new ones need {format_bytes(need)} of KV cache; "
+            f"{format_bytes(capacity_bytes)} are there{choice}",
+            "raise memory= (--memory), lower max_tokens, or choose a smaller kv= format such as plain(bf16)",
+        )
+    return min(max_positions, room + dropped * STRIP_TOKENS) - prompt if asked is None else asked
