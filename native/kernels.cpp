@@ -415,7 +415,9 @@ class Attention {
         }
     }
 
-    void store_row(const float* row, char* target) const;
+    void store_row(const float* row, char* target) const {
+        convert(reinterpret_cast<const char*>(row), DType::float32, target, args_.out.dtype, Dv_);
+    }
 
     const AttendArgs& args_;
     const Item& item_;
@@ -426,39 +428,6 @@ class Attention {
     int64_t low_, high_;
     float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_, *open_keys_, *open_values_, *sealed_scratch_;
 };
-
-template <class From, class To>
-void convert_rows(const char* source, char* target, int64_t count) {
-    const From* from = reinterpret_cast<const From*>(source);
-    To* to = reinterpret_cast<To*>(target);
-    for (int64_t i = 0; i < count; ++i) narrow(widen_one(from[i]), to + i);
-}
-
-template <class From>
-void convert_from(const char* source, char* target, DType to, int64_t count) {
-    switch (to) {
-        case DType::float32: return convert_rows<From, float>(source, target, count);
-        case DType::bfloat16: return convert_rows<From, bf16>(source, target, count);
-        case DType::float16: return convert_rows<From, f16>(source, target, count);
-    }
-}
-
-void convert(const char* source, DType from, char* target, DType to, int64_t count) {
-    if (from == to) {
-        __builtin_memcpy(target, source, count * size_of(from));
-        return;
-    }
-    switch (from) {
-        case DType::float32: return convert_from<float>(source, target, to, count);
-        case DType::bfloat16: return convert_from<bf16>(source, target, to, count);
-        case DType::float16: return convert_from<f16>(source, target, to, count);
-    }
-}
-
-template <class T>
-void Attention<T>::store_row(const float* row, char* target) const {
-    convert(reinterpret_cast<const char*>(row), DType::float32, target, args_.out.dtype, Dv_);
-}
 
 void attend(const AttendArgs& args, const Item& item, float* scratch) {
     if (!args.open_strips().plain()) return Attention<float>(args, item, scratch).run();

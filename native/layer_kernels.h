@@ -1,4 +1,4 @@
-// What a decoder layer does beside products and attention: norms, activation, rotation, and changes of layout.
+// What a decoder layer does beside products and attention: norms, activation, rotation, changes of layout and of dtype.
 #pragma once
 
 #include "kernels.h"
@@ -122,6 +122,34 @@ void widen_row(const char* source, DType dtype, float* target, int64_t count) {
         for (; i + W <= count; i += W) store(target + i, widen(row + i));
         for (; i < count; ++i) target[i] = widen_one(row[i]);
     });
+}
+
+template <class From, class To>
+void convert_rows(const char* source, char* target, int64_t count) {
+    const From* from = reinterpret_cast<const From*>(source);
+    To* to = reinterpret_cast<To*>(target);
+    for (int64_t i = 0; i < count; ++i) narrow(widen_one(from[i]), to + i);
+}
+
+template <class From>
+void convert_from(const char* source, char* target, DType to, int64_t count) {
+    switch (to) {
+        case DType::float32: return convert_rows<From, float>(source, target, count);
+        case DType::bfloat16: return convert_rows<From, bf16>(source, target, count);
+        case DType::float16: return convert_rows<From, f16>(source, target, count);
+    }
+}
+
+void convert(const char* source, DType from, char* target, DType to, int64_t count) {
+    if (from == to) {
+        __builtin_memcpy(target, source, count * size_of(from));
+        return;
+    }
+    switch (from) {
+        case DType::float32: return convert_from<float>(source, target, to, count);
+        case DType::bfloat16: return convert_from<bf16>(source, target, to, count);
+        case DType::float16: return convert_from<f16>(source, target, to, count);
+    }
 }
 
 }  // namespace
