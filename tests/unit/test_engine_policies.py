@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.policies import TAPERING
 from tests.support.tiny_model import write_tiny_model
 
 from elbowroom.bench.schedules import SCHEDULES, Stepper, Subject
@@ -13,12 +14,13 @@ from elbowroom.engine.llm import LLM
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.errors import RequestTooLarge
 from elbowroom.kernels import backend_name
+from elbowroom.kv import KVPlan
 from elbowroom.kv.base import KVStep, Shortfall
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.loader import load_model
 from elbowroom.models.path import ANY, ComputePath
 
-PLANS = ("snapkv(128)", "streaming(128,sinks=4) | int8", "snapkv(tokens=200,w=16) | bfp(n=16)")
+PLANS = ("snapkv(128)", "streaming(128,sinks=4) | int8", "snapkv(tokens=200,w=16) | bfp(n=16)", TAPERING)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def watched(stepper: Stepper) -> list[Shortfall]:
 
 @pytest.mark.parametrize("kv", PLANS)
 @pytest.mark.parametrize("native_tokens", [0, ANY] if backend_name() == "native" else [0])
-def test_every_schedule_runs_and_the_books_agree(decoder: Decoder, kv: str, native_tokens: int) -> None:
+def test_every_schedule_runs_and_the_books_agree(decoder: Decoder, kv: str | KVPlan, native_tokens: int) -> None:
     """Batches, sessions, forks and samples; in the end nothing is held."""
     subject = Subject(decoder, ComputePath(native_tokens), kv)
     for seed, name in enumerate(("batched", "prefix_hit", "forked", "rolled_back", "samples")):
@@ -60,7 +62,7 @@ def test_every_schedule_runs_and_the_books_agree(decoder: Decoder, kv: str, nati
 
 
 @pytest.mark.parametrize("kv", PLANS)
-def test_what_is_dropped_makes_room(decoder: Decoder, kv: str) -> None:
+def test_what_is_dropped_makes_room(decoder: Decoder, kv: str | KVPlan) -> None:
     """Long prompts run side by side where one alone would not fit in full, without a shortfall or a preemption."""
     stepper = Stepper(Subject(decoder, ComputePath(0), kv), 1800)
     shortfalls = watched(stepper)
@@ -111,9 +113,9 @@ def test_a_session_is_compressed_before_its_questions_come(directory: Path) -> N
         assert again.cached_tokens == 1000
 
 
-@pytest.mark.parametrize("kv", ["streaming(tokens=512)", "snapkv(512)", "kivi(k=2,v=2,g=64)"])
+@pytest.mark.parametrize("kv", ["streaming(tokens=512)", "snapkv(512)", "kivi(k=2,v=2,g=64)", TAPERING])
 @pytest.mark.parametrize("count", [64, 576, 600])
-def test_what_is_accepted_runs_without_a_shortfall(decoder: Decoder, kv: str, count: int) -> None:
+def test_what_is_accepted_runs_without_a_shortfall(decoder: Decoder, kv: str | KVPlan, count: int) -> None:
     """Prompts just above a budget, and of a whole block, in stores of every size that takes them."""
     for capacity in range(count // 64 * 64 + 64, 2000, 192):
         stepper = Stepper(Subject(decoder, ComputePath(0), kv), capacity)
@@ -131,7 +133,7 @@ def test_what_is_accepted_runs_without_a_shortfall(decoder: Decoder, kv: str, co
 
 
 @pytest.mark.parametrize("kv", PLANS)
-def test_preemption_changes_no_answer(decoder: Decoder, kv: str) -> None:
+def test_preemption_changes_no_answer(decoder: Decoder, kv: str | KVPlan) -> None:
     """What was generated is computed again behind what the policy keeps of the prompt alone."""
     texts = []
     for interrupted in (False, True):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.kv_world import assert_close, dense, make_spec
+from tests.support.policies import TAPERING
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec
@@ -120,7 +121,7 @@ class Held:
 class PolicyWorld:
     """A store with a policy and, beside it, what each sequence should hold; every attention is checked."""
 
-    def __init__(self, plan: str, layers: list[LayerSpec], capacity: int = 2**24) -> None:
+    def __init__(self, plan: str | KVPlan, layers: list[LayerSpec], capacity: int = 2**24) -> None:
         self.layers, self.plan = layers, KVPlan.parse(plan)
         self.ledger = Ledger(Budget({}))
         self.store = PagedStore(self.plan.bind(layers, "float32"), Arena(HostTier(), self.ledger), capacity)
@@ -188,7 +189,7 @@ class PolicyWorld:
         )
         assert_close(out, expected)
         if part is not PromptPart.NONE and spec.window is None:
-            above = count - self.policy.limit(part is PromptPart.END)
+            above = count - self.policy.limit(layer, part is PromptPart.END)
             if above > 0:
                 newest = q[-self.policy.window :] if self.policy.window else q[:0]
                 stay = count - -(-above // STRIP_TOKENS) * STRIP_TOKENS
@@ -225,7 +226,7 @@ class PolicyWorld:
 
 LAYERS = [make_spec(q_heads=4, kv_heads=2, dim=8, v_dim=4), make_spec(q_heads=4, kv_heads=2, dim=8, v_dim=4)]
 MIXED = [*LAYERS, make_spec(q_heads=2, window=50)]
-PLANS = ("streaming(130,sinks=3)", "snapkv(tokens=150,w=20)")
+PLANS = ("streaming(130,sinks=3)", "snapkv(tokens=150,w=20)", TAPERING)
 NONE, PART, END = PromptPart
 
 
@@ -234,36 +235,41 @@ CHUNKS = ([500], [200, 200, 100], [64, 64, 372], [100, 1, 399], [90], [130, 7], 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("chunks", CHUNKS)
-def test_a_prompt_ends_within_its_budget_however_it_was_cut(plan: str, chunks: list[int]) -> None:
+def test_a_prompt_ends_within_its_budget_however_it_was_cut(plan: str | KVPlan, chunks: list[int]) -> None:
     """Behind its end at most the budget stays, and more than a block less; then tokens are decoded as ever."""
     world = PolicyWorld(plan, MIXED)
     handle = world.open()
     for number, count in enumerate(chunks):
         world.run((handle, count, END if number == len(chunks) - 1 else PART))
-    limit, kept = world.policy.limit(True), world.held[handle].k[0].shape[1]
-    assert kept == sum(chunks) if sum(chunks) <= limit else limit - STRIP_TOKENS < kept <= limit
+    kept = [held.shape[1] for held in world.held[handle].k[:2]]
+    for layer in range(2):
+        limit = world.policy.limit(layer, True)
+        assert kept[layer] == sum(chunks) if sum(chunks) <= limit else limit - STRIP_TOKENS < kept[layer] <= limit
     for _ in range(70):
         world.run((handle, 1, NONE))
-    assert world.held[handle].k[0].shape[1] == kept + 70
-    strips = -(-(kept + 70) // STRIP_TOKENS)
+    assert [held.shape[1] for held in world.held[handle].k[:2]] == [count + 70 for count in kept]
+    strips = [-(-(count + 70) // STRIP_TOKENS) for count in kept]
     table = world.store._sequences[handle.id].table
-    assert [int((table[row] != 0xFFFFFFFF).sum()) for row in (0, 1, 3)] == [strips, strips, 0]
+    assert [int((table[row] != 0xFFFFFFFF).sum()) for row in (0, 1, 3)] == [*strips, 0]
     world.close_all()
 
 
-def test_later_prompts_of_a_session_stay_within_the_budget() -> None:
-    world = PolicyWorld(PLANS[1], LAYERS)
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_later_prompts_of_a_session_stay_within_the_budget(plan: str | KVPlan) -> None:
+    world = PolicyWorld(plan, LAYERS)
     handle = world.open()
     for count in (400, 20, 3, 150):
         world.run((handle, count, END))
-        assert world.held[handle].k[0].shape[1] <= 150
+        for layer in range(2):
+            assert world.held[handle].k[layer].shape[1] <= world.policy.limit(layer, True)
         world.run((handle, 1, NONE))
     world.close_all()
 
 
-def test_rows_of_one_step_end_decode_and_go_on() -> None:
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_rows_of_one_step_end_decode_and_go_on(plan: str | KVPlan) -> None:
     """A prompt that ends, one that goes on, one that is short and a decoding row, all in one step."""
-    world = PolicyWorld(PLANS[1], MIXED)
+    world = PolicyWorld(plan, MIXED)
     ends, goes_on, short, decodes = (world.open() for _ in range(4))
     world.run((ends, 250, PART), (decodes, 180, END))
     world.run((ends, 90, END), (decodes, 1, NONE), (goes_on, 310, PART), (short, 40, END))
@@ -286,14 +292,14 @@ def test_one_layer_at_a_time_is_held_in_full() -> None:
     world.close_all()
 
 
-def test_a_fork_goes_its_own_way() -> None:
-    world = PolicyWorld(PLANS[1], LAYERS)
+@pytest.mark.parametrize(("plan", "strips"), [(PLANS[1], 3 + 3), (TAPERING, 2 + 3)])
+def test_a_fork_goes_its_own_way(plan: str | KVPlan, strips: int) -> None:
+    world = PolicyWorld(plan, LAYERS)
     handle = world.open()
     world.run((handle, 333, END))
     twin = world.store.fork(handle)
     world.held[twin] = world.held[handle].copy()
-    shared = world.store.report().num_shared_strips
-    assert shared == 2 * 3
+    assert world.store.report().num_shared_strips == strips
     world.run((handle, 200, END), (twin, 2, NONE))
     world.run((twin, 160, END), (handle, 1, NONE))
     world.close_all()
@@ -316,8 +322,9 @@ def test_what_the_policy_chose_from_cannot_be_gone_back_to(call: str) -> None:
     world.close_all()
 
 
-def test_a_span_brings_back_what_stayed() -> None:
-    world = PolicyWorld(PLANS[1], MIXED)
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_a_span_brings_back_what_stayed(plan: str | KVPlan) -> None:
+    world = PolicyWorld(plan, MIXED)
     handle = world.open()
     world.run((handle, 333, END))
     world.run((handle, 40, NONE))
@@ -345,7 +352,7 @@ def test_a_step_that_never_ran_leaves_nothing_behind() -> None:
     world.close_all()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_lives(seed: int) -> None:
     rng = random.Random(seed)
     world = PolicyWorld(rng.choice(PLANS), MIXED)
@@ -372,7 +379,7 @@ def test_random_lives(seed: int) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_keys_that_are_read_later_are_those_of_their_own_layer(plan: str) -> None:
+def test_keys_that_are_read_later_are_those_of_their_own_layer(plan: str | KVPlan) -> None:
     """A layer that shares keys reads what its source kept, in the step itself and behind it."""
     shape = LAYERS[0]
     layers = [shape, shape, dataclasses.replace(shape, kv_source=0)]

@@ -14,7 +14,7 @@ from tests.support.kv_world import FULL, MIXED, World, make_spec
 from elbowroom.errors import IntegrityError, OutOfBudget
 
 
-def seal(header: bytes, payload: bytes = b"", magic: bytes = b"ELBKV\x00\x00\x02") -> bytes:
+def seal(header: bytes, payload: bytes = b"", magic: bytes = b"ELBKV\x00\x00\x03") -> bytes:
     """Return a span with a valid checksum around any header."""
     body = magic + struct.pack("<I", len(header)) + header + payload
     return body + hashlib.blake2b(body, digest_size=32).digest()
@@ -170,7 +170,7 @@ def test_header_length_beyond_the_span_and_foreign_files_are_refused():
     """A header that claims more bytes than there are, an empty file and another file type are refused."""
     world = World([FULL])
     twin = world.open()
-    body = b"ELBKV\x00\x00\x02" + struct.pack("<I", 2**32 - 1) + b"{}"
+    body = b"ELBKV\x00\x00\x03" + struct.pack("<I", 2**32 - 1) + b"{}"
     for span in (body + hashlib.blake2b(body, digest_size=32).digest(), b"", b"ELBKV", bytes(100)):
         with pytest.raises(IntegrityError):
             world.store.import_span(twin, span)
@@ -181,7 +181,7 @@ def test_span_with_too_few_strips_is_refused_before_anything_is_taken():
     world = World([FULL])
     twin = world.open()
     before = world.state()
-    header = json.dumps({"fingerprint": world.store.fingerprint.hex(), "start": 0, "stop": 65, "dropped": 0}).encode()
+    header = json.dumps({"fingerprint": world.store.fingerprint.hex(), "start": 0, "stop": 65, "dropped": []}).encode()
     for size in (0, 4096, 8191, 8193):
         with pytest.raises(IntegrityError, match="bytes of strips"):
             world.store.import_span(twin, seal(header, bytes(size)))

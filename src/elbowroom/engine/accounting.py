@@ -20,6 +20,10 @@ def num_blocks(num_tokens: int) -> int:
     return -(-num_tokens // STRIP_TOKENS)
 
 
+Dropped = tuple[int, ...]
+"""Blocks' worth of tokens that a policy dropped of each layer it chooses from; empty: nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class KVPricing:
     """Prices of a sequence by its number of blocks."""
@@ -32,9 +36,11 @@ class KVPricing:
     """On top while a step appends a chunk."""
     can_share: bool
     """Whether prefixes are shared between sequences; see ``BoundPlan.shares_prefixes``."""
-    prompt_limit: int | None = None
-    """Most tokens that stay behind a part of a prompt; None: all."""
-    end_limit: int | None = None
+    layer_bytes: tuple[int, ...] = ()
+    """Bytes of one block of each layer that a policy chooses from; empty: nothing is ever dropped."""
+    prompt_limits: tuple[int, ...] = ()
+    """Most tokens of each such layer that stay behind a part of a prompt."""
+    end_limits: tuple[int, ...] = ()
     """The same behind its end."""
     rollback_grain: int = 1
     """Tokens of whose multiples sequences can go back to any; 0: only to their beginning."""
@@ -43,29 +49,41 @@ class KVPricing:
     def of(cls, plan: BoundPlan, max_tokens: int, step_tokens: int, page_bytes: int) -> KVPricing:
         """Return the prices of ``plan`` for sequences of up to ``max_tokens``."""
         policy = plan.plan.policy
-        prompt_limit, end_limit = (None if policy is None else policy.limit(ends_prompt=ends) for ends in (False, True))
-        most = num_blocks(max_tokens) if prompt_limit is None else max(num_blocks(max_tokens), _twice(prompt_limit))
-        blocks = np.arange(most + 1, dtype=np.int64)
+        blocks = np.arange(num_blocks(max_tokens) + 1, dtype=np.int64)
         curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens)
         slack, open_slack = _page_slack(plan, plan.formats, page_bytes), _page_slack(plan, plan.tails, page_bytes)
         resident = curve.resident_bytes
         if policy is not None:
-            # Blocks are those that stay; sliding windows may hold all of theirs beside few of them.
+            # What is dropped is taken off; sliding windows may hold all of theirs beside few blocks that stay.
             resident = blocks * plan.chosen_bytes + (blocks > 0) * (resident - blocks * plan.chosen_bytes).max()
+            # Single strips, which take the place of groups, end in pages of their own once more.
+            windows = [layer.window // STRIP_TOKENS for layer in plan.layers if layer.window is not None]
+            resident = resident + (blocks > 0) * (max(windows, default=0) + 4) * slack
         # While the last block is not full it lies open; a step over a border holds it and the next one.
         prices = resident + blocks * slack + (blocks > 0) * 2 * (plan.tail_bytes + open_slack)
         step_slack = num_blocks(step_tokens) * (slack * plan.has_windows + open_slack)
         if policy is not None:
             step_slack += (num_blocks(step_tokens) + 1) * page_bytes  # single strips
+        chosen = plan.chosen_layers
+        prompt_limits, end_limits = (plan.limits(ends_prompt=ends)[chosen].tolist() for ends in (False, True))
+        layer_bytes = [plan.formats[layer].strip_bytes for layer in chosen]
+        # What strips give back together must not exceed what their group had: round down.
+        shares = [slack * strip // max(plan.chosen_bytes, 1) for strip in layer_bytes]
         return cls(
             by_blocks=tuple(prices.tolist()),
             block_bytes=plan.block_bytes + slack,
             transient_bytes=curve.transient_bytes + step_slack,
             can_share=plan.shares_prefixes,
-            prompt_limit=prompt_limit,
-            end_limit=end_limit,
+            layer_bytes=tuple(strip + share for strip, share in zip(layer_bytes, shares, strict=True)),
+            prompt_limits=tuple(prompt_limits),
+            end_limits=tuple(end_limits),
             rollback_grain=plan.rollback_grain,
         )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a policy drops tokens of prompts."""
+        return bool(self.layer_bytes)
 
     def resume_point(self, num_tokens: int, length: int) -> int:
         """Return the most tokens, at most ``num_tokens``, to which a sequence of ``length`` can go back."""
@@ -73,37 +91,50 @@ class KVPricing:
             return length
         return num_tokens // self.rollback_grain * self.rollback_grain if self.rollback_grain else 0
 
-    def dropped(self, before: int, num_tokens: int, *, ends_prompt: bool) -> int:
-        """Return the blocks' worth of tokens that a policy has dropped of a prompt of which ``num_tokens`` are read."""
-        limit = self.end_limit if ends_prompt else self.prompt_limit
-        if limit is None:
-            return before
-        return before + max(num_blocks(num_tokens - STRIP_TOKENS * before - limit), 0)
+    def dropped(self, before: Dropped, num_tokens: int, *, ends_prompt: bool) -> Dropped:
+        """Return what a policy has dropped of a prompt of which ``num_tokens`` are read; ``before``: until now."""
+        limits = self.end_limits if ends_prompt else self.prompt_limits
+        made = tuple(
+            [
+                gone + max(num_blocks(num_tokens - STRIP_TOKENS * gone - limit), 0)
+                for gone, limit in zip(before or (0,) * len(limits), limits, strict=True)
+            ]
+        )
+        return made if any(made) else ()
 
-    def held(self, num_tokens: int, dropped: int) -> int:
-        """Return the most blocks that a sequence holds while it is read up to ``num_tokens``.
+    def price(self, blocks: int, dropped: Dropped = ()) -> int:
+        """Return the bytes of a sequence of ``blocks``, all private, without what was dropped of them."""
+        gone = sum([count * cost for count, cost in zip(dropped, self.layer_bytes, strict=False)])
+        return self.by_blocks[blocks] - gone
+
+    def peak_bytes(self, num_tokens: int, dropped: Dropped) -> int:
+        """Return the most bytes of a sequence while a prompt is read up to ``num_tokens``.
 
         A policy chooses from what stayed before and what a step brings, into new strips: both are held for a while.
         """
-        blocks = num_blocks(num_tokens) - dropped
-        if self.end_limit is None or self.prompt_limit is None or num_tokens - STRIP_TOKENS * dropped <= self.end_limit:
-            return blocks
-        return min(2 * blocks, _twice(self.prompt_limit))
+        blocks = num_blocks(num_tokens)
+        price = self.price(blocks, dropped)
+        if self.dropped(dropped, num_tokens, ends_prompt=True) == dropped:
+            return price
+        gone = dropped or (0,) * len(self.layer_bytes)
+        for count, cost, limit in zip(gone, self.layer_bytes, self.prompt_limits, strict=True):
+            held = blocks - count
+            price += (min(2 * held, 2 * (num_blocks(limit) + 1)) - held) * cost
+        return price
 
-    def price(self, blocks: int, shared_blocks: int = 0) -> int:
-        """Return the private bytes of a sequence of ``blocks``, the first ``shared_blocks`` of them paid elsewhere."""
-        return self.by_blocks[blocks] - shared_blocks * self.block_bytes
+    def admission(self, num_tokens: int, dropped: Dropped) -> tuple[int, int]:
+        """Return the blocks that a sequence of ``num_tokens``, to be read, has paid for at once, and their bytes.
 
-    def largest(self, capacity_bytes: int) -> int:
-        """Return the most tokens that one sequence alone can have in ``capacity_bytes``."""
-        room = capacity_bytes - self.transient_bytes
+        Where something will be chosen it holds fewer, at times twice: then it pays for the peak, and each step looks.
+        """
+        paid = self.peak_bytes(num_tokens, dropped)
+        return (0 if self.chooses else num_blocks(num_tokens)), paid
+
+    def largest(self, capacity_bytes: int, dropped: Dropped = ()) -> int:
+        """Return the most tokens that one sequence alone can have read in ``capacity_bytes``."""
+        room = capacity_bytes - self.transient_bytes - self.price(0, dropped)
         fitting = int(np.searchsorted(np.asarray(self.by_blocks), room, side="right")) - 1
         return max(fitting, 0) * STRIP_TOKENS
-
-
-def _twice(limit: int) -> int:
-    """Return the blocks of a prompt cut to ``limit`` tokens and of the strips that the next choice is written to."""
-    return 2 * (num_blocks(limit) + 1)
 
 
 def _widened(plan: BoundPlan) -> BoundPlan:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from elbowroom.core import STRIP_TOKENS
-from elbowroom.engine.accounting import KVPricing, num_blocks
+from elbowroom.engine.accounting import Dropped, KVPricing, num_blocks
 from elbowroom.engine.prefix import Node, PrefixIndex, block_keys, root_key
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.types import KVOp, Request
@@ -51,7 +51,7 @@ class KVAccount:
     @property
     def reclaimable_bytes(self) -> int:
         """Bytes of cached prefixes and parked sessions that no running sequence shares."""
-        parked = sum(self.private_bytes(each.num_blocks, each.shared) for each in self.parked.values())
+        parked = sum(self.private_bytes(each.paid_bytes, each.shared) for each in self.parked.values())
         return self.index.num_reclaimable * self.pricing.block_bytes + parked
 
     def attainable_bytes(self, keep: Parked | None = None) -> int:
@@ -59,12 +59,12 @@ class KVAccount:
         kept = 0
         if keep is not None:
             softly = self.index.num_held_softly(keep.shared) * self.pricing.block_bytes
-            kept = self.private_bytes(keep.num_blocks, keep.shared) + softly
+            kept = self.private_bytes(keep.paid_bytes, keep.shared) + softly
         return self.free_bytes + self.reclaimable_bytes - kept
 
-    def private_bytes(self, blocks: int, shared: Node | None) -> int:
-        """Return what a sequence of ``blocks`` pays itself."""
-        return self.pricing.price(blocks, 0 if shared is None else shared.depth)
+    def private_bytes(self, paid_bytes: int, shared: Node | None) -> int:
+        """Return what a sequence of ``paid_bytes`` pays itself."""
+        return paid_bytes if shared is None else paid_bytes - shared.depth * self.pricing.block_bytes
 
     def evict_one(self, keep: Parked | None = None) -> bool:
         """Give up the least recently used cached block, else the least recently used parked session."""
@@ -87,49 +87,50 @@ class KVAccount:
 
     # Sequences
 
-    def open(self, seq: SeqState, node: Node | None, blocks: int) -> None:
-        """Give ``seq`` a slot that shares the prefix down to ``node`` (pinned by the caller) and pay ``blocks``."""
-        seq.slot, seq.shared, seq.num_blocks = self._new_slot(), node, blocks
+    def open(self, seq: SeqState, node: Node | None) -> None:
+        """Give ``seq`` a slot that shares the prefix down to ``node`` (pinned by the caller), and pay."""
+        seq.slot, seq.shared, seq.dropped = self._new_slot(), node, ()
         seq.num_computed = 0 if node is None else node.depth * STRIP_TOKENS
-        seq.dropped_blocks = 0
-        self.used_bytes += self.private_bytes(blocks, node)
+        self._pay_all(seq)
         if node is None:
             self.ops.append(KVOp("open", seq.slot))
         else:
             self.ops.append(KVOp("fork", seq.slot, node.slot, seq.num_computed))
 
-    def branch(self, seq: SeqState, parent: Parked, node: Node | None, keep: int, blocks: int) -> None:
+    def branch(self, seq: SeqState, parent: Parked, node: Node | None, keep: int) -> None:
         """Give ``seq`` a slot that shares the first ``keep`` tokens of a parked sequence; ``node`` is pinned."""
         # Blocks that the parent holds privately are paid again here: an upper bound, exact once one is written.
-        seq.slot, seq.shared, seq.num_blocks, seq.num_computed = self._new_slot(), node, blocks, keep
-        seq.dropped_blocks = parent.dropped_blocks
-        self.used_bytes += self.private_bytes(blocks, node)
+        seq.slot, seq.shared, seq.num_computed, seq.dropped = self._new_slot(), node, keep, parent.dropped
+        self._pay_all(seq)
         self.ops.append(KVOp("fork", seq.slot, parent.slot, keep))
 
-    def grow(self, seq: SeqState, blocks: int) -> None:
-        """Pay for ``seq`` to have ``blocks`` in all."""
-        self.used_bytes += self.growth_bytes(seq, blocks)
-        seq.num_blocks = max(seq.num_blocks, blocks)
+    def _pay_all(self, seq: SeqState) -> None:
+        """Let ``seq`` pay for all tokens it knows, in a slot of its own."""
+        seq.num_blocks, seq.paid_bytes = self.pricing.admission(len(seq.tokens), seq.dropped)
+        self.used_bytes += self.private_bytes(seq.paid_bytes, seq.shared)
 
-    def shrink(self, seq: SeqState, dropped_blocks: int) -> None:
+    def grow(self, seq: SeqState, blocks: int, paid_bytes: int) -> None:
+        """Let ``seq`` have paid ``paid_bytes`` in all, for ``blocks``."""
+        self.used_bytes += max(paid_bytes - seq.paid_bytes, 0)
+        seq.num_blocks, seq.paid_bytes = max(seq.num_blocks, blocks), max(seq.paid_bytes, paid_bytes)
+
+    def shrink(self, seq: SeqState, dropped: Dropped) -> None:
         """Note what the plan's policy has dropped of ``seq`` and pay only for what is left."""
-        blocks = num_blocks(seq.num_computed) - dropped_blocks
-        self.used_bytes += self.private_bytes(blocks, seq.shared) - self.private_bytes(seq.num_blocks, seq.shared)
-        seq.num_blocks, seq.dropped_blocks = blocks, dropped_blocks
+        self._settle(seq, num_blocks(seq.num_computed), dropped)
 
-    def growth_bytes(self, seq: SeqState, blocks: int) -> int:
-        """Return what ``grow`` would add."""
-        if blocks <= seq.num_blocks:
-            return 0
-        return self.pricing.by_blocks[blocks] - self.pricing.by_blocks[seq.num_blocks]
+    def _settle(self, seq: SeqState, blocks: int, dropped: Dropped) -> None:
+        """Let ``seq`` pay what ``blocks`` cost, no more."""
+        paid = self.pricing.price(blocks, dropped)
+        self.used_bytes += paid - seq.paid_bytes
+        seq.num_blocks, seq.paid_bytes, seq.dropped = blocks, paid, dropped
 
     def give_back(self, seq: SeqState) -> None:
         """Close the sequence's slot."""
-        self.used_bytes -= self.private_bytes(seq.num_blocks, seq.shared)
+        self.used_bytes -= self.private_bytes(seq.paid_bytes, seq.shared)
         if seq.shared is not None:
             self.index.unpin(seq.shared)
         self.ops.append(KVOp("close", seq.slot))
-        seq.slot, seq.shared, seq.num_blocks, seq.num_computed, seq.dropped_blocks = -1, None, 0, 0, 0
+        seq.slot, seq.shared, seq.num_blocks, seq.paid_bytes, seq.num_computed, seq.dropped = -1, None, 0, 0, 0, ()
 
     # Parked sessions
 
@@ -137,19 +138,20 @@ class KVAccount:
         """Keep the sequence's slot for the next request of its session."""
         if key in self.parked:
             self.drop_parked(key)
-        blocks = num_blocks(seq.num_computed) - seq.dropped_blocks
-        self.used_bytes += self.private_bytes(blocks, seq.shared) - self.private_bytes(seq.num_blocks, seq.shared)
+        self._settle(seq, num_blocks(seq.num_computed), seq.dropped)
         self._clock += 1
         tokens = seq.tokens[: seq.num_computed]
-        self.parked[key] = Parked(seq.slot, tokens, seq.shared, blocks, seq.dropped_blocks, self._clock)
+        self.parked[key] = Parked(
+            seq.slot, tokens, seq.shared, seq.num_blocks, seq.paid_bytes, seq.dropped, self._clock
+        )
         if seq.shared is not None:
             self.index.soften(seq.shared)
-        seq.slot, seq.shared, seq.num_blocks = -1, None, 0
+        seq.slot, seq.shared, seq.num_blocks, seq.paid_bytes = -1, None, 0, 0
 
     def drop_parked(self, key: int) -> None:
         """Forget a parked session; it is prefilled again if it ever goes on."""
         parked = self.parked.pop(key)
-        self.used_bytes -= self.private_bytes(parked.num_blocks, parked.shared)
+        self.used_bytes -= self.private_bytes(parked.paid_bytes, parked.shared)
         if parked.shared is not None:
             self.index.soften(parked.shared, -1)
             self.index.unpin(parked.shared)
@@ -168,19 +170,20 @@ class KVAccount:
         parked = self.parked.pop(key)
         if parked.shared is not None:
             self.index.soften(parked.shared, -1)
-        seq.slot, seq.shared, seq.num_blocks = parked.slot, parked.shared, parked.num_blocks
-        seq.dropped_blocks = parked.dropped_blocks
+        seq.slot, seq.shared, seq.dropped = parked.slot, parked.shared, parked.dropped
+        seq.num_blocks, seq.paid_bytes = parked.num_blocks, parked.paid_bytes
         keep = self.num_kept(parked, seq)
         if keep == len(parked.tokens):
             seq.num_computed = keep
         elif keep > 0:
             self._cut(seq, keep)
         else:
-            self.used_bytes -= self.private_bytes(seq.num_blocks, seq.shared)
+            self.used_bytes -= self.private_bytes(seq.paid_bytes, seq.shared)
             if seq.shared is not None:
                 self.index.unpin(seq.shared)
             self.ops += [KVOp("close", seq.slot), KVOp("open", seq.slot)]
-            seq.shared, seq.num_blocks, seq.num_computed, seq.dropped_blocks = None, 0, 0, 0
+            seq.shared, seq.num_blocks, seq.paid_bytes, seq.num_computed, seq.dropped = None, 0, 0, 0, ()
+        self.grow(seq, *self.pricing.admission(len(seq.tokens), seq.dropped))
 
     def num_kept(self, parked: Parked, seq: SeqState) -> int:
         """Return how many tokens of a parked session ``seq`` can go on from; one at least is left to compute."""
@@ -191,9 +194,9 @@ class KVAccount:
     def take_over_bytes(self, parked: Parked, seq: SeqState) -> int:
         """Return what ``take_over`` and growing to all tokens of ``seq`` would add to ``used_bytes``."""
         keep = self.num_kept(parked, seq)
-        node, dropped = self.ancestor(parked.shared, keep), parked.dropped_blocks if keep else 0
-        after = self.private_bytes(self.pricing.held(len(seq.tokens), dropped), node)
-        return after - self.private_bytes(parked.num_blocks, parked.shared)
+        node, dropped = self.ancestor(parked.shared, keep), parked.dropped if keep else ()
+        after = self.private_bytes(self.pricing.admission(len(seq.tokens), dropped)[1], node)
+        return after - self.private_bytes(parked.paid_bytes, parked.shared)
 
     def ancestor(self, node: Node | None, num_tokens: int) -> Node | None:
         """Return the deepest node at or above ``node`` whose blocks lie within ``num_tokens``."""
@@ -202,15 +205,16 @@ class KVAccount:
         return node
 
     def _cut(self, seq: SeqState, num_tokens: int) -> None:
-        self.used_bytes -= self.private_bytes(seq.num_blocks, seq.shared)
+        self.used_bytes -= self.private_bytes(seq.paid_bytes, seq.shared)
         node = self.ancestor(seq.shared, num_tokens)
         if node is not seq.shared:
             if node is not None:
                 self.index.pin(node)
             if seq.shared is not None:
                 self.index.unpin(seq.shared)
-        seq.shared, seq.num_blocks, seq.num_computed = node, num_blocks(num_tokens), num_tokens
-        self.used_bytes += self.private_bytes(seq.num_blocks, node)
+        seq.shared, seq.num_computed = node, num_tokens
+        self.used_bytes += self.private_bytes(seq.paid_bytes, node)
+        self._settle(seq, num_blocks(num_tokens), seq.dropped)
         self.ops.append(KVOp("truncate", seq.slot, num_tokens=num_tokens))
 
     # Cached prefixes
@@ -240,12 +244,12 @@ class KVAccount:
         self.ops.append(KVOp("fork", slot, seq.slot, count * STRIP_TOKENS))
         node = self.index.insert(seq.shared, new, slot, seq.request.tags)
         assert node is not None, "at least one block is new"
-        self.used_bytes -= self.private_bytes(seq.num_blocks, seq.shared)
+        self.used_bytes -= self.private_bytes(seq.paid_bytes, seq.shared)
         self.index.pin(node)
         if seq.shared is not None:
             self.index.unpin(seq.shared)
         seq.shared = node
-        self.used_bytes += self.private_bytes(seq.num_blocks, node)
+        self.used_bytes += self.private_bytes(seq.paid_bytes, node)
 
     def explain(self, tokens: Sequence[int], salt: bytes = b"") -> str:
         """Return one line on how far a prompt is cached."""
@@ -254,8 +258,8 @@ class KVAccount:
 
     def check(self, running: Iterable[SeqState]) -> None:
         """Assert that the books agree (tests, and when idle)."""
-        held = sum(self.private_bytes(seq.num_blocks, seq.shared) for seq in running)
-        held += sum(self.private_bytes(each.num_blocks, each.shared) for each in self.parked.values())
+        held = sum(self.private_bytes(seq.paid_bytes, seq.shared) for seq in running)
+        held += sum(self.private_bytes(each.paid_bytes, each.shared) for each in self.parked.values())
         assert held == self.used_bytes, f"used {self.used_bytes}, sequences hold {held}"
         self.index.check()
 

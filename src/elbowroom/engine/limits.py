@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.types import Request
 from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
@@ -32,17 +31,17 @@ def max_new_tokens(request: Request, max_positions: int, pricing: KVPricing, cap
             f"{prompt} prompt tokens and {wanted} new ones exceed the context of {max_positions}",
             f"shorten the prompt or lower max_tokens to {max(max_positions - prompt, 0)}",
         )
-    dropped = pricing.dropped(0, prompt, ends_prompt=True)
-    room = pricing.largest(capacity_bytes)
-    blocks = max(pricing.held(prompt, 0), num_blocks(prompt + wanted) - dropped)
-    if blocks * STRIP_TOKENS > room:
-        need = pricing.price(blocks) + pricing.transient_bytes
+    dropped = pricing.dropped((), prompt, ends_prompt=True)
+    room = pricing.largest(capacity_bytes, dropped)
+    need = max(pricing.peak_bytes(prompt, ()), pricing.price(num_blocks(prompt + wanted), dropped))
+    need += pricing.transient_bytes
+    if need > capacity_bytes:
         choice = f", enough for {room} tokens in all"
-        if pricing.end_limit is not None:
+        if pricing.chooses:
             choice = "; while the plan chooses what stays of a prompt, that is held twice"
         raise RequestTooLarge(
             f"{prompt} prompt tokens and {wanted} new ones need {format_bytes(need)} of KV cache; "
             f"{format_bytes(capacity_bytes)} are there{choice}",
             "raise memory= (--memory), lower max_tokens, or choose a smaller kv= format such as plain(bf16)",
         )
-    return min(max_positions, room + dropped * STRIP_TOKENS) - prompt if asked is None else asked
+    return min(max_positions, room) - prompt if asked is None else asked

@@ -214,8 +214,8 @@ class Scheduler:
             seq.num_computed = before + row.num_tokens + repeats
             if row.prompt:
                 ends = row.prompt is PromptPart.END
-                dropped = self.pricing.dropped(seq.dropped_blocks, seq.num_computed, ends_prompt=ends)
-                if dropped != seq.dropped_blocks:
+                dropped = self.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
+                if dropped != seq.dropped:
                     self.account.shrink(seq, dropped)
             if before < seq.num_prompt <= seq.num_computed:
                 self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
@@ -275,11 +275,10 @@ class Scheduler:
         """Open a slot behind the longest cached prefix, with all blocks of the known tokens paid."""
         account = self.account
         node = account.match(seq)
-        blocks = self.pricing.held(len(seq.tokens), 0)
         if node is not None:
             account.index.pin(node)
-        if self._fits(account.private_bytes(blocks, node)):
-            account.open(seq, node, blocks)
+        if self._fits(account.private_bytes(self.pricing.admission(len(seq.tokens), ())[1], node)):
+            account.open(seq, node)
             return True
         if node is not None:
             account.index.unpin(node)
@@ -295,7 +294,6 @@ class Scheduler:
             if not self._fits(account.take_over_bytes(own, seq), own):
                 return False
             account.take_over(seq, session.key)
-            account.grow(seq, self.pricing.held(len(seq.tokens), seq.dropped_blocks))
             return True
         parent = account.use_parked(session.parent)
         return parent is not None and self._branch(seq, parent)
@@ -306,11 +304,11 @@ class Scheduler:
         if keep == 0:
             return False
         node = account.ancestor(parent.shared, keep)
-        blocks = self.pricing.held(len(seq.tokens), parent.dropped_blocks)
+        paid_bytes = self.pricing.admission(len(seq.tokens), parent.dropped)[1]
         if node is not None:
             account.index.pin(node)
-        if self._fits(account.private_bytes(blocks, node), parent):
-            account.branch(seq, parent, node, keep, blocks)
+        if self._fits(account.private_bytes(paid_bytes, node), parent):
+            account.branch(seq, parent, node, keep)
             return True
         if node is not None:
             account.index.unpin(node)
@@ -347,7 +345,7 @@ class Scheduler:
             return None
         prompt = PromptPart.NONE
         if start < seq.num_prompt:
-            if self.pricing.end_limit is not None:  # computed again: what was generated was not chosen from either
+            if self.pricing.chooses:  # computed again: what was generated was not chosen from either
                 stop = min(stop, seq.num_prompt)
             prompt = PromptPart.PART if stop < seq.num_prompt else PromptPart.END
         if not self._afford(seq, stop, prompt):
@@ -359,19 +357,18 @@ class Scheduler:
 
     def _afford(self, seq: SeqState, stop: int, prompt: PromptPart) -> bool:
         """Pay for computing ``seq`` up to ``stop``; see ``_pay``."""
-        pricing, dropped = self.pricing, seq.dropped_blocks
-        if prompt and pricing.dropped(dropped, stop, ends_prompt=prompt is PromptPart.END) != dropped:
-            return self._pay(seq, pricing.held(stop, dropped))
-        if stop > (seq.num_blocks + dropped) * STRIP_TOKENS:
-            return self._pay(seq, num_blocks(stop) - dropped)
+        if prompt and self.pricing.chooses:
+            return self._pay(seq, stop, self.pricing.peak_bytes(stop, seq.dropped))
+        if stop > seq.num_blocks * STRIP_TOKENS:
+            return self._pay(seq, stop, self.pricing.price(num_blocks(stop), seq.dropped))
         return True
 
-    def _pay(self, seq: SeqState, blocks: int) -> bool:
-        """Let a running sequence have ``blocks`` in all; it gives way, and False is returned, if there is no room."""
-        if not self._make_room(self.account.growth_bytes(seq, blocks), seq):
+    def _pay(self, seq: SeqState, stop: int, paid_bytes: int) -> bool:
+        """Let a running sequence have paid ``paid_bytes``; it gives way, and False is returned, without room."""
+        if not self._make_room(paid_bytes - seq.paid_bytes, seq):
             self._preempt(seq)
             return False
-        self.account.grow(seq, blocks)
+        self.account.grow(seq, num_blocks(stop), paid_bytes)
         return True
 
     def _make_room(self, need: int, seq: SeqState | None) -> bool:
@@ -403,7 +400,7 @@ class Scheduler:
     def _give_up(self, seq: SeqState) -> None:
         """Nothing runs, all caches may go, and still ``seq`` does not fit: the budget was lowered after ``add``."""
         account = self.account
-        need = self.pricing.price(self.pricing.held(len(seq.tokens), 0)) + self.pricing.transient_bytes
+        need = self.pricing.admission(len(seq.tokens), ())[1] + self.pricing.transient_bytes
         there = account.capacity_bytes - account.lacking_bytes
         text = f"{len(seq.tokens)} tokens need {format_bytes(need)} of KV cache; {format_bytes(there)} are left"
         self._finish(seq, "error", error=RequestTooLarge(text, "raise memory= (--memory)"))
@@ -456,7 +453,7 @@ class Scheduler:
             # One that ends early is cut back, and a sliding window may have dropped what lies before.
             if row.kind != "decode" or (seq.stop_token_ids and not self.pricing.can_share):
                 return 1
-            paid, last = (seq.num_blocks + seq.dropped_blocks) * STRIP_TOKENS, seq.limit - 1
+            paid, last = seq.num_blocks * STRIP_TOKENS, seq.limit - 1
             left = (min(last, paid)) - row.start
             fewest = min(fewest, left)
         return max(fewest, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from elbowroom.engine.accounting import Dropped
 from elbowroom.engine.prefix import Node
 from elbowroom.engine.types import Request, SampleSpec
 
@@ -32,9 +33,11 @@ class SeqState:
     shared: Node | None = None
     """Deepest cached node that this sequence shares; its blocks are paid by the index."""
     num_blocks: int = 0
-    """Blocks paid for, shared ones included."""
-    dropped_blocks: int = 0
-    """Blocks' worth of tokens that the plan's policy has dropped."""
+    """Tokens of so many blocks can be computed without paying more, as long as nothing is chosen."""
+    paid_bytes: int = 0
+    """What is paid for them, shared ones included."""
+    dropped: Dropped = ()
+    """What the plan's policy has dropped."""
     num_cached_tokens: int = 0
     is_new_to_executor: bool = True
     num_prompt: int = field(init=False)
@@ -85,5 +88,6 @@ class Parked:
     """Exactly the tokens in the store."""
     shared: Node | None
     num_blocks: int
-    dropped_blocks: int
+    paid_bytes: int
+    dropped: Dropped
     last_used: int

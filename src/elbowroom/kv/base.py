@@ -100,7 +100,7 @@ class KVReport:
     """Layer strips held, shared ones once."""
     num_shared_strips: int
     num_dropped: int
-    """Tokens of sequences that a policy has dropped."""
+    """Tokens of sequences that a policy has dropped: the mean over the layers it chooses from."""
     bf16_bytes: int
     """What ``num_tokens`` would take in bfloat16 without sharing, expiry or compression."""
 

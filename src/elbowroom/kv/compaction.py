@@ -30,22 +30,20 @@ class Compaction:
 
     row: int
     sequence: Sequence
-    dropped_blocks: int
-    """Blocks' worth of tokens that each layer will have dropped."""
+    dropped_blocks: npt.NDArray[np.int64]
+    """``[num_layers]``: blocks' worth of tokens that each layer will have dropped."""
     num_tokens: int
     """Tokens of the sequence behind the step."""
     queries: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> the newest queries."""
 
-    @property
-    def num_fresh(self) -> int:
-        """Strips that a layer needs for the tokens that stay."""
-        return blocks_of(self.num_tokens) - self.dropped_blocks
+    def num_fresh(self, layers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the strips that each of ``layers`` needs for the tokens that stay."""
+        return blocks_of(self.num_tokens) - self.dropped_blocks[layers]
 
-    @property
-    def held_tokens(self) -> int:
-        """Tokens of a layer that stay."""
-        return self.num_tokens - self.dropped_blocks * STRIP_TOKENS
+    def held_tokens(self, layer: int) -> int:
+        """Return the tokens of a layer that stay."""
+        return self.num_tokens - int(self.dropped_blocks[layer]) * STRIP_TOKENS
 
 
 class Compactor:
@@ -82,9 +80,10 @@ class Compactor:
         strips = [lane.pool.strip(int(entry)) for entry in table[first:end]]
         count = compaction.num_tokens - first * STRIP_TOKENS
         chosen = self._choose(compaction, layer, spec, lane, strips, count)
-        targets = sequence.take_spare(layer, compaction.num_fresh)
+        dropped = int(compaction.dropped_blocks[layer])
+        targets = sequence.take_spare(layer, end - dropped)
         self._move(lane, strips, [lane.pool.strip(int(entry)) for entry in targets], chosen)
-        lane.pool.release(sequence.replace(layer, compaction.dropped_blocks, targets))
+        lane.pool.release(sequence.replace(layer, dropped, targets))
 
     def _choose(
         self, compaction: Compaction, layer: int, spec: LayerSpec, lane: Lane, strips: Rows[Tensor], count: int
@@ -95,15 +94,16 @@ class Compactor:
             parts = [self._codec.open(strip, lane.pool.fmt)[0][head] for strip in strips]
             return torch.cat(parts)[:count].float()
 
+        held = compaction.held_tokens(layer)
         queries = compaction.queries.pop(layer, torch.empty(0, spec.num_q_heads, spec.head_dim))
-        view = LayerView(layer, spec, queries, keys, count)
-        chosen = self._policy.select(view, compaction.held_tokens)
+        if held == count:  # other layers hold too many
+            return torch.arange(count).expand(spec.num_kv_heads, -1)
+        chosen = self._policy.select(LayerView(layer, spec, queries, keys, count), held)
         rising = chosen.dim() == 2 and bool((chosen.diff(dim=1) > 0).all())
-        shape = chosen.shape[0] in (1, spec.num_kv_heads) and chosen.shape[1:] == (compaction.held_tokens,)
+        shape = chosen.shape[0] in (1, spec.num_kv_heads) and chosen.shape[1:] == (held,)
         if not (rising and shape and chosen[:, 0].min() >= 0 and (chosen[:, -1] == count - 1).all()):
             raise IntegrityError(
-                f"policy {self._policy.name!r} must keep {compaction.held_tokens} of {count} tokens in their order, "
-                "the newest among them"
+                f"policy {self._policy.name!r} must keep {held} of {count} tokens in their order, the newest among them"
             )
         return chosen.expand(spec.num_kv_heads, -1)
 

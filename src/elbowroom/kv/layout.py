@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Counts
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class Lane:
     rows: Rows
     """For most lanes, layers."""
     holding: Holding
+    users: Rows = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Of a staging lane, the layers whose tokens that stay are written to single strips."""
 
     @property
     def first_row(self) -> int:
@@ -104,7 +106,7 @@ class PoolSet:
             return
         staged = np.asarray([len(self._plan.layers) + len(self.staging)], dtype=np.int64)
         self.main.append(Lane(pool, rows, Holding("chosen")))
-        self.staging.append(Lane(pool, staged, Holding("staging")))
+        self.staging.append(Lane(pool, staged, Holding("staging"), rows))
 
     def _pool(self, fmt: PageFormat, layers: list[int], share: float) -> StripPool:
         # Address space is free on an elastic tier: every pool could hold the whole capacity, with slack for groups
@@ -215,20 +217,23 @@ class PoolSet:
         sequence.room = self.room(sequence)
         return freed
 
-    def resting(self, lane: Lane, num_tokens: int, dropped_blocks: int) -> tuple[int, int]:
-        """Return first and end block of what a lane holds of ``num_tokens`` of which a policy dropped some."""
-        first, end = lane.holding.rest(num_tokens)
-        return (dropped_blocks if lane.holding.part == "chosen" else first), end
+    def set_spare(self, sequence: Sequence, lane: Lane, entries: Table, counts: Rows) -> None:
+        """Give ``sequence`` spare strips for the users of staging ``lane``, in place of those it had.
 
-    def set_spare(self, sequence: Sequence, lane: Lane, entries: Table) -> None:
-        """Give ``sequence`` spare strips for the rows of ``lane``, in place of those it had."""
-        if sequence.spare.shape[1] < entries.shape[1]:
-            wider = np.full((self.num_rows, entries.shape[1]), ABSENT, dtype=np.uint32)
+        Args:
+            sequence: what it is for.
+            lane: a staging lane.
+            entries: the strips, those of each user together.
+            counts: how many each user gets.
+        """
+        most = int(counts.max())
+        if sequence.spare.shape[1] < most:
+            wider = np.full((self.num_rows, most), ABSENT, dtype=np.uint32)
             wider[:, : sequence.spare.shape[1]] = sequence.spare
             sequence.spare = wider
-        lane.pool.release(sequence.spare[lane.rows])
-        sequence.spare[lane.rows] = ABSENT
-        sequence.spare[lane.rows, : entries.shape[1]] = entries
+        lane.pool.release(sequence.spare[lane.users])
+        sequence.spare[lane.users] = ABSENT
+        sequence.spare[np.repeat(lane.users, counts), _within(counts)] = entries
 
     def drop_spare(self, sequence: Sequence) -> int:
         """Let go of a sequence's spare strips; return the bytes of pages freed."""
@@ -245,14 +250,63 @@ class PoolSet:
             return sequence.num_tokens
         return (block + 1) * STRIP_TOKENS - len(self.tails[:1])  # the last slot of a block seals it
 
-    def pieces(self, start: int, stop: int, dropped_blocks: int = 0) -> list[tuple[int, StripPool, int, int]]:
-        """Return row, pool, first and end block of what a sequence of ``stop`` tokens holds from ``start`` on."""
+    def dropped_of(self, sequence: Sequence) -> list[int]:
+        """Return the blocks' worth of tokens that a policy dropped of each layer; empty where it dropped nothing."""
+        dropped = np.zeros(len(self._plan.layers), dtype=np.int64)
+        for lane in self.main:
+            if lane.holding.part == "chosen":
+                dropped[lane.rows] = sequence.expired_blocks[lane.rows]
+        return dropped.tolist() if dropped.any() else []
+
+    def pieces(self, start: int, stop: int, dropped: Counts[int]) -> list[tuple[int, StripPool, int, int]]:
+        """Return row, pool, first and end block of what a sequence of ``stop`` tokens holds from ``start`` on.
+
+        Args:
+            start: first token.
+            stop: end of the tokens.
+            dropped: blocks' worth of tokens that a policy dropped of each layer; empty: none.
+        """
         found = []
         for lane in self._lanes:
-            first, end = self.resting(lane, stop, dropped_blocks)
-            first = max(first, start // STRIP_TOKENS)
-            found += [(row, lane.pool, first, end) for row in lane.rows.tolist() if first < end]
+            rest, end = lane.holding.rest(stop)
+            for row in lane.rows.tolist():
+                gone = dropped[row] if dropped and lane.holding.part == "chosen" else rest
+                first = max(gone, start // STRIP_TOKENS)
+                if first < end:
+                    found.append((row, lane.pool, first, end))
         return sorted(found, key=lambda piece: piece[0])
+
+    def extend(self, sequence: Sequence, start: int, stop: int, dropped: Counts[int]) -> None:
+        """Give ``sequence`` the strips that it would hold if it had grown from ``start`` to ``stop`` tokens.
+
+        Args:
+            sequence: of ``start`` tokens.
+            start: a multiple of 64.
+            stop: end of the tokens.
+            dropped: as in ``pieces``.
+
+        Raises:
+            OutOfBudget: they do not fit; nothing changes then.
+        """
+        spans = {row: (first, end) for row, _, first, end in self.pieces(start, stop, dropped)}
+
+        def size(row: int) -> int:
+            first, end = spans.get(row, (0, 0))
+            return end - first
+
+        counts = []
+        for lane in self._lanes:
+            if not dropped or lane.holding.part == "all":
+                counts.append(size(lane.first_row))
+            else:  # what layers dropped differs: they get single strips, where staging takes its
+                counts.append(sum(size(row) for row in lane.users.tolist()))
+        for lane, entries in zip(self._lanes, self.take_for(f"a span of {stop - start} tokens", counts), strict=True):
+            if dropped and lane.users.size:
+                ends = np.cumsum([size(row) for row in lane.users.tolist()])
+                for row, part in zip(lane.users.tolist(), np.split(entries[0], ends[:-1]), strict=True):
+                    sequence.put(np.asarray([row]), np.arange(*spans[row]), part[None])
+            elif entries.size:
+                sequence.put(lane.rows, np.arange(*spans[lane.first_row]), entries)
 
     def close(self) -> None:
         """Give all ranges back."""
@@ -265,3 +319,10 @@ class PoolSet:
         free = self._arena.ledger.available(self._arena.tier.name)
         # Free pages of the arena are resident already: they are taken over, or given back before others are charged.
         return room if free is None else min(room, free + self._arena.free_bytes())
+
+
+def _within(counts: Rows) -> Rows:
+    """Return 0 .. count - 1 for each of ``counts``, one behind the other."""
+    ends = np.cumsum(counts)
+    within: Rows = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+    return within

@@ -75,9 +75,9 @@ class PagedStore:
         twin = sequence.prefix(count)
         for lane in self._pools:
             first, end = lane.holding.rest(count)
-            if lane.holding.part != "tail":
-                first = int(twin.expired_blocks[lane.first_row])
-            twin.expired_blocks[lane.rows] = first
+            if lane.holding.part == "tail":
+                twin.expired_blocks[lane.rows] = first
+            first = int(twin.expired_blocks[lane.rows].min())
             twin.put(lane.rows, np.arange(first, end), sequence.table[lane.rows, first:end])
         twin.room = self._pools.room(twin)
         self._pools.share(twin.table)
@@ -190,7 +190,7 @@ class PagedStore:
         pool, source = self._pools.main[number].pool, self._pools.source_of[layer]
         table, tails = prepared.tables[source], prepared.tails
         if tails is None:
-            return LayerStrips(prepared.steps[number], table, pool.base, pool.fmt, self._codec)
+            return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec)
         open_pool = self._pools.tails[number].pool
         tail = Tail(
             table=tails.tables[source],
@@ -200,7 +200,7 @@ class PagedStore:
             full=tails.full[source],
             sealed=tails.sealed[source],
         )
-        return LayerStrips(prepared.steps[number], table, pool.base, pool.fmt, self._codec, tail)
+        return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, tail)
 
     def end_layer(self, layer: int, step: KVStep) -> None:
         """Let the policy choose among the tokens of rows that read prompts, and free what does not stay."""
@@ -225,7 +225,7 @@ class PagedStore:
             sequence.num_tokens = length
             sequence.writable = None
         for each in prepared.compactions:
-            each.sequence.dropped_blocks, each.sequence.chosen_tokens = each.dropped_blocks, each.num_tokens
+            each.sequence.chosen_tokens = each.num_tokens
             self._pools.drop_spare(each.sequence)
         for lane in self._pools.dropping:
             for sequence in prepared.rows:
@@ -341,18 +341,19 @@ class PagedStore:
                 f"start at a multiple of {STRIP_TOKENS}",
             )
         self._check_rollback(sequence, stop)
-        if start and sequence.dropped_blocks:
+        dropped = self._pools.dropped_of(sequence)
+        if start and dropped:
             raise IntegrityError(
                 f"plan {self.plan.plan} has dropped tokens: what is left has no part that begins at {start}",
                 "start at 0",
             )
         strips: list[npt.NDArray[np.uint8]] = []
-        for row, pool, first, end in self._pools.pieces(start, stop, sequence.dropped_blocks):
+        for row, pool, first, end in self._pools.pieces(start, stop, dropped):
             held = [pool.strip(entry) for entry in sequence.table[row, first:end].tolist()]
             if stop < end * STRIP_TOKENS:
                 held[-1] = self._blanked(held[-1], pool, stop % STRIP_TOKENS)
             strips.extend(strip.numpy() for strip in held)
-        return pack_span(self.fingerprint, start, stop, strips, sequence.dropped_blocks)
+        return pack_span(self.fingerprint, start, stop, strips, dropped)
 
     def _blanked(self, strip: Tensor, pool: StripPool, used: int) -> Tensor:
         """Return a copy without the slots from ``used`` on: they may hold what another sequence left there."""
@@ -372,6 +373,8 @@ class PagedStore:
         sequence = self._sequence(handle)
         if start != sequence.num_tokens or start % STRIP_TOKENS:
             raise IntegrityError(f"the span starts at token {start}, the sequence ends at {sequence.num_tokens}")
+        if dropped and len(dropped) != len(self.plan.layers):
+            raise IntegrityError(f"the KV span names what {len(dropped)} layers dropped")
         pieces = self._pools.pieces(start, stop, dropped)
         if sum((end - first) * pool.strip_bytes for _, pool, first, end in pieces) != len(payload):
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {stop - start} tokens")
@@ -384,21 +387,17 @@ class PagedStore:
                 offset += pool.strip_bytes
         return stop - start
 
-    def _extend(self, sequence: Sequence, start: int, stop: int, dropped: int) -> None:
+    def _extend(self, sequence: Sequence, start: int, stop: int, dropped: list[int]) -> None:
         """Lengthen ``sequence`` from ``start`` to ``stop``, with the strips that it would hold then."""
         self._pools.cut(sequence, start)  # blocks of a step that was reserved and never run
-        ranges = []
-        for lane in self._pools:
-            first, end = self._pools.resting(lane, stop, dropped)
-            ranges.append(np.arange(max(start // STRIP_TOKENS, first), end))
-        taken = self._pools.take_for(f"a span of {stop - start} tokens", [blocks.size for blocks in ranges])
-        for lane, blocks, entries in zip(self._pools, ranges, taken, strict=True):
-            sequence.put(lane.rows, blocks, entries)
+        self._pools.extend(sequence, start, stop, dropped)
         sequence.num_tokens = sequence.step_start = stop
         if dropped:
-            sequence.dropped_blocks, sequence.chosen_tokens = dropped, stop
+            sequence.chosen_tokens = stop
+            sequence.expired_blocks[: len(dropped)] = dropped
         for lane in self._pools:
-            self._expire(sequence, lane, self._pools.resting(lane, stop, dropped)[0])
+            if lane.holding.part != "chosen":
+                self._expire(sequence, lane, lane.holding.rest(stop)[0])
         sequence.room = self._pools.room(sequence)
 
     # Bytes
@@ -411,11 +410,10 @@ class PagedStore:
     def report(self) -> KVReport:
         """Return what is held."""
         tokens = sum(sequence.num_tokens for sequence in self._sequences.values())
-        width = sum(
-            layer.num_kv_heads * (layer.head_dim + layer.v_head_dim)
-            for layer in self.plan.layers
-            if layer.kv_source is None
-        )
+        layers = [layer for layer in self.plan.layers if layer.kv_source is None]
+        width = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in layers)
+        dropped = sum(sum(self._pools.dropped_of(sequence)) for sequence in self._sequences.values())
+        choosing = sum(layer.window is None for layer in layers)
         return KVReport(
             live_bytes=self._pools.live_bytes,
             free_bytes=self._pools.free_bytes,
@@ -423,7 +421,7 @@ class PagedStore:
             num_sequences=len(self._sequences),
             num_tokens=tokens,
             num_strips=sum(pool.num_strips for pool in self._pools.pools),
-            num_dropped=sum(STRIP_TOKENS * sequence.dropped_blocks for sequence in self._sequences.values()),
+            num_dropped=STRIP_TOKENS * dropped // max(choosing, 1),
             num_shared_strips=sum(pool.num_shared_strips for pool in self._pools.pools),
             bf16_bytes=tokens * width * 2,
         )
@@ -444,9 +442,9 @@ class PagedStore:
     def _check_table(self, sequence: Sequence, lane: Lane) -> None:
         """A lane holds what it should between steps; blocks of a step that never ran may lie behind that."""
         held, end = sequence.table[lane.rows] != ABSENT, lane.holding.rest(sequence.num_tokens)[1]
-        gone = int(sequence.expired_blocks[lane.first_row])
-        if held.shape[1] < end or not held[:, gone:end].all() or held[:, :gone].any():
-            raise IntegrityError("a table lacks strips that did not expire, or holds some that did")
+        for row, gone in zip(held, sequence.expired_blocks[lane.rows].tolist(), strict=True):
+            if row.size < end or not row[gone:end].all() or row[:gone].any():
+                raise IntegrityError("a table lacks strips that did not expire, or holds some that did")
 
     def close_all(self) -> None:
         """Close every sequence and give all pages back."""

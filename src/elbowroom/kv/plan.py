@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from elbowroom.kv.adapters.hf_cache import StoreCache
 
 _Part = TypeVar("_Part")
+_NO_LIMIT = 2**40
 _PART = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
 _HINT = 'a plan is parts joined by "|", e.g. "plain", "plain(bf16)" or "snapkv(tokens=512) | int8"'
 
@@ -154,7 +155,14 @@ class BoundPlan:
     def chosen_bytes(self) -> int:
         """Bytes of one token block over the layers that a policy chooses from."""
         pairs = zip(self.layers, self.formats, strict=True)
-        return sum(fmt.strip_bytes for layer, fmt in pairs if _owns(layer) and layer.window is None)
+        return sum(fmt.strip_bytes for layer, fmt in pairs if _is_chosen(layer))
+
+    @property
+    def chosen_layers(self) -> list[int]:
+        """Layers that the policy chooses from; empty without one."""
+        if self.plan.policy is None:
+            return []
+        return [index for index, layer in enumerate(self.layers) if _is_chosen(layer)]
 
     @property
     def has_windows(self) -> bool:
@@ -181,43 +189,62 @@ class BoundPlan:
             total_tokens: int64 ``[n]``, prompt and generated tokens.
             step_tokens: most tokens that one step appends.
         """
-        read = totals = np.asarray(total_tokens, dtype=np.int64)
-        dropped = self.dropped_blocks(0, prompt_tokens, ends_prompt=True) * STRIP_TOKENS
-        totals = np.where(totals > prompt_tokens, totals - dropped, np.minimum(totals, self._most_read(prompt_tokens)))
-        blocks = totals // STRIP_TOKENS if self.tails else -(-totals // STRIP_TOKENS)
+        totals = np.asarray(total_tokens, dtype=np.int64)
         resident = (totals % STRIP_TOKENS > 0) * self.tail_bytes
         transient = self._staging_bytes(step_tokens)
-        for layer, fmt in zip(self.layers, self.formats, strict=True):
+        for index, (layer, fmt) in enumerate(zip(self.layers, self.formats, strict=True)):
             if not _owns(layer):
                 continue
-            kept = blocks
+            kept = self._kept_tokens(index, prompt_tokens, totals)
+            blocks = kept // STRIP_TOKENS if self.tails else -(-kept // STRIP_TOKENS)
             if layer.window is not None:
-                blocks_read = read // STRIP_TOKENS if self.tails else -(-read // STRIP_TOKENS)
                 # A step that ends at n leaves blocks from (n - ROLLBACK_TOKENS - window + 1) // 64 on.
-                window_blocks = (layer.window + ROLLBACK_TOKENS + STRIP_TOKENS - 3) // STRIP_TOKENS + 1
-                kept = np.minimum(blocks_read, window_blocks)
+                blocks = np.minimum(blocks, (layer.window + ROLLBACK_TOKENS + STRIP_TOKENS - 3) // STRIP_TOKENS + 1)
                 transient += fmt.strip_bytes * -(-step_tokens // STRIP_TOKENS)
-            resident = resident + kept * fmt.strip_bytes
+            resident = resident + blocks * fmt.strip_bytes
         return KVCurve(resident, transient)
 
-    def dropped_blocks(self, dropped: int, num_tokens: int, *, ends_prompt: bool) -> int:
-        """Return the blocks' worth of tokens that a layer has given up behind a step that reads a prompt.
+    def limits(self, *, ends_prompt: bool) -> npt.NDArray[np.int64]:
+        """Return the most tokens that each layer holds behind a step which reads a prompt, or ends one.
+
+        Layers from which nothing is chosen have a limit that no sequence reaches.
+        """
+        policy = self.plan.policy
+        return np.asarray(
+            [
+                policy.limit(index, ends_prompt) if policy is not None and _is_chosen(layer) else _NO_LIMIT
+                for index, layer in enumerate(self.layers)
+            ],
+            dtype=np.int64,
+        )
+
+    def dropped_blocks(
+        self, dropped: npt.NDArray[np.int64], num_tokens: int, *, ends_prompt: bool
+    ) -> npt.NDArray[np.int64]:
+        """Return the blocks' worth of tokens that each layer has given up behind a step that reads a prompt.
 
         Args:
-            dropped: those before the step.
+            dropped: int64 ``[num_layers]``, those before the step.
             num_tokens: tokens of the sequence behind it.
             ends_prompt: whether the step ends the prompt.
         """
         if self.plan.policy is None:
             return dropped
-        above = num_tokens - STRIP_TOKENS * dropped - self.plan.policy.limit(ends_prompt)
-        return dropped + max(-(-above // STRIP_TOKENS), 0)
+        above = num_tokens - STRIP_TOKENS * dropped - self.limits(ends_prompt=ends_prompt)
+        gone: npt.NDArray[np.int64] = dropped + np.maximum(-(-above // STRIP_TOKENS), 0)
+        return gone
 
-    def _most_read(self, prompt_tokens: int) -> int:
-        """Return the most tokens held while a prompt is read: what stays, and once more for the next choice."""
-        if self.plan.policy is None or prompt_tokens <= self.plan.policy.limit(True):
-            return prompt_tokens
-        return 2 * min(prompt_tokens, self.plan.policy.limit(False) + STRIP_TOKENS)
+    def _kept_tokens(self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the tokens that a layer holds at each of ``totals``: while a prompt is read and behind it."""
+        policy = self.plan.policy
+        if policy is None or not _is_chosen(self.layers[index]):
+            return totals
+        end_limit = policy.limit(index, ends_prompt=True)
+        dropped = max(-(-(prompt_tokens - end_limit) // STRIP_TOKENS), 0)
+        most = prompt_tokens
+        if prompt_tokens > end_limit:  # what stays, and once more for the next choice
+            most = 2 * min(prompt_tokens, policy.limit(index, ends_prompt=False) + STRIP_TOKENS)
+        return np.where(totals > prompt_tokens, totals - dropped * STRIP_TOKENS, np.minimum(totals, most))
 
     def choice_bytes(self, step_tokens: int) -> int:
         """Return the most temporary bytes while a policy chooses in one layer behind a step of ``step_tokens``.
@@ -228,9 +255,9 @@ class BoundPlan:
         policy = self.plan.policy
         if policy is None:
             return 0
-        tokens = policy.limit(ends_prompt=False) + step_tokens + STRIP_TOKENS
         most = 0
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            tokens = policy.limit(index, ends_prompt=False) + step_tokens + STRIP_TOKENS
             scores = (12 * layer.group_size + 1) * policy.window
             most = max(most, tokens * (scores + 8 * layer.head_dim + 8 * (layer.head_dim + layer.v_head_dim)))
         return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
@@ -256,6 +283,11 @@ class BoundPlan:
 def _owns(layer: LayerSpec) -> bool:
     """Whether ``layer`` stores keys and values of its own."""
     return layer.kv_source is None
+
+
+def _is_chosen(layer: LayerSpec) -> bool:
+    """Whether a policy chooses among the tokens of ``layer``."""
+    return _owns(layer) and layer.window is None
 
 
 def _check_choice(policy: TokenPolicy, layers: Sequence[LayerSpec]) -> None:

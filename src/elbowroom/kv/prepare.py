@@ -30,8 +30,8 @@ class Prepared:
 
     rows: list[Sequence]
     lengths: npt.NDArray[np.int64]
-    steps: list[StripStep]
-    """One for each main lane."""
+    steps: dict[int, StripStep]
+    """For each layer with keys of its own; layers that begin at the same slots share one."""
     tables: Table
     """``[num_layers, R, blocks]``."""
     tails: Tails | None
@@ -51,8 +51,8 @@ class _Need:
     """Its fresh strips are taken on top, where a policy chooses."""
 
     def spare(self, lane: Lane) -> int:
-        """Return the fresh strips a row of ``lane`` needs."""
-        return 0 if self.compaction is None or lane.holding.part != "chosen" else self.compaction.num_fresh
+        """Return the single strips that the layers which use staging ``lane`` need for the tokens that stay."""
+        return 0 if self.compaction is None else int(self.compaction.num_fresh(lane.users).sum())
 
 
 class Preparer:
@@ -82,7 +82,9 @@ class Preparer:
         """
         _check_rows(step, rows)
         lengths, needs = self._needs(step, rows)
-        steps = [self._strip_step(step, rows, lengths, lane) for lane in self._pools.main]
+        steps: dict[int, StripStep] = {}
+        for lane in self._pools.main:
+            steps |= _strip_steps(step, rows, lengths, lane)
         if needs:
             counts = [
                 sum(each.missing[number].size + each.copies[number].size + each.spare(lane) for each in needs)
@@ -133,9 +135,9 @@ class Preparer:
         part = PromptPart.NONE if step.prompts is None else PromptPart(step.prompts[row])
         if part is PromptPart.NONE or not self._pools.staging or self._plan.plan.policy is None:
             return None
-        before, ends = sequence.dropped_blocks, part is PromptPart.END
+        before, ends = sequence.expired_blocks[: len(self._plan.layers)], part is PromptPart.END
         dropped = self._plan.dropped_blocks(before, num_tokens, ends_prompt=ends)
-        return None if dropped == before else Compaction(row, sequence, dropped, num_tokens)
+        return None if (dropped == before).all() else Compaction(row, sequence, dropped, num_tokens)
 
     def _need(self, sequence: Sequence, positions: Positions, compaction: Compaction | None) -> _Need:
         blocks = np.unique(positions // STRIP_TOKENS)
@@ -168,17 +170,6 @@ class Preparer:
         shared: Blocks = blocks[np.asarray(found, dtype=bool)]
         return shared
 
-    def _strip_step(self, step: KVStep, rows: Rows[Sequence], lengths: npt.NDArray[np.int64], lane: Lane) -> StripStep:
-        first_slots = np.zeros(len(rows), dtype=np.int64)
-        if lane.holding.window is not None or lane.holding.part == "chosen":
-            first_slots[:] = [sequence.expired_blocks[lane.first_row] * STRIP_TOKENS for sequence in rows]
-        return StripStep(
-            row_starts=torch.from_numpy(step.row_starts),
-            positions=torch.from_numpy(step.positions),
-            lengths=torch.from_numpy(lengths),
-            first_slots=torch.from_numpy(first_slots),
-        )
-
     def _provide(self, needs: Rows[_Need], taken: Rows[Table]) -> None:
         """Hand the columns of ``taken`` to the sequences: for their copies and for their missing blocks."""
         for number, (lane, entries) in enumerate(zip(self._pools, taken, strict=True)):
@@ -189,9 +180,10 @@ class Preparer:
                 self.replace(need.sequence, lane, copies, entries[:, offset:middle])
                 offset = middle + missing.size
                 need.sequence.put(lane.rows, missing, entries[:, middle:offset])
-                if need.spare(lane):
-                    self._pools.set_spare(need.sequence, lane, entries[:, offset : offset + need.spare(lane)])
-                    offset += need.spare(lane)
+                if need.compaction is not None and lane.users.size:
+                    counts = need.compaction.num_fresh(lane.users)
+                    self._pools.set_spare(need.sequence, lane, entries[0, offset : offset + counts.sum()], counts)
+                    offset += int(counts.sum())
         for need in needs:
             need.sequence.own(np.unique(np.concatenate(need.copies)))
             need.sequence.room = self._pools.room(need.sequence)
@@ -203,6 +195,29 @@ class Preparer:
             lane.pool.copy(old, entries)
             sequence.put(lane.rows, blocks, entries)
             lane.pool.release(old)
+
+
+def _strip_steps(
+    step: KVStep, rows: Rows[Sequence], lengths: npt.NDArray[np.int64], lane: Lane
+) -> dict[int, StripStep]:
+    """Return the step as each layer of ``lane`` sees it: they differ in what has expired."""
+    expired = np.zeros((lane.rows.size, len(rows)), dtype=np.int64)
+    if lane.holding.window is not None or lane.holding.part == "chosen":
+        for row, sequence in enumerate(rows):
+            expired[:, row] = sequence.expired_blocks[lane.rows]
+    made: dict[bytes, StripStep] = {}
+    steps = {}
+    for layer, blocks in zip(lane.rows.tolist(), expired, strict=True):
+        key = blocks.tobytes()
+        if key not in made:
+            made[key] = StripStep(
+                row_starts=torch.from_numpy(step.row_starts),
+                positions=torch.from_numpy(step.positions),
+                lengths=torch.from_numpy(lengths),
+                first_slots=torch.from_numpy(blocks * STRIP_TOKENS),
+            )
+        steps[layer] = made[key]
+    return steps
 
 
 def _check_rows(step: KVStep, rows: Rows[Sequence]) -> None:

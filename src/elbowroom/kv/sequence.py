@@ -29,11 +29,9 @@ class Sequence:
         self.shared_blocks = 0
         """Blocks before this one may be held by other sequences too; writing there needs a look."""
         self.expired_blocks = np.zeros(num_rows, dtype=np.int64)
-        """For each row, leading blocks that are gone."""
-        self.dropped_blocks = 0
-        """Blocks' worth of tokens that a policy has dropped of every layer without a window."""
+        """For each row, leading blocks that are gone: behind a window, or blocks' worth of what a policy dropped."""
         self.chosen_tokens = 0
-        """Tokens when it did so the last time: what lies before cannot be gone back to."""
+        """Tokens when a policy chose the last time: what lies before cannot be gone back to."""
         self.writable: npt.NDArray[np.int64] | None = None
         """Stored positions that the next step may write again (repair)."""
         self.spare: Table = np.empty((num_rows, 0), dtype=np.uint32)
@@ -98,7 +96,7 @@ class Sequence:
         twin.num_tokens = twin.step_start = num_tokens
         twin.shared_blocks = blocks_of(num_tokens)
         twin.expired_blocks = np.minimum(self.expired_blocks, twin.shared_blocks)
-        twin.dropped_blocks, twin.chosen_tokens = self.dropped_blocks, self.chosen_tokens
+        twin.chosen_tokens = self.chosen_tokens
         self.shared_blocks = max(self.shared_blocks, twin.shared_blocks)
         return twin
 

@@ -16,12 +16,12 @@ import numpy.typing as npt
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 
-_MAGIC = b"ELBKV\x00\x00\x02"
+_MAGIC = b"ELBKV\x00\x00\x03"
 _DIGEST_BYTES = 32
 
 
 def pack_span(
-    fingerprint: bytes, start: int, stop: int, strips: Sequence[npt.NDArray[np.uint8]], dropped_blocks: int = 0
+    fingerprint: bytes, start: int, stop: int, strips: Sequence[npt.NDArray[np.uint8]], dropped: Sequence[int] = ()
 ) -> bytes:
     """Return the object for tokens ``[start, stop)``.
 
@@ -30,9 +30,9 @@ def pack_span(
         start: first token.
         stop: end of the tokens.
         strips: their bytes, layer by layer.
-        dropped_blocks: blocks' worth of them that a policy dropped.
+        dropped: blocks' worth of them that a policy dropped of each layer; empty: none.
     """
-    fields = {"fingerprint": fingerprint.hex(), "start": start, "stop": stop, "dropped": dropped_blocks}
+    fields = {"fingerprint": fingerprint.hex(), "start": start, "stop": stop, "dropped": list(dropped)}
     header = json.dumps(fields).encode()
     views: list[memoryview] = [strip.data for strip in strips]  # no copy before the one that joins them
     parts: list[bytes | memoryview] = [_MAGIC, struct.pack("<I", len(header)), header, *views]
@@ -42,8 +42,8 @@ def pack_span(
     return b"".join((*parts, digest.digest()))
 
 
-def unpack_span(span: bytes, fingerprint: bytes) -> tuple[int, int, int, memoryview]:
-    """Return start, stop, dropped blocks and the strips of a span.
+def unpack_span(span: bytes, fingerprint: bytes) -> tuple[int, int, list[int], memoryview]:
+    """Return start, stop, the blocks' worth of tokens dropped of each layer, and the strips of a span.
 
     Raises:
         IntegrityError: truncated, damaged, or of another model, plan or version.
@@ -62,7 +62,7 @@ def unpack_span(span: bytes, fingerprint: bytes) -> tuple[int, int, int, memoryv
     return start, stop, dropped, body[begin + length :]
 
 
-def _read_header(header: bytes) -> tuple[str, int, int, int]:
+def _read_header(header: bytes) -> tuple[str, int, int, list[int]]:
     """Return fingerprint, start, stop and dropped blocks."""
     try:
         fields = json.loads(header)
@@ -71,6 +71,7 @@ def _read_header(header: bytes) -> tuple[str, int, int, int]:
         raise IntegrityError("the KV span has no readable header") from error
     if type(start) is not int or type(stop) is not int or not 0 <= start < stop:
         raise IntegrityError(f"the KV span names the tokens {start!r}..{stop!r}")
-    if type(dropped) is not int or not 0 <= dropped * STRIP_TOKENS <= stop or (dropped and start):
+    counts = dropped if isinstance(dropped, list) else [None]
+    if (dropped and start) or not all(type(count) is int and 0 <= count * STRIP_TOKENS <= stop for count in counts):
         raise IntegrityError(f"the KV span names {dropped!r} dropped blocks")
     return str(made_with), start, stop, dropped

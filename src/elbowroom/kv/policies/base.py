@@ -53,8 +53,8 @@ class TokenPolicy(Protocol):
     def window(self) -> int:
         """Newest queries that ``select`` looks at; 0: none."""
 
-    def limit(self, ends_prompt: bool) -> int:
-        """Return the most tokens that a layer holds behind a step which reads a prompt, or ends one."""
+    def limit(self, layer: int, ends_prompt: bool) -> int:
+        """Return the most tokens that ``layer`` holds behind a step which reads a prompt, or ends one."""
 
     def select(self, view: LayerView, count: int) -> Tensor:
         """Return the tokens that stay, ascending, int64 ``[Hkv, count]``, or ``[1, count]`` for all heads alike.

@@ -43,7 +43,7 @@ class SnapKVPolicy:
         """Newest queries that choose."""
         return int(self.w)
 
-    def limit(self, ends_prompt: bool) -> int:
+    def limit(self, layer: int, ends_prompt: bool) -> int:
         """Return the budget, twice of it within a prompt: its end may ask for something else."""
         return int(self.tokens) * (1 if ends_prompt else 2)
 

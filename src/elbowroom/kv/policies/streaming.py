@@ -33,7 +33,7 @@ class StreamingPolicy:
         whole(self, "tokens", "sinks")
         check_budget(self.name, int(self.tokens), int(self.sinks) + 1)
 
-    def limit(self, ends_prompt: bool) -> int:
+    def limit(self, layer: int, ends_prompt: bool) -> int:
         """Return the budget: what has left the window is not missed."""
         return int(self.tokens)
 
