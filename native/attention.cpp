@@ -76,10 +76,12 @@ class Plan {
         if (args.spec.window > 0) low = std::max(low, *least - args.spec.window + 1);
         const int64_t high = std::min(*most, args.step.lengths[sequence] - 1);
         const int64_t first = low / kStripTokens, end = high / kStripTokens + 1;
-        const int64_t sealed_end = args.tail == nullptr ? end : end - 1;
+        const int64_t sealed_end = args.tail == nullptr ? end : args.first_open(sequence, high);
         for (int64_t block = first; block < sealed_end; ++block) check_strip(args.strips, sequence, block);
         if (args.tail != nullptr) {
-            for (int64_t b = std::max(first, *least / kStripTokens); b < end; ++b) check_strip(*args.tail, sequence, b);
+            for (int64_t b = std::max(first, args.first_open(sequence, *least)); b < end; ++b) {
+                check_strip(*args.tail, sequence, b);
+            }
         }
         const int64_t vectors = int64_t{num_rows} * args.group_size();
         const bool cut = (vectors <= kFewRows || may_cut_) && end / kPieceStrips > first / kPieceStrips;
@@ -251,7 +253,7 @@ void attend(const Step& step, const LayerStrips& layer, const Spec& spec, const 
     thread_local Plan plan;
     Pool& pool = Pool::instance();
     const Strips* tail = layer.tail ? &*layer.tail : nullptr;
-    AttendJob job{{step, layer.strips, tail, spec, q, out, lse, nullptr}, kernels(), plan};
+    AttendJob job{{step, layer.strips, tail, layer.open_from, spec, q, out, lse, nullptr}, kernels(), plan};
     plan.build(job.args, pool.num_threads());
     job.args.partials = plan.partials();
     const int64_t vectors = std::max(kItemVectors, job.args.group_size());

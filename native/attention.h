@@ -14,10 +14,11 @@ struct Seals {
 };
 
 // Where the tokens of a step lie in one layer. With `tail`, new tokens go there, full strips are sealed, and a row reads
-// the block of its own position there and earlier ones sealed.
+// the block of its own position there and earlier ones sealed; of sequence r, all blocks from open_from[r] on there.
 struct LayerStrips {
     Strips strips;
     std::optional<Strips> tail;
+    const int64_t* open_from;  // [R]; null: nothing stays open
     Seals seals;
 
     const Strips& open() const { return tail ? *tail : strips; }

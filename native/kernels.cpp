@@ -104,13 +104,13 @@ class Attention {
         }
     }
 
-    // The blocks before each row's own one.
+    // The blocks before those that a row reads in the tail.
     void read_sealed() {
         const Strips& strips = args_.strips;
         const Gathered rows{Dk_, Dv_, ldk_, ldv_, q_, out_, max_, sum_};
         const int64_t head_bytes = strips.head().bytes();
         const auto head = [&](int64_t block) { return strips.strip(item_.sequence, block) + item_.head * head_bytes; };
-        const int64_t end = min(item_.end_block, high_ / kStripTokens);
+        const int64_t end = min(item_.end_block, args_.first_open(item_.sequence, high_));
         for (int64_t block = item_.first_block; block < end; ++block) {
             const char* next = block + 1 < end ? head(block + 1) : nullptr;
             SealedStrip strip(strips, head(block), next, args_.spec.softcap);
@@ -120,7 +120,7 @@ class Attention {
                 for (int64_t m = 0; m < count; ++m) {
                     const int r = int((first + m) / group_);
                     low[m] = min(max(0, in_window(r) - block * kStripTokens), kStripTokens);
-                    high[m] = block < own_block(r) ? kStripTokens : 0;
+                    high[m] = block < first_open(r) ? kStripTokens : 0;
                 }
                 strip.attend(rows, first, count, low, high, sealed_scratch_);
             }
@@ -174,7 +174,7 @@ class Attention {
 
     int64_t position(int r) const { return args_.step.positions[item_.first_row + r]; }
 
-    int64_t own_block(int r) const { return position(r) / kStripTokens; }
+    int64_t first_open(int r) const { return args_.first_open(item_.sequence, position(r)); }
 
     int64_t in_window(int r) const {
         const int64_t first = args_.step.first_slots[item_.sequence];
@@ -183,7 +183,7 @@ class Attention {
 
     // Of the strips that are not sealed.
     int64_t first_visible(int r) const {
-        return args_.tail == nullptr ? in_window(r) : max(in_window(r), own_block(r) * kStripTokens);
+        return args_.tail == nullptr ? in_window(r) : max(in_window(r), first_open(r) * kStripTokens);
     }
 
     int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - 1); }

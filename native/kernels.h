@@ -19,7 +19,8 @@ struct Item {
 struct AttendArgs {
     Step step;
     Strips strips;
-    const Strips* tail;  // null, or: a row reads its own block here, and only those before it in `strips`
+    const Strips* tail;        // null, or: a row reads its own block here, and only those before it in `strips`
+    const int64_t* open_from;  // [R]: blocks from here on are read in the tail as well; null: only the own one
     Spec spec;
     Rows q, out;
     float* lse;       // [N, Hq], or null: nobody asks
@@ -27,6 +28,11 @@ struct AttendArgs {
 
     int group_size() const { return spec.num_q_heads / strips.num_kv_heads; }
     const Strips& open_strips() const { return tail == nullptr ? strips : *tail; }
+    // With a tail: the block from which on a row at `position` reads there.
+    int64_t first_open(int64_t sequence, int64_t position) const {
+        const int64_t own = position / kStripTokens;
+        return open_from == nullptr ? own : std::min(own, open_from[sequence]);
+    }
 };
 
 // Activations of many tokens lie in panels: [width][16], the 16 values of a token's column side by side.

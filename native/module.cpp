@@ -30,7 +30,7 @@ using StepTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 using RowFormatTuple = std::tuple<int, int, int>;
 using StripsTuple =
     std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple>;
-using TailTuple = std::tuple<StripsTuple, int64_t, uintptr_t, uintptr_t>;
+using TailTuple = std::tuple<StripsTuple, uintptr_t, int64_t, uintptr_t, uintptr_t>;
 using SpecTuple = std::tuple<int, int64_t, float, float>;
 using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t>;
@@ -62,10 +62,11 @@ Strips to_strips(const StripsTuple& t) {
 }
 
 LayerStrips to_layer_strips(const StripsTuple& strips, const std::optional<TailTuple>& tail) {
-    LayerStrips found{to_strips(strips), {}, {}};
+    LayerStrips found{to_strips(strips), {}, nullptr, {}};
     if (tail) {
-        const auto& [open, count, from, to] = *tail;
+        const auto& [open, open_from, count, from, to] = *tail;
         found.tail = to_strips(open);
+        found.open_from = pointer<const int64_t>(open_from);
         found.seals = {count, pointer<const uint32_t>(from), pointer<const uint32_t>(to)};
     }
     return found;

@@ -12,8 +12,9 @@ RowFormat: TypeAlias = tuple[int, int, int]
 """How heads become bytes: kind (0 plain, 1 int8, 2 fp8, 3 bfp, 4 kivi), bits of a code, codes of a scale."""
 Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, RowFormat, RowFormat]
 """Addresses of table and first blocks (0: none), num_blocks, base, num_bytes, dtype, num_kv_heads, both head widths."""
-Tail: TypeAlias = tuple[Strips, int, int, int]
-"""Strips that take new tokens; number of full ones, addresses of their places there and where they are sealed."""
+Tail: TypeAlias = tuple[Strips, int, int, int, int]
+"""Strips that take new tokens; address of the first open blocks (0: none); number of full strips, addresses of their
+places there and where they are sealed."""
 Spec: TypeAlias = tuple[int, int, float, float]
 """num_q_heads, window (0: none), scale, softcap (0: none)."""
 Rows: TypeAlias = tuple[int, int, int, int]

@@ -16,6 +16,7 @@ from elbowroom.engine.prefix import block_keys, root_key
 from elbowroom.engine.types import KVOp, StepPlan
 from elbowroom.errors import RequestError
 from elbowroom.kv.base import KVHandle, KVStore
+from elbowroom.kv.holding import Extent
 from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.span import pack_span
 
@@ -78,5 +79,5 @@ def import_random(
         stop = min(start + _SPAN_BLOCKS * STRIP_TOKENS, num_tokens)
         blocks = (stop - start) // STRIP_TOKENS
         store.import_span(
-            handle, pack_span(fingerprint, start, stop, [strip.repeat(blocks).numpy() for strip in layers])
+            handle, pack_span(fingerprint, start, Extent(stop), [strip.repeat(blocks).numpy() for strip in layers])
         )

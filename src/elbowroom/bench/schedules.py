@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.executors.local import TorchExecutor
 from elbowroom.engine.sampling_params import SamplingParams
@@ -103,7 +104,7 @@ class Stepper:
 
     Args:
         subject: the model; its weights stay where they are.
-        capacity_tokens: tokens of all sequences, in whole blocks.
+        capacity_tokens: tokens of all sequences, in whole blocks; one that long can at least be read.
         chunk: returns the most tokens of the next step.
         dtype: of activations, KV cache and workspace.
     """
@@ -117,7 +118,8 @@ class Stepper:
         longest = len(self.pricing.by_blocks) - 1
         times, blocks = divmod(num_blocks(capacity_tokens), longest)
         prices = times * self.pricing.price(longest) + self.pricing.price(blocks)
-        capacity_bytes = prices + self.pricing.transient_bytes
+        reading = self.pricing.peak_bytes(min(num_blocks(capacity_tokens), longest) * STRIP_TOKENS, ())
+        capacity_bytes = max(prices, reading) + self.pricing.transient_bytes
         config = SchedulerConfig(
             max_positions=subject.config.max_positions, max_step_tokens=STEP_TOKENS, max_sequences=8
         )

@@ -38,6 +38,8 @@ class KVPricing:
     """Whether prefixes are shared between sequences; see ``BoundPlan.shares_prefixes``."""
     layer_bytes: tuple[int, ...] = ()
     """Bytes of one block of each layer that a policy chooses from; empty: nothing is ever dropped."""
+    open_bytes: tuple[int, ...] = ()
+    """The same while a prompt is read, where its blocks wait for its end to be sealed; empty: they do not."""
     prompt_limits: tuple[int, ...] = ()
     """Most tokens of each such layer that stay behind a part of a prompt."""
     end_limits: tuple[int, ...] = ()
@@ -69,12 +71,15 @@ class KVPricing:
         layer_bytes = [plan.formats[layer].strip_bytes for layer in chosen]
         # What strips give back together must not exceed what their group had: round down.
         shares = [slack * strip // max(plan.chosen_bytes, 1) for strip in layer_bytes]
+        open_bytes = [plan.tails[layer].strip_bytes for layer in chosen] if plan.defers else []
+        open_shares = [-(-open_slack * strip // max(sum(open_bytes), 1)) for strip in open_bytes]
         return cls(
             by_blocks=tuple(prices.tolist()),
             block_bytes=plan.block_bytes + slack,
             transient_bytes=curve.transient_bytes + step_slack,
             can_share=plan.shares_prefixes,
             layer_bytes=tuple(strip + share for strip, share in zip(layer_bytes, shares, strict=True)),
+            open_bytes=tuple(strip + share for strip, share in zip(open_bytes, open_shares, strict=True)),
             prompt_limits=tuple(prompt_limits),
             end_limits=tuple(end_limits),
             rollback_grain=plan.rollback_grain,
@@ -114,12 +119,12 @@ class KVPricing:
         """
         blocks = num_blocks(num_tokens)
         price = self.price(blocks, dropped)
-        if self.dropped(dropped, num_tokens, ends_prompt=True) == dropped:
+        if not self.open_bytes and self.dropped(dropped, num_tokens, ends_prompt=True) == dropped:
             return price
-        gone = dropped or (0,) * len(self.layer_bytes)
-        for count, cost, limit in zip(gone, self.layer_bytes, self.prompt_limits, strict=True):
+        gone, open_bytes = dropped or (0,) * len(self.layer_bytes), self.open_bytes or self.layer_bytes
+        for count, cost, open_cost, limit in zip(gone, self.layer_bytes, open_bytes, self.prompt_limits, strict=True):
             held = blocks - count
-            price += (min(2 * held, 2 * (num_blocks(limit) + 1)) - held) * cost
+            price += min(2 * held, 2 * (num_blocks(limit) + 1)) * open_cost - held * cost
         return price
 
     def admission(self, num_tokens: int, dropped: Dropped) -> tuple[int, int]:

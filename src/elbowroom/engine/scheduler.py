@@ -215,7 +215,7 @@ class Scheduler:
             if row.prompt:
                 ends = row.prompt is PromptPart.END
                 dropped = self.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
-                if dropped != seq.dropped:
+                if ends or dropped != seq.dropped:
                     self.account.shrink(seq, dropped)
             if before < seq.num_prompt <= seq.num_computed:
                 self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)

@@ -147,7 +147,8 @@ class Tail:
     """Plain strips of the tokens whose block is not full yet, beside strips that are sealed whole.
 
     A row reads the block of its own position here, and earlier blocks sealed: what it reads depends on its position
-    alone. So a step that fills blocks finds those here too, as long as it runs.
+    alone. So a step that fills blocks finds those here too, as long as it runs. Where ``open_from`` says so, blocks
+    stay here although they are full (until a prompt ends and a policy chooses among its tokens).
     """
 
     table: StripTable
@@ -161,6 +162,8 @@ class Tail:
     """uint32 ``[S]``: places of strips that the step fills, here."""
     sealed: StripTable
     """uint32 ``[S]``: places of the same strips where they are sealed."""
+    open_from: npt.NDArray[np.int64] | None = None
+    """int64 ``[R]``: blocks of sequence r from here on are read in the tail; None: nothing stays open."""
 
     @property
     def seals(self) -> int:
@@ -237,6 +240,8 @@ def check_strips(strips: LayerStrips) -> None:
         raise ValueError(f"a tail has plain strips and {step.num_sequences} first blocks, not {tail.fmt.codec}")
     if tail.full.shape != tail.sealed.shape or tail.full.dtype != _UINT32 or tail.sealed.dtype != _UINT32:
         raise ValueError("strips to be sealed need a place in the tail and a place where they are sealed, both uint32")
+    if tail.open_from is not None and tail.open_from.shape != (step.num_sequences,):
+        raise ValueError(f"a tail needs the first open block of {step.num_sequences} sequences")
 
 
 def _check_table(table: StripTable, base: Tensor, fmt: PageFormat, step: StripStep) -> None:

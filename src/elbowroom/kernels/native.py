@@ -78,7 +78,8 @@ def tail_tuple(strips: LayerStrips) -> _native.Tail | None:
     if tail is None:
         return None
     where = _strips(tail.table, _address(tail.first_blocks), tail.base, tail.fmt)
-    return where, tail.seals, _address(tail.full), _address(tail.sealed)
+    open_from = 0 if tail.open_from is None else _address(tail.open_from)
+    return where, open_from, tail.seals, _address(tail.full), _address(tail.sealed)
 
 
 def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat) -> _native.Strips:

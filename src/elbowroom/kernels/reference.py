@@ -52,9 +52,11 @@ class ReferenceKernels:
             low, high = _visible(step, sequence, start, end, spec.window)
             merged = _Softmax(q[start:end], spec, strips.open_fmt)
             if sealed is not None:
-                own = step.positions[start:end] // STRIP_TOKENS * STRIP_TOKENS
-                _add_tiles(merged, sealed, sequence, low, torch.minimum(high, own - 1))
-                low = torch.maximum(low, own)
+                first = step.positions[start:end] // STRIP_TOKENS
+                if strips.tail is not None and strips.tail.open_from is not None:
+                    first = first.clamp(max=int(strips.tail.open_from[sequence]))
+                _add_tiles(merged, sealed, sequence, low, torch.minimum(high, first * STRIP_TOKENS - 1))
+                low = torch.maximum(low, first * STRIP_TOKENS)
             _add_tiles(merged, opened, sequence, low, high)
             merged.write(out[start:end], lse[start:end])
         return lse

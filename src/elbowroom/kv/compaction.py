@@ -34,12 +34,33 @@ class Compaction:
     """``[num_layers]``: blocks' worth of tokens that each layer will have dropped."""
     num_tokens: int
     """Tokens of the sequence behind the step."""
+    ends_prompt: bool
+    open_from: npt.NDArray[np.int64] | None = None
+    """``[num_layers]``: where blocks are sealed, the first one of each layer that waits for the prompt's end."""
+    open_after: npt.NDArray[np.int64] | None = None
+    """The same behind the step."""
     queries: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> the newest queries."""
 
-    def num_fresh(self, layers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the strips that each of ``layers`` needs for the tokens that stay."""
-        return blocks_of(self.num_tokens) - self.dropped_blocks[layers]
+    def note(self, layer: int, queries: Tensor, window: int) -> None:
+        """Remember the newest ``window`` of a row's ``queries [n, Hq, D]`` of a layer."""
+        if window:
+            self.queries[layer] = queries[-window:].to(torch.float32, copy=True)
+
+    def num_fresh(self, lane: Lane) -> npt.NDArray[np.int64]:
+        """Return the most single strips of ``lane`` that each of its users needs for the tokens that stay."""
+        if not lane.users.size:
+            return lane.users
+        layers = lane.users % self.dropped_blocks.size
+        first, end = self.dropped_blocks[layers], blocks_of(self.num_tokens)
+        if self.open_from is None:
+            return end - first
+        before, full = self.sequence.expired_blocks[layers], self.num_tokens // STRIP_TOKENS
+        # Where nothing goes all that was sealed stays; else that may go as well.
+        sealed = np.where(first == before, self.open_from[layers] - before, 0)
+        if not self.ends_prompt:
+            return (end - first - sealed) * (lane.holding.part == "staging")
+        return full - first - sealed if lane.holding.part == "fresh" else np.full(layers.size, end - full)
 
     def held_tokens(self, layer: int) -> int:
         """Return the tokens of a layer that stay."""
@@ -56,11 +77,6 @@ class Compactor:
 
     def __init__(self, policy: TokenPolicy, codec: TokenCodec) -> None:
         self._policy, self._codec = policy, codec
-
-    def note(self, compaction: Compaction, layer: int, queries: Tensor) -> None:
-        """Remember the newest of a row's ``queries [n, Hq, D]`` of a layer."""
-        if self._policy.window:
-            compaction.queries[layer] = queries[-self._policy.window :].to(torch.float32, copy=True)
 
     def compact(
         self, compaction: Compaction, layer: int, spec: LayerSpec, lane: Lane, table: npt.NDArray[np.uint32]
@@ -98,14 +114,7 @@ class Compactor:
         queries = compaction.queries.pop(layer, torch.empty(0, spec.num_q_heads, spec.head_dim))
         if held == count:  # other layers hold too many
             return torch.arange(count).expand(spec.num_kv_heads, -1)
-        chosen = self._policy.select(LayerView(layer, spec, queries, keys, count), held)
-        rising = chosen.dim() == 2 and bool((chosen.diff(dim=1) > 0).all())
-        shape = chosen.shape[0] in (1, spec.num_kv_heads) and chosen.shape[1:] == (held,)
-        if not (rising and shape and chosen[:, 0].min() >= 0 and (chosen[:, -1] == count - 1).all()):
-            raise IntegrityError(
-                f"policy {self._policy.name!r} must keep {held} of {count} tokens in their order, the newest among them"
-            )
-        return chosen.expand(spec.num_kv_heads, -1)
+        return checked_choice(self._policy, LayerView(layer, spec, queries, keys, count), held)
 
     def _move(self, lane: Lane, strips: Rows[Tensor], targets: Rows[Tensor], chosen: Tensor) -> None:
         """Copy the bytes of the ``chosen`` tokens from ``strips`` to ``targets``, field by field."""
@@ -117,3 +126,19 @@ class Compactor:
             kept = torch.split(whole[chosen[head]], STRIP_TOKENS)
             for place, part in zip(places, kept, strict=True):
                 place[number][head, : part.shape[0]] = part
+
+
+def checked_choice(policy: TokenPolicy, view: LayerView, count: int) -> Tensor:
+    """Return the ``count`` tokens that ``policy`` keeps of a layer, int64 ``[Hkv, count]``.
+
+    Raises:
+        IntegrityError: they are not that many, not ascending, or lack the newest.
+    """
+    chosen = policy.select(view, count)
+    rising = chosen.dim() == 2 and bool((chosen.diff(dim=1) > 0).all())
+    shape = chosen.shape[0] in (1, view.spec.num_kv_heads) and chosen.shape[1:] == (count,)
+    if not (rising and shape and chosen[:, 0].min() >= 0 and (chosen[:, -1] == view.num_held - 1).all()):
+        raise IntegrityError(
+            f"policy {policy.name!r} must keep {count} of {view.num_held} tokens in their order, the newest among them"
+        )
+    return chosen.expand(view.spec.num_kv_heads, -1)

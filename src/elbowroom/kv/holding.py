@@ -14,7 +14,10 @@ ROLLBACK_TOKENS = 64
 """Tokens at the end of the last step that can be taken back: sliding windows do not move on for them."""
 
 Blocks = npt.NDArray[np.int64]
-Part = Literal["all", "chosen", "sealed", "tail", "staging"]
+Part = Literal["all", "sealed", "tail", "staging", "fresh"]
+
+NEVER = 2**40
+"""A block that no sequence reaches."""
 
 
 def blocks_of(num_tokens: int) -> int:
@@ -23,32 +26,58 @@ def blocks_of(num_tokens: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """How far a sequence reaches, and the exceptions that a policy made for its layers."""
+
+    num_tokens: int
+    dropped: tuple[int, ...] = ()
+    """Blocks' worth of tokens that a policy dropped of each layer; empty: none."""
+    open_from: tuple[int, ...] = ()
+    """First block of each layer that waits, unsealed, for the end of a prompt; empty: none does."""
+
+    @property
+    def is_even(self) -> bool:
+        """Whether layers hold the same blocks."""
+        return not (self.dropped or self.open_from)
+
+
+@dataclass(frozen=True, slots=True)
 class Holding:
     """A rule of positions only.
 
-    ``all`` blocks, where tokens are written one by one; ``chosen`` ones, where a policy drops tokens. Codecs that seal
-    strips have three parts: full blocks are ``sealed``, the last one that is not full lies in the ``tail`` as it was
-    computed; and blocks that a long step both begins and fills pass through ``staging``, which all layers use one after
-    the other. So do the blocks of a step behind which a policy chooses.
+    ``all`` blocks, where tokens are written one by one. Codecs that seal strips have three parts: full blocks are
+    ``sealed``, the last one that is not full lies in the ``tail`` as it was computed; and blocks that a long step both
+    begins and fills pass through ``staging``, which all layers use one after the other. So do the blocks of a step
+    behind which a policy chooses; ``fresh`` sealed strips wait for what it keeps, and are in no table.
+
+    A policy makes two exceptions: what it dropped is gone, and a prompt's blocks stay in the tail until it ends.
     """
 
     part: Part = "all"
     window: int | None = None
     """Sliding window in tokens; what no later token can read is dropped."""
+    chosen: bool = False
+    """A policy chooses among the tokens of these layers."""
 
     @property
     def drops(self) -> bool:
         """Whether blocks go while their sequence lives on."""
         return self.window is not None or self.part in ("tail", "staging")
 
-    def rest(self, num_tokens: int) -> tuple[int, int]:
-        """Return first and end block of what is held of a sequence of ``num_tokens`` between steps."""
-        full, end = num_tokens // STRIP_TOKENS, blocks_of(num_tokens)
-        if self.part == "staging":
+    def rest(self, extent: Extent, layer: int) -> tuple[int, int]:
+        """Return first and end block of what is held of a layer between steps."""
+        end = blocks_of(extent.num_tokens)
+        if self.part in ("staging", "fresh"):
             return end, end
+        full = extent.num_tokens // STRIP_TOKENS
+        if self.chosen and extent.open_from:
+            full = min(full, extent.open_from[layer])
         if self.part == "tail":
             return full, end
-        return self.expired(num_tokens), full if self.part == "sealed" else end
+        first = self.expired(extent.num_tokens)
+        if self.chosen and extent.dropped:
+            first = extent.dropped[layer]
+        return first, full if self.part == "sealed" else end
 
     def expired(self, num_tokens: int) -> int:
         """Return the leading blocks that no query from position ``num_tokens`` on reads."""
@@ -65,6 +94,8 @@ class Holding:
         if self.part == "all":
             return blocks
         full = blocks < num_tokens // STRIP_TOKENS
+        if self.part == "fresh":
+            return blocks[:0]
         if self.part == "sealed":
             return blocks[full]
         passing = full & (blocks * STRIP_TOKENS >= start) & (num_tokens - start > ROLLBACK_TOKENS)

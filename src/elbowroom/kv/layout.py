@@ -11,7 +11,7 @@ import numpy as np
 from elbowroom.core import STRIP_TOKENS, PageFormat
 from elbowroom.errors import BudgetError, OutOfBudget
 from elbowroom.kv.base import Shortfall
-from elbowroom.kv.holding import Holding
+from elbowroom.kv.holding import Extent, Holding
 from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.sequence import Rows, Sequence, Table
@@ -31,7 +31,7 @@ class Lane:
     """For most lanes, layers."""
     holding: Holding
     users: Rows = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Of a staging lane, the layers whose tokens that stay are written to single strips."""
+    """Of a lane of single strips, the rows that get some for the tokens that a policy keeps."""
 
     @property
     def first_row(self) -> int:
@@ -63,12 +63,14 @@ class PoolSet:
         """For each main lane, the tails of its layers; empty where tokens are written one by one."""
         self.staging: list[Lane] = []
         """Blocks that all layers of a pool use one after the other, in single strips; see ``Holding``."""
+        self.fresh: list[Lane] = []
+        """Sealed strips for what a policy keeps."""
         for layers in self._members():
             self._add(layers)
-        self._lanes = [*self.main, *self.tails, *self.staging]
+        self._lanes = [*self.main, *self.tails, *self.staging, *self.fresh]
         self.pools = [lane.pool for lane in (*self.main, *self.tails)]
         self.dropping = [lane for lane in self._lanes if lane.holding.drops]
-        self.num_rows = len(plan.layers) * (2 if plan.tails else 1) + len(self.staging)
+        self.num_rows = self._next_row()
         """Rows of a sequence's table."""
         number_of = {layer: number for number, lane in enumerate(self.main) for layer in lane.rows.tolist()}
         self.number_of = [number_of[source] for source in self.source_of]
@@ -93,20 +95,33 @@ class PoolSet:
         if not plan.tails:
             self._add_open(self._pool(fmt, layers, share), rows, window)
             return
-        sealed = self._pool(fmt, layers, share * (1 - 1 / _TAIL_SHARE))
-        tail = self._pool(plan.tails[layers[0]], layers, share / _TAIL_SHARE)
-        staged = np.asarray([2 * len(plan.layers) + len(self.staging)], dtype=np.int64)
-        self.main.append(Lane(sealed, rows, Holding("sealed", window)))
-        self.tails.append(Lane(tail, rows + len(plan.layers), Holding("tail")))
-        self.staging.append(Lane(tail, staged, Holding("staging")))
+        chosen = plan.plan.policy is not None and window is None
+        # Where prompts wait for their end, tails and staging hold the most of them.
+        tail_share = 0.5 if chosen else 1 / _TAIL_SHARE
+        sealed = self._pool(fmt, layers, share * (1 - tail_share))
+        tail = self._pool(plan.tails[layers[0]], layers, share * tail_share)
+        tails = rows + len(plan.layers)
+        self.main.append(Lane(sealed, rows, Holding("sealed", window, chosen)))
+        self.tails.append(Lane(tail, tails, Holding("tail", chosen=chosen)))
+        if not chosen:
+            self.staging.append(Lane(tail, self._new_row(), Holding("staging")))
+            return
+        self.staging.append(Lane(tail, self._new_row(), Holding("staging", chosen=True), tails))
+        self.fresh.append(Lane(sealed, self._new_row(), Holding("fresh", chosen=True), rows))
 
     def _add_open(self, pool: StripPool, rows: Rows, window: int | None) -> None:
         if self._plan.plan.policy is None or window is not None:
             self.main.append(Lane(pool, rows, Holding("all", window)))
             return
-        staged = np.asarray([len(self._plan.layers) + len(self.staging)], dtype=np.int64)
-        self.main.append(Lane(pool, rows, Holding("chosen")))
-        self.staging.append(Lane(pool, staged, Holding("staging"), rows))
+        self.main.append(Lane(pool, rows, Holding("all", chosen=True)))
+        self.staging.append(Lane(pool, self._new_row(), Holding("staging", chosen=True), rows))
+
+    def _next_row(self) -> int:
+        """Return the row behind those of the layers, their tails and of staging."""
+        return len(self._plan.layers) * (2 if self._plan.tails else 1) + len(self.staging) + len(self.fresh)
+
+    def _new_row(self) -> Rows:
+        return np.asarray([self._next_row()], dtype=np.int64)
 
     def _pool(self, fmt: PageFormat, layers: list[int], share: float) -> StripPool:
         # Address space is free on an elastic tier: every pool could hold the whole capacity, with slack for groups
@@ -117,7 +132,7 @@ class PoolSet:
         return StripPool(self._arena, self._owner, fmt, len(layers), room)
 
     def __iter__(self) -> Iterator[Lane]:
-        """Iterate over the lanes: main ones, tails, staging."""
+        """Iterate over the lanes: main ones, tails, staging, fresh ones."""
         return iter(self._lanes)
 
     def __len__(self) -> int:
@@ -161,8 +176,8 @@ class PoolSet:
     def _asked(self, counts: Counts[int]) -> Iterator[tuple[StripPool, int, int]]:
         """Yield each pool with the groups and the single strips that ``counts`` ask of it."""
         for number, pool in enumerate(self.pools):
-            staged = zip(self.staging, counts[len(self.pools) :], strict=True)
-            yield pool, counts[number], sum(count for lane, count in staged if lane.pool is pool)
+            singles = zip((*self.staging, *self.fresh), counts[len(self.pools) :], strict=True)
+            yield pool, counts[number], sum(count for lane, count in singles if lane.pool is pool)
 
     def take(self, counts: Counts[int]) -> list[Table]:
         """Take ``counts[i]`` blocks for lane i, or nothing at all.
@@ -173,8 +188,8 @@ class PoolSet:
         taken: list[Table] = []
         try:
             for lane, count in zip(self._lanes, counts, strict=True):
-                staged = lane.holding.part == "staging"
-                taken.append(lane.pool.take_singles(count) if staged else lane.pool.take(count))
+                singles = lane.holding.part in ("staging", "fresh")
+                taken.append(lane.pool.take_singles(count) if singles else lane.pool.take(count))
         except BudgetError:
             for lane, entries in zip(self._lanes, taken, strict=False):
                 lane.pool.release(entries)
@@ -208,21 +223,20 @@ class PoolSet:
     def cut(self, sequence: Sequence, num_tokens: int) -> int:
         """Shorten a sequence to what is held of ``num_tokens`` between steps; return the bytes of pages freed."""
         freed = self.drop_spare(sequence)
-        for lane in self._lanes:
-            first, end = lane.holding.rest(num_tokens)
-            freed += lane.pool.release(sequence.cut(lane.rows, end))
-            if lane.holding.part in ("tail", "staging") and first > sequence.expired_blocks[lane.first_row]:
-                freed += lane.pool.release(sequence.expire(lane.rows, first))
+        for lane, rows, first, end in self.parts(self.extent(sequence, num_tokens)):
+            freed += lane.pool.release(sequence.cut(rows, end))
+            if lane.holding.part in ("tail", "staging") and first > sequence.expired_blocks[rows[0]]:
+                freed += lane.pool.release(sequence.expire(rows, first))
         sequence.shorten(num_tokens)
         sequence.room = self.room(sequence)
         return freed
 
     def set_spare(self, sequence: Sequence, lane: Lane, entries: Table, counts: Rows) -> None:
-        """Give ``sequence`` spare strips for the users of staging ``lane``, in place of those it had.
+        """Give ``sequence`` spare strips for the users of ``lane``, in place of those it had.
 
         Args:
             sequence: what it is for.
-            lane: a staging lane.
+            lane: one of single strips.
             entries: the strips, those of each user together.
             counts: how many each user gets.
         """
@@ -250,45 +264,42 @@ class PoolSet:
             return sequence.num_tokens
         return (block + 1) * STRIP_TOKENS - len(self.tails[:1])  # the last slot of a block seals it
 
-    def dropped_of(self, sequence: Sequence) -> list[int]:
-        """Return the blocks' worth of tokens that a policy dropped of each layer; empty where it dropped nothing."""
+    def extent(self, sequence: Sequence, num_tokens: int) -> Extent:
+        """Return how the first ``num_tokens`` of ``sequence`` are held."""
         dropped = np.zeros(len(self._plan.layers), dtype=np.int64)
         for lane in self.main:
-            if lane.holding.part == "chosen":
+            if lane.holding.chosen:
                 dropped[lane.rows] = sequence.expired_blocks[lane.rows]
-        return dropped.tolist() if dropped.any() else []
+        open_from = sequence.open_from[: dropped.size]
+        return Extent(
+            num_tokens,
+            tuple(dropped.tolist()) if dropped.any() else (),
+            tuple(open_from.tolist()) if sequence.is_open else (),
+        )
 
-    def pieces(self, start: int, stop: int, dropped: Counts[int]) -> list[tuple[int, StripPool, int, int]]:
-        """Return row, pool, first and end block of what a sequence of ``stop`` tokens holds from ``start`` on.
-
-        Args:
-            start: first token.
-            stop: end of the tokens.
-            dropped: blocks' worth of tokens that a policy dropped of each layer; empty: none.
-        """
-        found = []
+    def parts(self, extent: Extent) -> Iterator[tuple[Lane, Rows, int, int]]:
+        """Yield lane, rows, first and end block of what is held between steps: rows that are alike together."""
         for lane in self._lanes:
-            rest, end = lane.holding.rest(stop)
-            for row in lane.rows.tolist():
-                gone = dropped[row] if dropped and lane.holding.part == "chosen" else rest
-                first = max(gone, start // STRIP_TOKENS)
-                if first < end:
-                    found.append((row, lane.pool, first, end))
+            even = extent.is_even or not lane.holding.chosen
+            for rows in [lane.rows] if even else np.split(lane.rows, lane.rows.size):
+                yield lane, rows, *lane.holding.rest(extent, int(rows[0]) % len(self._plan.layers))
+
+    def pieces(self, start: int, extent: Extent) -> list[tuple[int, StripPool, int, int]]:
+        """Return row, pool, first and end block of what a sequence of ``extent`` holds from token ``start`` on."""
+        found = []
+        for lane, rows, rest, end in self.parts(extent):
+            first = max(rest, start // STRIP_TOKENS)
+            if first < end:
+                found += [(row, lane.pool, first, end) for row in rows.tolist()]
         return sorted(found, key=lambda piece: piece[0])
 
-    def extend(self, sequence: Sequence, start: int, stop: int, dropped: Counts[int]) -> None:
-        """Give ``sequence`` the strips that it would hold if it had grown from ``start`` to ``stop`` tokens.
-
-        Args:
-            sequence: of ``start`` tokens.
-            start: a multiple of 64.
-            stop: end of the tokens.
-            dropped: as in ``pieces``.
+    def extend(self, sequence: Sequence, start: int, extent: Extent) -> None:
+        """Give ``sequence``, of ``start`` tokens, the strips that it would hold if it had grown to ``extent``.
 
         Raises:
             OutOfBudget: they do not fit; nothing changes then.
         """
-        spans = {row: (first, end) for row, _, first, end in self.pieces(start, stop, dropped)}
+        spans = {row: (first, end) for row, _, first, end in self.pieces(start, extent)}
 
         def size(row: int) -> int:
             first, end = spans.get(row, (0, 0))
@@ -296,15 +307,16 @@ class PoolSet:
 
         counts = []
         for lane in self._lanes:
-            if not dropped or lane.holding.part == "all":
+            if extent.is_even or not lane.holding.chosen:
                 counts.append(size(lane.first_row))
-            else:  # what layers dropped differs: they get single strips, where staging takes its
+            else:  # layers differ in what they hold: they get single strips
                 counts.append(sum(size(row) for row in lane.users.tolist()))
-        for lane, entries in zip(self._lanes, self.take_for(f"a span of {stop - start} tokens", counts), strict=True):
-            if dropped and lane.users.size:
+        taken = self.take_for(f"a span of {extent.num_tokens - start} tokens", counts)
+        for lane, entries in zip(self._lanes, taken, strict=True):
+            if lane.users.size and not extent.is_even:
                 ends = np.cumsum([size(row) for row in lane.users.tolist()])
                 for row, part in zip(lane.users.tolist(), np.split(entries[0], ends[:-1]), strict=True):
-                    sequence.put(np.asarray([row]), np.arange(*spans[row]), part[None])
+                    sequence.put(np.asarray([row]), np.arange(*spans.get(row, (0, 0))), part[None])
             elif entries.size:
                 sequence.put(lane.rows, np.arange(*spans[lane.first_row]), entries)
 

@@ -16,15 +16,16 @@ from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
 from elbowroom.kernels.base import LayerStrips, Tail
-from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Shortfall, Want
+from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
 from elbowroom.kv.codecs import token_codec
 from elbowroom.kv.compaction import Compactor
-from elbowroom.kv.holding import Blocks
+from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
 from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.prepare import Prepared, Preparer
-from elbowroom.kv.sequence import Sequence
+from elbowroom.kv.sealing import Sealer, open_layer
+from elbowroom.kv.sequence import Rows, Sequence
 from elbowroom.kv.span import pack_span, unpack_span
 from elbowroom.kv.statistics import column_statistics
 from elbowroom.memory.arena import Arena
@@ -51,7 +52,8 @@ class PagedStore:
         self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
         self._preparer = Preparer(self._pools, plan)
         policy = plan.plan.policy
-        self._compactor = None if policy is None else Compactor(policy, self._open_codec)
+        self._compactor = None if policy is None or plan.defers else Compactor(policy, self._open_codec)
+        self._sealer = None if policy is None or not plan.defers else Sealer(policy, self._codec)
         self._last_reader = {source: layer for layer, source in enumerate(self._pools.source_of)}
         """For each layer with keys of its own the last one that reads them."""
         self._sequences: dict[int, Sequence] = {}
@@ -73,12 +75,11 @@ class PagedStore:
         count = sequence.num_tokens if num_tokens is None else num_tokens
         self._check_rollback(sequence, count)
         twin = sequence.prefix(count)
-        for lane in self._pools:
-            first, end = lane.holding.rest(count)
+        for lane, rows, first, end in self._pools.parts(self._pools.extent(twin, count)):
             if lane.holding.part == "tail":
-                twin.expired_blocks[lane.rows] = first
-            first = int(twin.expired_blocks[lane.rows].min())
-            twin.put(lane.rows, np.arange(first, end), sequence.table[lane.rows, first:end])
+                twin.expired_blocks[rows] = first
+            blocks = np.arange(twin.expired_blocks[rows[0]], end)
+            twin.put(rows, blocks, sequence.table[np.ix_(rows, blocks)])
         twin.room = self._pools.room(twin)
         self._pools.share(twin.table)
         return self._adopt(twin)
@@ -126,7 +127,7 @@ class PagedStore:
                 "prefill the prefix again",
             )
         for lane in self._pools.main:
-            if lane.holding.part == "chosen":
+            if lane.holding.chosen:
                 continue
             lost = int(sequence.expired_blocks[lane.first_row])
             if lost > lane.holding.expired(num_tokens):
@@ -165,10 +166,11 @@ class PagedStore:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: KVStep, want: Want) -> AttnOut:
         """Append ``k, v`` of ``layer`` and return attention; needs a successful ``reserve(step)`` before."""
         spec, strips = self.plan.layers[layer], self._strips(layer, step)
-        if spec.kv_source is None and self._compactor is not None and self._is_chosen(layer):
+        policy = self.plan.plan.policy
+        if spec.kv_source is None and policy is not None and self._is_chosen(layer):
             for each in self._prepared(step).compactions:
                 rows = slice(int(step.row_starts[each.row]), int(step.row_starts[each.row + 1]))
-                self._compactor.note(each, layer, q[rows])
+                each.note(layer, q[rows], policy.window)
         if spec.kv_source is None:
             attention.append(strips, k, v)
         result = AttnOut(*attention.attend(strips, spec, q))
@@ -183,7 +185,7 @@ class PagedStore:
         return self._strips(layer, step)
 
     def _is_chosen(self, layer: int) -> bool:
-        return self._pools.main[self._pools.number_of[layer]].holding.part == "chosen"
+        return self._pools.main[self._pools.number_of[layer]].holding.chosen
 
     def _strips(self, layer: int, step: KVStep) -> LayerStrips:
         prepared, number = self._prepared(step), self._pools.number_of[layer]
@@ -199,20 +201,25 @@ class PagedStore:
             fmt=open_pool.fmt,
             full=tails.full[source],
             sealed=tails.sealed[source],
+            open_from=tails.open_in(source),
         )
         return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, tail)
 
     def end_layer(self, layer: int, step: KVStep) -> None:
         """Let the policy choose among the tokens of rows that read prompts, and free what does not stay."""
         prepared, source = self._prepared(step), self._pools.source_of[layer]
-        if self._compactor is None or not prepared.compactions:
+        if not prepared.compactions:
             return
         if not self._is_chosen(source) or self._last_reader[source] != layer:
             return
-        lane = self._pools.main[self._pools.number_of[source]]
+        number, spec = self._pools.number_of[source], self.plan.layers[source]
         for each in prepared.compactions:
-            table = prepared.tables[source, each.row]
-            self._compactor.compact(each, source, self.plan.layers[source], lane, table)
+            if self._compactor is not None:
+                table = prepared.tables[source, each.row]
+                self._compactor.compact(each, source, spec, self._pools.main[number], table)
+            elif self._sealer is not None and prepared.tails is not None and each.open_from is not None:
+                place = open_layer(each, source, self._pools.main[number], self._pools.tails[number], prepared.tails)
+                self._sealer.compact(each, source, spec, place)
 
     def end_step(self, step: KVStep) -> None:
         """Make the new lengths final and free what sliding windows left behind and what is sealed now.
@@ -224,25 +231,38 @@ class PagedStore:
             sequence.step_start = sequence.num_tokens
             sequence.num_tokens = length
             sequence.writable = None
-        for each in prepared.compactions:
-            each.sequence.chosen_tokens = each.num_tokens
-            self._pools.drop_spare(each.sequence)
+        self._end_prompts(step, prepared)
         for lane in self._pools.dropping:
             for sequence in prepared.rows:
-                self._expire(sequence, lane, lane.holding.keeps_from(sequence.step_start, sequence.num_tokens))
+                if lane.holding.part == "tail" and lane.holding.chosen and sequence.is_open:
+                    continue  # it waits for the end of its prompt
+                first = lane.holding.keeps_from(sequence.step_start, sequence.num_tokens)
+                self._expire(sequence, lane, lane.rows, first)
         for sequence in prepared.rows:
             sequence.room = self._pools.room(sequence)
         step.prepared = None
+
+    def _end_prompts(self, step: KVStep, prepared: Prepared) -> None:
+        """Note what was chosen, and which blocks go on waiting for the end of a prompt."""
+        count = len(self.plan.layers)
+        for row, open_from in prepared.waiting.items():
+            ends = step.prompts is not None and step.prompts[row] == PromptPart.END
+            prepared.rows[row].open_from[:count] = NEVER if ends else open_from
+        for each in prepared.compactions:
+            each.sequence.chosen_tokens = each.num_tokens
+            if each.open_after is not None:
+                each.sequence.open_from[:count] = each.open_after
+            self._pools.drop_spare(each.sequence)
 
     def _prepared(self, step: KVStep) -> Prepared:
         if not isinstance(step.prepared, Prepared):
             raise IntegrityError("the step was not reserved")
         return step.prepared
 
-    def _expire(self, sequence: Sequence, lane: Lane, num_blocks: int) -> None:
-        """Free the blocks before ``num_blocks`` of a lane."""
-        if num_blocks > sequence.expired_blocks[lane.first_row]:
-            lane.pool.release(sequence.expire(lane.rows, num_blocks))
+    def _expire(self, sequence: Sequence, lane: Lane, rows: Rows, num_blocks: int) -> None:
+        """Free the blocks before ``num_blocks`` of some rows of a lane, which are alike."""
+        if num_blocks > sequence.expired_blocks[rows[0]]:
+            lane.pool.release(sequence.expire(rows, num_blocks))
 
     def accept(self, handle: KVHandle, kept: Positions) -> None:
         """Keep only ``kept`` (ascending) of the last step's positions; they move to where the step began.
@@ -341,19 +361,19 @@ class PagedStore:
                 f"start at a multiple of {STRIP_TOKENS}",
             )
         self._check_rollback(sequence, stop)
-        dropped = self._pools.dropped_of(sequence)
-        if start and dropped:
+        extent = self._pools.extent(sequence, stop)
+        if start and not extent.is_even:
             raise IntegrityError(
                 f"plan {self.plan.plan} has dropped tokens: what is left has no part that begins at {start}",
                 "start at 0",
             )
         strips: list[npt.NDArray[np.uint8]] = []
-        for row, pool, first, end in self._pools.pieces(start, stop, dropped):
+        for row, pool, first, end in self._pools.pieces(start, extent):
             held = [pool.strip(entry) for entry in sequence.table[row, first:end].tolist()]
             if stop < end * STRIP_TOKENS:
                 held[-1] = self._blanked(held[-1], pool, stop % STRIP_TOKENS)
             strips.extend(strip.numpy() for strip in held)
-        return pack_span(self.fingerprint, start, stop, strips, dropped)
+        return pack_span(self.fingerprint, start, extent, strips)
 
     def _blanked(self, strip: Tensor, pool: StripPool, used: int) -> Tensor:
         """Return a copy without the slots from ``used`` on: they may hold what another sequence left there."""
@@ -369,35 +389,33 @@ class PagedStore:
             IntegrityError: damaged bytes, another model or plan, or a span that does not start where the sequence ends.
             OutOfBudget: the strips do not fit. In either case nothing changes.
         """
-        start, stop, dropped, payload = unpack_span(span, self.fingerprint)
+        start, extent, payload = unpack_span(span, self.fingerprint, len(self.plan.layers))
         sequence = self._sequence(handle)
         if start != sequence.num_tokens or start % STRIP_TOKENS:
             raise IntegrityError(f"the span starts at token {start}, the sequence ends at {sequence.num_tokens}")
-        if dropped and len(dropped) != len(self.plan.layers):
-            raise IntegrityError(f"the KV span names what {len(dropped)} layers dropped")
-        pieces = self._pools.pieces(start, stop, dropped)
+        pieces, count = self._pools.pieces(start, extent), extent.num_tokens - start
         if sum((end - first) * pool.strip_bytes for _, pool, first, end in pieces) != len(payload):
-            raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {stop - start} tokens")
-        self._extend(sequence, start, stop, dropped)
+            raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {count} tokens")
+        self._extend(sequence, start, extent)
         offset = 0
         for row, pool, first, end in pieces:
             for entry in sequence.table[row, first:end].tolist():
                 chunk = np.frombuffer(payload, dtype=np.uint8, count=pool.strip_bytes, offset=offset)
                 pool.strip(entry).numpy()[:] = chunk
                 offset += pool.strip_bytes
-        return stop - start
+        return count
 
-    def _extend(self, sequence: Sequence, start: int, stop: int, dropped: list[int]) -> None:
-        """Lengthen ``sequence`` from ``start`` to ``stop``, with the strips that it would hold then."""
+    def _extend(self, sequence: Sequence, start: int, extent: Extent) -> None:
+        """Lengthen ``sequence`` from ``start`` to ``extent``, with the strips that it would hold then."""
         self._pools.cut(sequence, start)  # blocks of a step that was reserved and never run
-        self._pools.extend(sequence, start, stop, dropped)
-        sequence.num_tokens = sequence.step_start = stop
-        if dropped:
-            sequence.chosen_tokens = stop
-            sequence.expired_blocks[: len(dropped)] = dropped
-        for lane in self._pools:
-            if lane.holding.part != "chosen":
-                self._expire(sequence, lane, lane.holding.rest(stop)[0])
+        self._pools.extend(sequence, start, extent)
+        sequence.num_tokens = sequence.step_start = extent.num_tokens
+        if not extent.is_even:
+            sequence.chosen_tokens = extent.num_tokens
+        if extent.open_from:
+            sequence.open_from[: len(extent.open_from)] = extent.open_from
+        for lane, rows, first, _ in self._pools.parts(extent):
+            self._expire(sequence, lane, rows, first)
         sequence.room = self._pools.room(sequence)
 
     # Bytes
@@ -412,7 +430,8 @@ class PagedStore:
         tokens = sum(sequence.num_tokens for sequence in self._sequences.values())
         layers = [layer for layer in self.plan.layers if layer.kv_source is None]
         width = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in layers)
-        dropped = sum(sum(self._pools.dropped_of(sequence)) for sequence in self._sequences.values())
+        extents = [self._pools.extent(each, each.num_tokens) for each in self._sequences.values()]
+        dropped = sum(sum(extent.dropped) for extent in extents)
         choosing = sum(layer.window is None for layer in layers)
         return KVReport(
             live_bytes=self._pools.live_bytes,
@@ -434,20 +453,22 @@ class PagedStore:
             entries += [sequence.spare[rows].reshape(-1) for sequence in self._sequences.values()]
             pool.check(np.concatenate([np.empty(0, dtype=np.uint32), *entries]))
         for sequence in self._sequences.values():
-            for lane in self._pools:
-                self._check_table(sequence, lane)
+            for part in self._pools.parts(self._pools.extent(sequence, sequence.num_tokens)):
+                _check_part(sequence, *part)
         if self._arena.ledger.held(OWNER, self._arena.tier.name) < self._pools.live_bytes:
             raise IntegrityError("the ledger charges fewer bytes than the pages that hold strips")
-
-    def _check_table(self, sequence: Sequence, lane: Lane) -> None:
-        """A lane holds what it should between steps; blocks of a step that never ran may lie behind that."""
-        held, end = sequence.table[lane.rows] != ABSENT, lane.holding.rest(sequence.num_tokens)[1]
-        for row, gone in zip(held, sequence.expired_blocks[lane.rows].tolist(), strict=True):
-            if row.size < end or not row[gone:end].all() or row[:gone].any():
-                raise IntegrityError("a table lacks strips that did not expire, or holds some that did")
 
     def close_all(self) -> None:
         """Close every sequence and give all pages back."""
         for handle_id in list(self._sequences):
             self.close(KVHandle(handle_id))
         self._pools.close()
+
+
+def _check_part(sequence: Sequence, lane: Lane, rows: Rows, _: int, end: int) -> None:
+    """Rows of a lane hold what they should between steps; blocks of a step that never ran may lie behind that."""
+    if lane.holding.part == "fresh":
+        return
+    held, gone = sequence.table[rows] != ABSENT, int(sequence.expired_blocks[rows[0]])
+    if held.shape[1] < end or not held[:, gone:end].all() or held[:, :gone].any():
+        raise IntegrityError("a table lacks strips that did not expire, or holds some that did")

@@ -83,21 +83,7 @@ class KVPlan:
                 if codec is not None:
                     raise PlanError(f"KV plan {text!r} names two codecs", _HINT)
                 codec = _make("codec", _codec_called(name), name, arguments)
-        plan = cls(codec or PlainCodec(), policy)
-        plan.check()
-        return plan
-
-    def check(self) -> None:
-        """Refuse parts that cannot work together.
-
-        Raises:
-            PlanError: names both and the way out.
-        """
-        if self.policy is not None and self.codec.seals:
-            raise PlanError(
-                f"KV policy {self.policy.name!r} cannot drop tokens that codec {self.codec.name!r} has sealed together",
-                "use a codec that writes tokens one by one: bfp, int8, fp8 or plain",
-            )
+        return cls(codec or PlainCodec(), policy)
 
     def bind(self, layers: Sequence[LayerSpec], dtype: str) -> BoundPlan:
         """Fix the plan to a model's layers and activation dtype (``float32``, ``bfloat16``, ``float16``).
@@ -165,6 +151,11 @@ class BoundPlan:
         return [index for index, layer in enumerate(self.layers) if _is_chosen(layer)]
 
     @property
+    def defers(self) -> bool:
+        """Whether a prompt's blocks wait for its end to be sealed: a policy chooses before the codec rounds."""
+        return bool(self.tails) and self.plan.policy is not None
+
+    @property
     def has_windows(self) -> bool:
         """Whether some layer forgets tokens behind a sliding window."""
         return any(layer.window is not None for layer in self.layers)
@@ -196,6 +187,12 @@ class BoundPlan:
             if not _owns(layer):
                 continue
             kept = self._kept_tokens(index, prompt_tokens, totals)
+            if self.defers and _is_chosen(layer):
+                waiting = np.minimum(totals, self._most_read(index, prompt_tokens))
+                strips = -(-waiting // STRIP_TOKENS) * self.tails[index].strip_bytes
+                sealed = kept // STRIP_TOKENS * fmt.strip_bytes
+                resident = resident + np.where(totals > prompt_tokens, sealed, strips)
+                continue
             blocks = kept // STRIP_TOKENS if self.tails else -(-kept // STRIP_TOKENS)
             if layer.window is not None:
                 # A step that ends at n leaves blocks from (n - ROLLBACK_TOKENS - window + 1) // 64 on.
@@ -241,10 +238,16 @@ class BoundPlan:
             return totals
         end_limit = policy.limit(index, ends_prompt=True)
         dropped = max(-(-(prompt_tokens - end_limit) // STRIP_TOKENS), 0)
-        most = prompt_tokens
-        if prompt_tokens > end_limit:  # what stays, and once more for the next choice
-            most = 2 * min(prompt_tokens, policy.limit(index, ends_prompt=False) + STRIP_TOKENS)
+        most = self._most_read(index, prompt_tokens)
         return np.where(totals > prompt_tokens, totals - dropped * STRIP_TOKENS, np.minimum(totals, most))
+
+    def _most_read(self, index: int, prompt_tokens: int) -> int:
+        """Return the most tokens of a chosen layer while a prompt is read: what stays, and where it is written anew."""
+        policy = self.plan.policy
+        assert policy is not None
+        if prompt_tokens <= policy.limit(index, ends_prompt=True) and not self.defers:
+            return prompt_tokens
+        return 2 * min(prompt_tokens, policy.limit(index, ends_prompt=False) + STRIP_TOKENS)
 
     def choice_bytes(self, step_tokens: int) -> int:
         """Return the most temporary bytes while a policy chooses in one layer behind a step of ``step_tokens``.
@@ -259,14 +262,21 @@ class BoundPlan:
         for index, layer in enumerate(self.layers):
             tokens = policy.limit(index, ends_prompt=False) + step_tokens + STRIP_TOKENS
             scores = (12 * layer.group_size + 1) * policy.window
-            most = max(most, tokens * (scores + 8 * layer.head_dim + 8 * (layer.head_dim + layer.v_head_dim)))
+            moved = 8 * (layer.head_dim + layer.v_head_dim) * (layer.num_kv_heads if self.defers else 1)
+            most = max(most, tokens * (scores + 8 * layer.head_dim + moved))
         return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
 
     def _staging_bytes(self, step_tokens: int) -> int:
         """Return what a step holds on top: blocks that wait, in one layer a pool, to be sealed or chosen from."""
         if self.plan.policy is not None:
-            chosen = {fmt for layer, fmt in zip(self.layers, self.formats, strict=True) if layer.window is None}
-            return (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)
+            formats = self.tails or self.formats
+            chosen = {fmt for layer, fmt in zip(self.layers, formats, strict=True) if layer.window is None}
+            staging = (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)
+            return staging + self._passing_bytes(step_tokens)
+        return self._passing_bytes(step_tokens)
+
+    def _passing_bytes(self, step_tokens: int) -> int:
+        """Return the bytes of blocks that a step fills and seals at once, in one layer a pool."""
         staged = {
             (fmt, layer.window, tail) for layer, fmt, tail in zip(self.layers, self.formats, self.tails, strict=False)
         }

@@ -14,7 +14,7 @@ from elbowroom.errors import IntegrityError
 from elbowroom.kernels.base import StripStep
 from elbowroom.kv.base import KVStep, Positions, PromptPart, Shortfall
 from elbowroom.kv.compaction import Compaction
-from elbowroom.kv.holding import Blocks, blocks_of
+from elbowroom.kv.holding import NEVER, Blocks, blocks_of
 from elbowroom.kv.layout import Lane, PoolSet
 from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.pool import ABSENT
@@ -38,6 +38,8 @@ class Prepared:
     """Where tokens go that are not sealed."""
     compactions: list[Compaction]
     """Rows behind which a policy chooses."""
+    waiting: dict[int, npt.NDArray[np.int64]]
+    """Rows whose prompt waits, unsealed, for its end -> first open block ``[num_layers]``."""
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ class _Need:
 
     def spare(self, lane: Lane) -> int:
         """Return the single strips that the layers which use staging ``lane`` need for the tokens that stay."""
-        return 0 if self.compaction is None else int(self.compaction.num_fresh(lane.users).sum())
+        return 0 if self.compaction is None else int(self.compaction.num_fresh(lane).sum())
 
 
 class Preparer:
@@ -67,7 +69,12 @@ class Preparer:
         self._pools, self._plan = pools, plan
         num_layers = len(plan.layers)
         self._tables = TableCache(num_layers)
-        self._tails = TailCache(num_layers, [lane.rows.tolist() for lane in pools.main])
+        staging = {
+            layer: staged.first_row
+            for lane, staged in zip(pools.main, pools.staging, strict=False)
+            for layer in lane.rows.tolist()
+        }
+        self._tails = TailCache(num_layers, staging)
 
     def clear(self) -> None:
         """Forget the last batch (and with it, sequences that were closed)."""
@@ -81,7 +88,8 @@ class Preparer:
             IntegrityError: rows or positions are not what the sequences can take; nothing changes then.
         """
         _check_rows(step, rows)
-        lengths, needs = self._needs(step, rows)
+        waiting = self._waiting(step, rows)
+        lengths, needs = self._needs(step, rows, waiting)
         steps: dict[int, StripStep] = {}
         for lane in self._pools.main:
             steps |= _strip_steps(step, rows, lengths, lane)
@@ -96,17 +104,30 @@ class Preparer:
             self._provide(needs, self._pools.take(counts))
         tails = None
         if self._pools.tails:
-            tails = self._tails.update(rows, step, lengths)
+            tails = self._tails.update(rows, step, lengths, waiting)
         compactions = [need.compaction for need in needs if need.compaction is not None]
         tables = self._tables.update(rows)
-        return Prepared(rows, lengths, steps, self._staged(tables, compactions), tails, compactions)
+        return Prepared(rows, lengths, steps, self._staged(tables, compactions), tails, compactions, waiting)
+
+    def _waiting(self, step: KVStep, rows: Rows[Sequence]) -> dict[int, npt.NDArray[np.int64]]:
+        """Return the rows whose full blocks are not sealed in this step, and from which block on."""
+        if not self._plan.defers:
+            return {}
+        count, found = len(self._plan.layers), {}
+        for row, sequence in enumerate(rows):
+            if sequence.is_open:
+                found[row] = sequence.open_from[:count].copy()
+            elif _part(step, row) is not PromptPart.NONE:
+                found[row] = np.full(count, NEVER, dtype=np.int64)
+                found[row][self._plan.chosen_layers] = sequence.num_tokens // STRIP_TOKENS
+        return found
 
     def _staged(self, tables: Table, compactions: Rows[Compaction]) -> Table:
         """Return tables in which the blocks that are staged stand where layers look for them."""
-        if not compactions:
+        if not compactions or self._pools.tails:
             return tables
         tables = tables.copy()
-        chosen = [lane for lane in self._pools.main if lane.holding.part == "chosen"]
+        chosen = [lane for lane in self._pools.main if lane.holding.chosen]
         for lane, staging in zip(chosen, self._pools.staging, strict=True):
             for each in compactions:
                 waiting = each.sequence.table[staging.first_row]
@@ -114,7 +135,9 @@ class Preparer:
                 tables[lane.rows[:, None], each.row, blocks[None]] = waiting[blocks]
         return tables
 
-    def _needs(self, step: KVStep, rows: Rows[Sequence]) -> tuple[npt.NDArray[np.int64], list[_Need]]:
+    def _needs(
+        self, step: KVStep, rows: Rows[Sequence], waiting: dict[int, npt.NDArray[np.int64]]
+    ) -> tuple[npt.NDArray[np.int64], list[_Need]]:
         """Check the positions; return each sequence's length after the step, and who needs blocks."""
         starts, needs = step.row_starts, []
         firsts, lasts = step.positions[starts[:-1]].tolist(), step.positions[starts[1:] - 1].tolist()
@@ -122,44 +145,66 @@ class Preparer:
             # A decoding row appends one token, mostly to a block that it has alone.
             if first != last or first != sequence.num_tokens or starts[row + 1] - starts[row] > 1:
                 _check_positions(sequence, step.positions[starts[row] : starts[row + 1]])
-            compaction = self._compaction(step, row, sequence, last + 1)
+            compaction = self._compaction(step, row, sequence, last + 1, waiting.get(row))
             if compaction is not None or last >= sequence.room or first < sequence.shared_blocks * STRIP_TOKENS:
-                need = self._need(sequence, step.positions[starts[row] : starts[row + 1]], compaction)
+                waits = row in waiting or not self._pools.tails
+                need = self._need(sequence, step.positions[starts[row] : starts[row + 1]], compaction, waits)
                 if compaction is not None or any(blocks.size for blocks in (*need.missing, *need.copies)):
                     needs.append(need)
         before = np.asarray([sequence.num_tokens for sequence in rows], dtype=np.int64)
         return np.maximum(before, np.asarray(lasts, dtype=np.int64) + 1), needs
 
-    def _compaction(self, step: KVStep, row: int, sequence: Sequence, num_tokens: int) -> Compaction | None:
-        """Return what a row drops of each layer, or None."""
-        part = PromptPart.NONE if step.prompts is None else PromptPart(step.prompts[row])
+    def _compaction(
+        self, step: KVStep, row: int, sequence: Sequence, num_tokens: int, open_from: npt.NDArray[np.int64] | None
+    ) -> Compaction | None:
+        """Return what a row drops of each layer, and seals at its prompt's end; None: nothing."""
+        part = _part(step, row)
         if part is PromptPart.NONE or not self._pools.staging or self._plan.plan.policy is None:
             return None
         before, ends = sequence.expired_blocks[: len(self._plan.layers)], part is PromptPart.END
         dropped = self._plan.dropped_blocks(before, num_tokens, ends_prompt=ends)
-        return None if (dropped == before).all() else Compaction(row, sequence, dropped, num_tokens)
+        seals = open_from is not None and ends and bool((open_from < num_tokens // STRIP_TOKENS).any())
+        if not seals and (dropped == before).all():
+            return None
+        open_after = None
+        if open_from is not None:
+            open_after = np.full_like(open_from, NEVER) if ends else open_from.copy()
+        return Compaction(row, sequence, dropped, num_tokens, ends, open_from, open_after)
 
-    def _need(self, sequence: Sequence, positions: Positions, compaction: Compaction | None) -> _Need:
+    def _need(self, sequence: Sequence, positions: Positions, compaction: Compaction | None, waits: bool) -> _Need:
         blocks = np.unique(positions // STRIP_TOKENS)
         length = max(sequence.num_tokens, int(positions[-1]) + 1)
         need = _Need(sequence, [], [], compaction)
         for lane in self._pools:
-            written = self._written(sequence, lane, blocks, length, compaction)
+            written = self._written(sequence, lane, blocks, length, compaction, waits)
             missing = sequence.missing(lane.first_row, written)
             need.missing.append(missing)
             need.copies.append(self.shared(sequence, lane, written[~np.isin(written, missing)]))
         return need
 
     def _written(
-        self, sequence: Sequence, lane: Lane, blocks: Blocks, num_tokens: int, compaction: Compaction | None
+        self,
+        sequence: Sequence,
+        lane: Lane,
+        blocks: Blocks,
+        num_tokens: int,
+        compaction: Compaction | None,
+        waits: bool,
     ) -> Blocks:
-        """Return those of ``blocks``, which a step writes, that it writes in ``lane``."""
-        if lane.holding.part == "all" or self._pools.tails:
+        """Return those of ``blocks``, which a step writes, that it writes in ``lane``.
+
+        What a policy will choose from is not sealed before (``waits``). Behind the step, begun blocks are replaced
+        where they lie; new ones need not be there in all layers at once.
+        """
+        part = lane.holding.part
+        if not (lane.holding.chosen and waits):
             return lane.holding.written(blocks, sequence.num_tokens, num_tokens)
+        if part in ("sealed", "fresh"):
+            return _NO_BLOCKS
         if compaction is None:
-            return _NO_BLOCKS if lane.holding.part == "staging" else blocks
+            return _NO_BLOCKS if part == "staging" else blocks
         begun = blocks < blocks_of(sequence.num_tokens)
-        return blocks[~begun if lane.holding.part == "staging" else begun]
+        return blocks[~begun if part == "staging" else begun]
 
     def shared(self, sequence: Sequence, lane: Lane, blocks: Blocks) -> Blocks:
         """Return those of ``blocks``, held in ``lane``, that somebody else holds too."""
@@ -181,7 +226,7 @@ class Preparer:
                 offset = middle + missing.size
                 need.sequence.put(lane.rows, missing, entries[:, middle:offset])
                 if need.compaction is not None and lane.users.size:
-                    counts = need.compaction.num_fresh(lane.users)
+                    counts = need.compaction.num_fresh(lane)
                     self._pools.set_spare(need.sequence, lane, entries[0, offset : offset + counts.sum()], counts)
                     offset += int(counts.sum())
         for need in needs:
@@ -197,12 +242,17 @@ class Preparer:
             lane.pool.release(old)
 
 
+def _part(step: KVStep, row: int) -> PromptPart:
+    """Return what a row has to do with a prompt."""
+    return PromptPart.NONE if step.prompts is None else PromptPart(step.prompts[row])
+
+
 def _strip_steps(
     step: KVStep, rows: Rows[Sequence], lengths: npt.NDArray[np.int64], lane: Lane
 ) -> dict[int, StripStep]:
     """Return the step as each layer of ``lane`` sees it: they differ in what has expired."""
     expired = np.zeros((lane.rows.size, len(rows)), dtype=np.int64)
-    if lane.holding.window is not None or lane.holding.part == "chosen":
+    if lane.holding.window is not None or lane.holding.chosen:
         for row, sequence in enumerate(rows):
             expired[:, row] = sequence.expired_blocks[lane.rows]
     made: dict[bytes, StripStep] = {}

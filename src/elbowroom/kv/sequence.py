@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from elbowroom.kv.holding import Blocks, blocks_of
+from elbowroom.kv.holding import NEVER, Blocks, blocks_of
 from elbowroom.kv.pool import ABSENT
 
 Table = npt.NDArray[np.uint32]
@@ -30,6 +30,8 @@ class Sequence:
         """Blocks before this one may be held by other sequences too; writing there needs a look."""
         self.expired_blocks = np.zeros(num_rows, dtype=np.int64)
         """For each row, leading blocks that are gone: behind a window, or blocks' worth of what a policy dropped."""
+        self.open_from = np.full(num_rows, NEVER, dtype=np.int64)
+        """For each layer, the first block of a prompt that waits, unsealed, for its end; NEVER between prompts."""
         self.chosen_tokens = 0
         """Tokens when a policy chose the last time: what lies before cannot be gone back to."""
         self.writable: npt.NDArray[np.int64] | None = None
@@ -44,6 +46,11 @@ class Sequence:
     def table(self) -> Table:
         """Table ``[num_rows, num_blocks]``, to be read only."""
         return self._table[:, : self.num_blocks]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether blocks of a prompt wait for its end."""
+        return bool((self.open_from < NEVER).any())
 
     def missing(self, row: int, blocks: Blocks) -> Blocks:
         """Return those of ``blocks`` without a strip in ``row``."""
@@ -88,7 +95,13 @@ class Sequence:
         self.num_blocks = min(self.num_blocks, blocks)
         self.shared_blocks = min(self.shared_blocks, blocks)
         self.expired_blocks = np.minimum(self.expired_blocks, blocks)
+        self._close_behind(blocks)
         self.version += 1
+
+    def _close_behind(self, num_blocks: int) -> None:
+        """Note that no prompt waits for its end any more, if none of its blocks is among the first ``num_blocks``."""
+        if (self.open_from[self.open_from < NEVER] >= num_blocks).any():
+            self.open_from[:] = NEVER
 
     def prefix(self, num_tokens: int) -> Sequence:
         """Return a sequence of the first ``num_tokens`` without strips; both know that their blocks are shared."""
@@ -96,7 +109,8 @@ class Sequence:
         twin.num_tokens = twin.step_start = num_tokens
         twin.shared_blocks = blocks_of(num_tokens)
         twin.expired_blocks = np.minimum(self.expired_blocks, twin.shared_blocks)
-        twin.chosen_tokens = self.chosen_tokens
+        twin.chosen_tokens, twin.open_from = self.chosen_tokens, self.open_from.copy()
+        twin._close_behind(twin.shared_blocks)
         self.shared_blocks = max(self.shared_blocks, twin.shared_blocks)
         return twin
 

@@ -15,24 +15,23 @@ import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
+from elbowroom.kv.holding import NEVER, Extent
 
 _MAGIC = b"ELBKV\x00\x00\x03"
 _DIGEST_BYTES = 32
 
 
-def pack_span(
-    fingerprint: bytes, start: int, stop: int, strips: Sequence[npt.NDArray[np.uint8]], dropped: Sequence[int] = ()
-) -> bytes:
-    """Return the object for tokens ``[start, stop)``.
+def pack_span(fingerprint: bytes, start: int, extent: Extent, strips: Sequence[npt.NDArray[np.uint8]]) -> bytes:
+    """Return the object for the tokens from ``start`` on.
 
     Args:
         fingerprint: names model and plan.
         start: first token.
-        stop: end of the tokens.
-        strips: their bytes, layer by layer.
-        dropped: blocks' worth of them that a policy dropped of each layer; empty: none.
+        extent: how the sequence is held.
+        strips: bytes of its tokens, layer by layer.
     """
-    fields = {"fingerprint": fingerprint.hex(), "start": start, "stop": stop, "dropped": list(dropped)}
+    fields = {"fingerprint": fingerprint.hex(), "start": start, "stop": extent.num_tokens}
+    fields |= {"dropped": list(extent.dropped), "open": list(extent.open_from)}
     header = json.dumps(fields).encode()
     views: list[memoryview] = [strip.data for strip in strips]  # no copy before the one that joins them
     parts: list[bytes | memoryview] = [_MAGIC, struct.pack("<I", len(header)), header, *views]
@@ -42,8 +41,8 @@ def pack_span(
     return b"".join((*parts, digest.digest()))
 
 
-def unpack_span(span: bytes, fingerprint: bytes) -> tuple[int, int, list[int], memoryview]:
-    """Return start, stop, the blocks' worth of tokens dropped of each layer, and the strips of a span.
+def unpack_span(span: bytes, fingerprint: bytes, num_layers: int) -> tuple[int, Extent, memoryview]:
+    """Return start, extent and the strips of a span.
 
     Raises:
         IntegrityError: truncated, damaged, or of another model, plan or version.
@@ -56,22 +55,27 @@ def unpack_span(span: bytes, fingerprint: bytes) -> tuple[int, int, list[int], m
         raise IntegrityError("the KV span fails its checksum", "prefill those tokens again")
     (length,) = struct.unpack_from("<I", body, len(_MAGIC))
     begin = len(_MAGIC) + 4
-    made_with, start, stop, dropped = _read_header(bytes(body[begin : begin + length]))
+    made_with, start, extent = _read_header(bytes(body[begin : begin + length]), num_layers)
     if made_with != fingerprint.hex():
         raise IntegrityError("the KV span is of another model or KV plan", "use the model and kv= it was made with")
-    return start, stop, dropped, body[begin + length :]
+    return start, extent, body[begin + length :]
 
 
-def _read_header(header: bytes) -> tuple[str, int, int, list[int]]:
-    """Return fingerprint, start, stop and dropped blocks."""
+def _read_header(header: bytes, num_layers: int) -> tuple[str, int, Extent]:
+    """Return fingerprint, start and extent."""
     try:
         fields = json.loads(header)
-        made_with, start, stop, dropped = (fields[name] for name in ("fingerprint", "start", "stop", "dropped"))
+        made_with, start, stop = (fields[name] for name in ("fingerprint", "start", "stop"))
+        exceptions = [fields[name] for name in ("dropped", "open")]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError("the KV span has no readable header") from error
     if type(start) is not int or type(stop) is not int or not 0 <= start < stop:
         raise IntegrityError(f"the KV span names the tokens {start!r}..{stop!r}")
-    counts = dropped if isinstance(dropped, list) else [None]
-    if (dropped and start) or not all(type(count) is int and 0 <= count * STRIP_TOKENS <= stop for count in counts):
-        raise IntegrityError(f"the KV span names {dropped!r} dropped blocks")
-    return str(made_with), start, stop, dropped
+    for blocks in exceptions:
+        counts = blocks if isinstance(blocks, list) and len(blocks) in (0, num_layers) else [None]
+        if (blocks and start) or not all(type(count) is int and 0 <= count <= NEVER for count in counts):
+            raise IntegrityError(f"the KV span names {blocks!r} as dropped or open blocks")
+    dropped, open_from = exceptions
+    if any(count * STRIP_TOKENS > stop for count in dropped):
+        raise IntegrityError(f"the KV span names {dropped!r} dropped blocks of {stop} tokens")
+    return str(made_with), start, Extent(stop, tuple(dropped), tuple(open_from))

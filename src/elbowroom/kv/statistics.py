@@ -48,15 +48,19 @@ def column_statistics(result: AttnOut, want: Want, q: Tensor, layer: LayerSpec, 
 def _opened(strips: LayerStrips, row: int, positions: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield, strip by strip, its first slot, its keys and which of a sequence's queries read it."""
     own, tail = positions // STRIP_TOKENS, strips.tail
+    first_open = own
+    if tail is not None and tail.open_from is not None:
+        first_open = own.clamp(max=int(tail.open_from[row]))
     blocks = range(int(strips.step.first_slots[row]) // STRIP_TOKENS, int(own.max()) + 1)
     for block in blocks:
-        readers = own >= block if tail is None else own > block
+        readers = own >= block if tail is None else first_open > block
         if readers.any():
             keys, _ = strips.layout.open(strip_at(strips.base, strips.fmt, int(strips.table[row, block])), strips.fmt)
             yield block * STRIP_TOKENS, keys, readers
-        if tail is not None and (own == block).any():
+        readers = (own >= block) & (first_open <= block)
+        if tail is not None and readers.any():
             place = int(tail.table[row, block - int(tail.first_blocks[row])])
-            yield block * STRIP_TOKENS, PLAIN.open(strip_at(tail.base, tail.fmt, place), tail.fmt)[0], own == block
+            yield block * STRIP_TOKENS, PLAIN.open(strip_at(tail.base, tail.fmt, place), tail.fmt)[0], readers
 
 
 def _probabilities(q: Tensor, keys: Tensor, layer: LayerSpec, positions: Tensor, first: int, lse: Tensor) -> Tensor:

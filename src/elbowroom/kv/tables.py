@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.kv.base import KVStep
+from elbowroom.kv.holding import NEVER
 from elbowroom.kv.pool import ABSENT
 from elbowroom.kv.sequence import Sequence, Table
 
@@ -61,44 +62,59 @@ class Tails:
     """``[num_layers, R, blocks]``: column b is block ``first_blocks[r] + b``."""
     first_blocks: npt.NDArray[np.int64]
     """``[R]``."""
-    full: Table
-    """``[num_layers, S]``: places of the blocks that the step fills."""
-    sealed: Table
-    """``[num_layers, S]``: where they are sealed."""
+    full: Rows[Table]
+    """For each layer, places ``[S]`` of the blocks that the step fills and seals."""
+    sealed: Rows[Table]
+    """For each layer, where they are sealed."""
+    open_from: npt.NDArray[np.int64] | None
+    """``[num_layers, R]``: blocks from here on wait for the end of a prompt; None: none does."""
+
+    def open_in(self, layer: int) -> npt.NDArray[np.int64] | None:
+        """Return the first open block of each row in ``layer``."""
+        return None if self.open_from is None else self.open_from[layer]
 
 
 class TailCache:
     """Tails of the last batch; a decoding batch needs new ones only at a block's boundary.
 
     Args:
-        num_layers: layers of the model. Of a sequence's table, these rows are followed by their tails and by staging.
-        members: layers of each staging row, in the order of those rows.
+        num_layers: layers of the model. Of a sequence's table, these rows are followed by those of their tails.
+        staging: for each layer with keys of its own, the row of the blocks that pass through.
     """
 
-    def __init__(self, num_layers: int, members: Rows[Rows[int]]) -> None:
+    def __init__(self, num_layers: int, staging: dict[int, int]) -> None:
         self._num_layers = num_layers
-        staging = {layer: 2 * num_layers + number for number, layers in enumerate(members) for layer in layers}
-        self._owner = members[0][0]
+        self._owners = sorted(staging)
         # Layers that read those of others have rows without strips.
         self._staging = np.asarray([staging.get(layer, num_layers + layer) for layer in range(num_layers)])
         self._last: tuple[tuple[Sequence, ...], list[int], list[int], Tails] | None = None
 
-    def update(self, rows: Rows[Sequence], step: KVStep, lengths: npt.NDArray[np.int64]) -> Tails:
+    def update(
+        self,
+        rows: Rows[Sequence],
+        step: KVStep,
+        lengths: npt.NDArray[np.int64],
+        waiting: dict[int, npt.NDArray[np.int64]],
+    ) -> Tails:
         """Return the tails of ``rows``.
 
         Args:
             rows: sequences of the step.
             step: their positions.
             lengths: tokens of each sequence behind the step.
+            waiting: for each row whose prompt waits for its end, the first open block ``[num_layers]``.
         """
         first = step.positions[step.row_starts[:-1]] // STRIP_TOKENS
         last = step.positions[step.row_starts[1:] - 1] // STRIP_TOKENS
         batch, versions, blocks = tuple(rows), [sequence.version for sequence in rows], first.tolist()
         filled = bool((lengths // STRIP_TOKENS > first).any())
         known = self._last
+        if waiting:
+            self._last = None
+            return self._make(rows, first, last, lengths, waiting)
         if known is not None and not filled and (batch, versions, blocks) == known[:3] and bool((first == last).all()):
             return known[3]
-        tails = self._make(rows, first, last, lengths)
+        tails = self._make(rows, first, last, lengths, waiting)
         # What the step fills is filled once.
         self._last = None if filled else (batch, versions, blocks, tails)
         return tails
@@ -113,16 +129,32 @@ class TailCache:
         first: npt.NDArray[np.int64],
         last: npt.NDArray[np.int64],
         lengths: npt.NDArray[np.int64],
+        waiting: dict[int, npt.NDArray[np.int64]],
     ) -> Tails:
         count = self._num_layers
+        open_from = np.full((count, len(rows)), NEVER, dtype=np.int64)
+        for row, blocks in waiting.items():
+            open_from[:, row] = blocks
+        first = np.minimum(first, open_from.min(axis=0))
         tables = np.full((count, len(rows), int((last - first).max(initial=0)) + 1), ABSENT, dtype=np.uint32)
-        full: list[Table] = [np.empty((count, 0), dtype=np.uint32)]
-        sealed: list[Table] = [np.empty((count, 0), dtype=np.uint32)]
+        full: list[list[Table]] = [[] for _ in range(count)]
+        sealed: list[list[Table]] = [[] for _ in range(count)]
         for row, (sequence, begin, end) in enumerate(zip(rows, first.tolist(), (last + 1).tolist(), strict=True)):
             tail, passing = sequence.table[count : 2 * count, begin:end], sequence.table[self._staging, begin:end]
             tables[:, row, : end - begin] = np.where(tail == ABSENT, passing, tail)
             # Blocks between positions that are written again may be sealed already.
-            filled = np.flatnonzero(tables[self._owner, row, : int(lengths[row]) // STRIP_TOKENS - begin] != ABSENT)
-            full.append(tables[:, row, filled])
-            sealed.append(sequence.table[:count, begin + filled])
-        return Tails(tables, first, np.concatenate(full, axis=1), np.concatenate(sealed, axis=1))
+            held = tables[:, row, : int(lengths[row]) // STRIP_TOKENS - begin] != ABSENT
+            owners = [layer for layer in self._owners if row not in waiting or open_from[layer, row] == NEVER]
+            filled = np.flatnonzero(held[owners[0]]) if owners else np.empty(0, dtype=np.int64)
+            for layer in owners if filled.size else []:
+                full[layer].append(tables[layer, row, filled])
+                sealed[layer].append(sequence.table[layer, begin + filled])
+        return Tails(
+            tables, first, _joined(full), _joined(sealed), np.ascontiguousarray(open_from) if waiting else None
+        )
+
+
+def _joined(parts: Rows[Rows[Table]]) -> list[Table]:
+    """Return the places of each layer in one array."""
+    none = np.empty(0, dtype=np.uint32)
+    return [np.concatenate([none, *each]) for each in parts]

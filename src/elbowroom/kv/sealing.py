@@ -1,0 +1,168 @@
+"""Sealing at a prompt's end: a policy chooses among tokens as they were computed, and what stays is sealed whole.
+
+While a prompt is read its blocks wait in the tail, unsealed. Behind a part of it tokens may be dropped and stay as they
+are. Behind its end what is kept fills blocks, and those are sealed. Blocks that an earlier prompt has sealed go or stay
+whole: they are never opened and sealed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elbowroom.core import STRIP_TOKENS, LayerSpec
+from elbowroom.kernels import StripStep, attention
+from elbowroom.kernels.base import PLAIN, UNIT_BYTES, LayerStrips, Tail
+from elbowroom.kv.codecs import Codec
+from elbowroom.kv.compaction import Compaction, checked_choice
+from elbowroom.kv.holding import blocks_of
+from elbowroom.kv.layout import Lane
+from elbowroom.kv.policies import LayerView, TokenPolicy
+from elbowroom.kv.sequence import Table
+from elbowroom.kv.tables import Tails
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenLayer:
+    """Where a layer's sealed and open blocks lie while a step runs."""
+
+    main: Lane
+    tail: Lane
+    sealed: Table
+    """Entries of the sealed blocks, in their order."""
+    opened: Table
+    """Entries of the open ones behind them."""
+    num_open: int
+    """Tokens in those."""
+
+    @property
+    def num_sealed(self) -> int:
+        """Tokens in sealed blocks."""
+        return self.sealed.size * STRIP_TOKENS
+
+    def open_head(self, head: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a KV head in the open blocks, ``[num_open, D]``."""
+        pool = self.tail.pool
+        pairs = [PLAIN.open(pool.strip(int(entry)), pool.fmt) for entry in self.opened]
+        k, v = (torch.cat([part[head] for part in parts])[: self.num_open] for parts in zip(*pairs, strict=True))
+        return k, v
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What stays of a layer."""
+
+    sealed: Table
+    """Entries of sealed blocks."""
+    opened: Tensor
+    """int64 ``[Hkv, m]``: tokens of the open ones."""
+
+
+class Sealer:
+    """Moves and seals what a policy keeps of a layer.
+
+    Args:
+        policy: who chooses.
+        codec: how strips are sealed.
+    """
+
+    def __init__(self, policy: TokenPolicy, codec: Codec) -> None:
+        self._policy, self._codec = policy, codec
+
+    def compact(self, compaction: Compaction, layer: int, spec: LayerSpec, place: OpenLayer) -> None:
+        """Keep what the policy chooses of ``layer``, seal it if the prompt ends, and free the rest."""
+        kept = self._choose(compaction, layer, spec, place)
+        sequence, num_tokens = compaction.sequence, compaction.num_tokens
+        first = int(compaction.dropped_blocks[layer])
+        middle = first + kept.sealed.size
+        full = num_tokens // STRIP_TOKENS if compaction.ends_prompt else middle
+        fresh = sequence.take_spare(layer, full - middle)
+        tail_row = int(place.tail.rows[np.flatnonzero(place.main.rows == layer)[0]])
+        targets = sequence.take_spare(tail_row, blocks_of(num_tokens) - full)
+        self._write(place, kept.opened, fresh, targets)
+        if compaction.open_after is not None and not compaction.ends_prompt:
+            compaction.open_after[layer] = middle
+        held = sequence.replace(layer, first, np.concatenate([kept.sealed, fresh]))
+        place.main.pool.release(held[~np.isin(held, kept.sealed)])
+        place.tail.pool.release(sequence.replace(tail_row, full, targets))
+
+    def _choose(self, compaction: Compaction, layer: int, spec: LayerSpec, place: OpenLayer) -> Kept:
+        """Return what stays: of the sealed blocks whole ones, of the open ones any tokens."""
+        held, count = compaction.held_tokens(layer), place.num_sealed + place.num_open
+        queries = compaction.queries.pop(layer, torch.empty(0, spec.num_q_heads, spec.head_dim))
+        if held == count:
+            return Kept(place.sealed, torch.arange(place.num_open).expand(spec.num_kv_heads, -1))
+        view = LayerView(layer, spec, queries, _HeadKeys(self._codec, place), count)
+        return _whole_blocks(checked_choice(self._policy, view, held), place)
+
+    def _write(self, place: OpenLayer, chosen: Tensor, fresh: Table, targets: Table) -> None:
+        """Write the ``chosen`` tokens of open blocks, those for ``fresh`` strips sealed, those for ``targets`` open."""
+        fmt = place.tail.pool.fmt
+        buffer = torch.zeros(fresh.size * fmt.strip_bytes, dtype=torch.uint8)
+        waiting = [buffer[start : start + fmt.strip_bytes] for start in range(0, buffer.numel(), fmt.strip_bytes)]
+        strips = [*waiting, *(place.tail.pool.strip(int(entry)) for entry in targets)]
+        views = [PLAIN.open(strip, fmt) for strip in strips]
+        for head in range(fmt.num_kv_heads if strips else 0):
+            k, v = (torch.split(rows[chosen[head]], STRIP_TOKENS) for rows in place.open_head(head))
+            for (keys, values), new_keys, new_values in zip(views, k, v, strict=True):
+                keys[head, : new_keys.shape[0]] = new_keys
+                values[head, : new_values.shape[0]] = new_values
+        if fresh.size:
+            self._seal(place.main, buffer, place.tail, fresh)
+
+    def _seal(self, main: Lane, buffer: Tensor, tail: Lane, fresh: Table) -> None:
+        """Seal the plain strips of ``buffer`` into ``fresh`` ones."""
+        fmt = tail.pool.fmt
+        nobody, nothing = np.empty((0, 0), dtype=np.uint32), np.empty(0, dtype=np.int64)
+        units = np.arange(fresh.size, dtype=np.uint32) * np.uint32(fmt.strip_bytes // UNIT_BYTES)
+        seals = Tail(table=nobody, first_blocks=nothing, base=buffer, fmt=fmt, full=units, sealed=fresh)
+        strips = LayerStrips(StripStep.of_runs([]), nobody, main.pool.base, main.pool.fmt, self._codec, seals)
+        attention.append(strips, *(torch.empty(0, fmt.num_kv_heads, width) for width in (fmt.head_dim, fmt.v_head_dim)))
+
+
+class _HeadKeys:
+    """Keys of a KV head, float32 ``[n, D]``: those of sealed strips as they are read, then open ones."""
+
+    def __init__(self, codec: Codec, place: OpenLayer) -> None:
+        self._codec, self._place = codec, place
+
+    def __call__(self, head: int) -> Tensor:
+        pool = self._place.main.pool
+        strips: Rows[Tensor] = [pool.strip(int(entry)) for entry in self._place.sealed]
+        sealed = [self._codec.open(strip, pool.fmt)[0][head].float() for strip in strips]
+        return torch.cat([*sealed, self._place.open_head(head)[0].float()])
+
+
+def _whole_blocks(chosen: Tensor, place: OpenLayer) -> Kept:
+    """Return what stays where sealed blocks stay whole or go, as many tokens as were ``chosen``, int64 ``[Hkv, m]``.
+
+    Tokens chosen of the open blocks stay. Sealed blocks share the rest: first the one that holds the first tokens
+    (attention sinks), then those of which the most tokens were chosen. What does not fill a block goes to the newest.
+    """
+    held, num_sealed = chosen.shape[1], place.num_sealed
+    is_open = chosen >= num_sealed
+    count = min((held - int(is_open.sum(1).max())) // STRIP_TOKENS, place.sealed.size)
+    marks = torch.zeros(max(place.sealed.size, 1), dtype=torch.int64)
+    blocks = chosen[~is_open] // STRIP_TOKENS
+    marks.index_add_(0, blocks, torch.ones_like(blocks))
+    marks[0] += chosen.numel()
+    best = marks.sort(descending=True, stable=True).indices[:count].sort().values
+    rank = torch.arange(place.num_open).repeat(chosen.shape[0], 1)
+    for head, (row, mine) in enumerate(zip(chosen, is_open, strict=True)):
+        rank[head, row[mine] - num_sealed] += place.num_open
+    opened = rank.topk(held - count * STRIP_TOKENS, dim=1).indices.sort(dim=1).values
+    return Kept(place.sealed[best.numpy()], opened)
+
+
+def open_layer(compaction: Compaction, layer: int, main: Lane, tail: Lane, tails: Tails) -> OpenLayer:
+    """Return where ``layer`` lies while a step of ``compaction`` runs."""
+    assert compaction.open_from is not None
+    sequence, split = compaction.sequence, int(compaction.open_from[layer])
+    sealed = sequence.table[layer, int(sequence.expired_blocks[layer]) : split]
+    begin, end = int(tails.first_blocks[compaction.row]), blocks_of(compaction.num_tokens)
+    opened = tails.tables[layer, compaction.row, split - begin : end - begin]
+    return OpenLayer(main, tail, sealed, opened, compaction.num_tokens - split * STRIP_TOKENS)
