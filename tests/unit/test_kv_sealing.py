@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -136,17 +134,6 @@ class Layer:
 
 def place(order: np.ndarray, fmt: PageFormat) -> np.ndarray:
     return (order * (fmt.strip_bytes // 64)).astype(np.uint32)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512", "emulated512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = importlib.import_module("elbowroom._native")
-    if request.param not in module.supported_isas():
-        pytest.skip(f"this CPU or build has no {request.param}; it has {', '.join(module.supported_isas())}")
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
 
 
 @native
