@@ -90,6 +90,8 @@ class PageFormat:
     value_bits: int = 0
     block: int = 0
     """Elements that share a scale; 0: all of a head."""
+    sealed: bool = False
+    """Whether a strip is encoded whole, once it is full, so that new tokens need a plain one beside it."""
 
     @property
     def strip_bytes(self) -> int:

@@ -1,15 +1,37 @@
-"""C++ programs of the tests: sources of ``native/`` and a ``main``, built by the system compiler."""
+"""Native code in tests: its instruction sets, and C++ programs of ``native/`` and a ``main``."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ISAS = ("baseline", "avx2", "avx512", "emulated512")
+"""Instruction sets of ``elbowroom._native``."""
+
+
+@contextlib.contextmanager
+def instructions(isa: str) -> Iterator[None]:
+    """Compute natively with ``isa``; skips where the CPU or the build has none."""
+    if importlib.util.find_spec("elbowroom._native") is None:
+        pytest.skip("elbowroom._native was not built (ELBOWROOM_NATIVE=0)")
+    module = importlib.import_module("elbowroom._native")
+    if isa not in module.supported_isas():
+        pytest.skip(f"this CPU or build has no {isa}; it has {', '.join(module.supported_isas())}")
+    before = module.isa()
+    module.set_isa(isa)
+    try:
+        yield
+    finally:
+        module.set_isa(before)
 
 
 def build_program(main: str, sources: list[str], directory: Path, sanitize: str = "") -> Path:

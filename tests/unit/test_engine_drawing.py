@@ -6,7 +6,6 @@ import importlib.util
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,24 +22,6 @@ ROUNDING = 1e-5
 """Share by which weights, and sums of them, may differ between two ways to compute them in float32."""
 CHI_SQUARE_999 = {3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3, 8: 26.1, 9: 27.9, 10: 29.6, 11: 31.3}
 """Quantile 0.999 by degrees of freedom."""
-
-
-def isas() -> list[str]:
-    if importlib.util.find_spec("elbowroom._native") is None:
-        return []
-    from elbowroom import _native
-
-    return _native.supported_isas()
-
-
-@pytest.fixture(params=isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    from elbowroom import _native
-
-    before = _native.isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
 
 
 def random_draw(rng: random.Random) -> Draw:

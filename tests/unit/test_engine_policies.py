@@ -120,11 +120,13 @@ def test_a_session_is_compressed_before_its_questions_come(directory: Path) -> N
         assert again.cached_tokens == 1000
 
 
-@pytest.mark.parametrize("kv", ["streaming(tokens=512)", "snapkv(512)", "kivi(k=2,v=2,g=64)", TAPERING])
+@pytest.mark.parametrize(
+    "kv", ["streaming(tokens=512)", "snapkv(512)", "kivi(k=2,v=2,g=64)", "snapkv(128) | kivi", TAPERING]
+)
 @pytest.mark.parametrize("count", [64, 576, 600])
 def test_what_is_accepted_runs_without_a_shortfall(decoder: Decoder, kv: str | KVPlan, count: int) -> None:
-    """Prompts just above a budget, and of a whole block, in stores of every size that takes them."""
-    for capacity in range(count // 64 * 64 + 64, 2000, 192):
+    """Prompts just above a budget, and of a whole block, in stores of every size that makes them share."""
+    for capacity in range(count // 64 * 64 + 64, min(2000, 3 * count + 400), 192):
         stepper = Stepper(Subject(decoder, ComputePath(0), kv), capacity)
         shortfalls = watched(stepper)
         try:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.native import ISAS, instructions
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
@@ -26,21 +27,14 @@ HAS_NATIVE = importlib.util.find_spec("elbowroom._native") is not None
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 
-@pytest.fixture(params=["reference", "baseline", "avx2", "avx512", "emulated512"])
+@pytest.fixture(params=["reference", *ISAS])
 def backend(request: pytest.FixtureRequest) -> Iterator[AttentionKernels]:
     """The reference, and the native backend with each instruction set that runs here."""
     if request.param == "reference":
         yield attention.BACKENDS.get("reference")
         return
-    if not HAS_NATIVE:
-        pytest.skip("elbowroom._native was not built (ELBOWROOM_NATIVE=0)")
-    native = importlib.import_module("elbowroom._native")
-    if request.param not in native.supported_isas():
-        pytest.skip(f"this CPU or build has no {request.param}; it has {', '.join(native.supported_isas())}")
-    before = native.isa()
-    native.set_isa(request.param)
-    yield attention.BACKENDS.get("native")
-    native.set_isa(before)
+    with instructions(request.param):
+        yield attention.BACKENDS.get("native")
 
 
 def make_spec(

@@ -8,12 +8,12 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.native import instructions
 from torch import Tensor
 
 if importlib.util.find_spec("elbowroom._native") is None:
@@ -25,17 +25,6 @@ _native = importlib.import_module("elbowroom._native")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 47, 48, 100)
 """Both sides of every change between rows and panels."""
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that runs here."""
-    if request.param not in _native.supported_isas():
-        pytest.skip(f"this CPU or build has no {request.param}; it has {', '.join(_native.supported_isas())}")
-    before = _native.isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -160,13 +149,9 @@ def test_any_product_equals_float64(
     rows: int, cols: int, num_tokens: int, extra: int, dtype: torch.dtype, biased: bool, scale: float
 ) -> None:
     weight = draw(rows, cols + extra, seed=rows).to(dtype)[:, :cols]
-    before = _native.isa()
-    try:
-        for name in _native.supported_isas():
-            _native.set_isa(name)
+    for name in _native.supported_isas():
+        with instructions(name):
             check(scale * draw(num_tokens, cols, seed=cols), weight, draw(rows) if biased else None)
-    finally:
-        _native.set_isa(before)
 
 
 def test_the_default_dtype_of_torch_changes_nothing() -> None:

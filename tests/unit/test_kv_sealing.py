@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from torch import Tensor
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import IntegrityError, PlanError
 from elbowroom.kernels import LayerStrips, StripStep, Tail, attention, reference
+from elbowroom.kernels.base import PLAIN
 from elbowroom.kv import KVPlan
 from elbowroom.kv.base import KVHandle
 
@@ -138,17 +137,6 @@ def place(order: np.ndarray, fmt: PageFormat) -> np.ndarray:
     return (order * (fmt.strip_bytes // 64)).astype(np.uint32)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "emulated512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = importlib.import_module("elbowroom._native")
-    if request.param not in module.supported_isas():
-        pytest.skip(f"this CPU or build has no {request.param}; it has {', '.join(module.supported_isas())}")
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
-
-
 @native
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("plan", PLANS)
@@ -211,6 +199,29 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch() -> None:
             out, _ = attention.attend(strips, SPEC, q[count:])
         outs.append(out[-1])
     torch.testing.assert_close(outs[0].float(), outs[1].float(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=native)])
+def test_a_tail_is_refused_without_sealed_strips_and_sealed_strips_without_a_tail(backend: str) -> None:
+    kernels = attention.BACKENDS.get(backend)
+    layer = Layer("kivi(2,2,64)", SPEC, "float32", [70])
+    strips = layer.strips([70])
+    plain = dataclasses.replace(strips, fmt=layer.tail_fmt, table=layer.tails, base=layer.tail_base, layout=PLAIN)
+    rows = [draw(seed, 70, 2, 64) for seed in (1, 2)]
+    before = layer.base.clone(), layer.tail_base.clone()
+
+    for wrong, message in (
+        (dataclasses.replace(strips, tail=None), "format kivi is sealed whole: its new tokens need a tail"),
+        (plain, "format plain takes tokens itself: it has no tail"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention.append(wrong, *rows, backend=kernels)
+        with pytest.raises(ValueError, match=message):
+            attention.attend(wrong, SPEC, draw(3, 70, 8, 64), backend=kernels)
+    assert torch.equal(layer.base, before[0])
+    assert torch.equal(layer.tail_base, before[1])
+    attention.append(strips, *rows, backend=kernels)
+    assert not torch.equal(layer.base, before[0])
 
 
 def open_blocks(world: World, handle: KVHandle) -> list[int]:

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tests.support.decoder_world import (
     spec,
     upcast,
 )
+from tests.support.native import instructions
 from torch import Tensor
 
 from elbowroom.kernels import LayerStrips
@@ -50,17 +50,6 @@ from elbowroom.models.native import NativeDecoder
 _native = importlib.import_module("elbowroom._native")
 COUNTS = (1, 7, 9, 16, 17, 32, 40, 50)
 HALVES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that runs here."""
-    if request.param not in _native.supported_isas():
-        pytest.skip(f"this CPU or build has no {request.param}; it has {', '.join(_native.supported_isas())}")
-    before = _native.isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
 
 
 def twins(made: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Decoder, NativeDecoder]:
@@ -152,14 +141,10 @@ CONFIG_STRATEGY = st.builds(
 @settings(max_examples=40, deadline=None, database=None)
 @given(made=CONFIG_STRATEGY, dtype=st.sampled_from([torch.float32, *HALVES]), data=st.data())
 def test_any_configuration_equals_the_readable_decoder(made: ModelConfig, dtype: torch.dtype, data: Any) -> None:
-    before = _native.isa()
-    _native.set_isa(data.draw(st.sampled_from(_native.supported_isas())))
-    try:
+    with instructions(data.draw(st.sampled_from(_native.supported_isas()))):
         oracle, native = twins(made, dtype)
         check_dense(oracle, native, data.draw(st.integers(1, 40)))
         check_paged(oracle, native, tuple(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))))
-    finally:
-        _native.set_isa(before)
 
 
 # --- rows, batches, schedules ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 from types import ModuleType
 
 import pytest
+from tests.support.native import instructions
 
 from elbowroom.memory.meter import rss_bytes
 
@@ -47,12 +48,10 @@ def test_a_buffer_in_the_cache_is_read_faster_than_memory(native: ModuleType) ->
 def test_wider_instructions_multiply_faster(native: ModuleType) -> None:
     if native.supported_isas()[-1] == "baseline":
         pytest.skip("this CPU or build has only the baseline")
-    before = native.isa()
     rates = {}
     for name in ("baseline", native.supported_isas()[-1]):
-        native.set_isa(name)
-        rates[name] = native.fma_gflop_per_s(50)
-    native.set_isa(before)
+        with instructions(name):
+            rates[name] = native.fma_gflop_per_s(50)
 
     baseline, best = rates.values()
     assert 0.1 < baseline < best

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,17 +34,6 @@ if importlib.util.find_spec("elbowroom._native") is None:
 from elbowroom.models.native import NativeDecoder
 
 _native = importlib.import_module("elbowroom._native")
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that runs here."""
-    if request.param not in _native.supported_isas():
-        pytest.skip(f"this CPU or build has no {request.param}; it has {', '.join(_native.supported_isas())}")
-    before = _native.isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
 
 
 def twins(made: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Decoder, NativeDecoder]:

@@ -231,6 +231,9 @@ def check_strips(strips: LayerStrips) -> None:
     """
     step, tail = strips.step, strips.tail
     _check_table(strips.table, strips.base, strips.fmt, step)
+    if strips.fmt.sealed != (tail is not None):
+        needs = "is sealed whole: its new tokens need a tail" if tail is None else "takes tokens itself: it has no tail"
+        raise ValueError(f"a strip of format {strips.fmt.codec} {needs}")
     if tail is None:
         if step.max_length > strips.table.shape[1] * STRIP_TOKENS:
             raise ValueError(f"a sequence is longer than the {strips.table.shape[1]} blocks of the table")

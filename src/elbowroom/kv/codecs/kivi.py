@@ -61,6 +61,7 @@ class KiviCodec:
             key_bits=int(self.k),
             value_bits=int(self.v),
             block=int(self.g),
+            sealed=self.seals,
         )
 
     def store(self, strip: Tensor, fmt: PageFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:

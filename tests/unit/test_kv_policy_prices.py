@@ -1,0 +1,114 @@
+"""Plans with policies cost what they are priced at: bytes that a store holds, and memory while a policy chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from elbowroom.core import LayerSpec
+from elbowroom.kv import KVHandle, KVPlan, KVStep, PagedStore, Want
+from elbowroom.kv.base import PromptPart
+from elbowroom.memory import Arena, Budget, HostTier, Ledger
+from elbowroom.memory.meter import reset_peak
+
+# One head of 16 + 16 float32 makes a strip of 8 KiB: two whole pages, so that bytes can be compared exactly.
+SPEC = LayerSpec(num_q_heads=1, num_kv_heads=1, head_dim=16, v_head_dim=16, scale=0.25, rope=None)
+STRIP = 64 * 32 * 4
+
+
+def append(store: PagedStore, handle: KVHandle, count: int, part: PromptPart) -> None:
+    start = store.num_tokens(handle)
+    parts = np.array([part], dtype=np.int8)
+    step = KVStep((handle,), np.array([0, count], dtype=np.int32), np.arange(start, start + count), parts)
+    assert store.reserve(step) is None
+    x = torch.randn(count, 1, 16, generator=torch.Generator().manual_seed(start))
+    for layer in range(len(store.plan.layers)):
+        store.attend(layer, x, x, x, step, Want())
+        store.end_layer(layer, step)
+    store.end_step(step)
+
+
+@pytest.mark.parametrize("text", ["snapkv(96)", "streaming(96)"])
+@pytest.mark.parametrize("chunks", [[1000], [300, 150, 550]])
+@pytest.mark.parametrize("window", [70, 500])
+def test_a_window_beside_a_policy_is_priced_by_what_was_read(text: str, chunks: list[int], window: int) -> None:
+    """It reads the newest tokens of all, and holds more of them than the policy leaves to the other layers."""
+    layers = [SPEC, SPEC, dataclasses.replace(SPEC, window=window)]
+    plan = KVPlan.parse(text).bind(layers, "float32")
+    ledger = Ledger(Budget({}))
+    store = PagedStore(plan, Arena(HostTier(), ledger), 2**22)
+    handle, prompt, held = store.open(), sum(chunks), []
+    for number, count in enumerate(chunks):
+        append(store, handle, count, PromptPart.END if number == len(chunks) - 1 else PromptPart.PART)
+    for _ in range(140):
+        append(store, handle, 1, PromptPart.NONE)
+        held.append(ledger.held("kv", "host"))
+    priced = plan.curve(prompt, prompt + 1 + np.arange(len(held)), step_tokens=max(chunks)).resident_bytes
+
+    assert held[0] >= (2 + 1 + window // 64) * STRIP
+    assert (np.array(held) <= priced).all()
+    assert (np.array(held) >= priced - 2 * STRIP).all(), "more than a window's two blocks that may be gone"
+
+
+CHOICE = """
+import json, sys
+import numpy as np, torch
+from elbowroom.core import LayerSpec
+from elbowroom.kv import KVPlan, KVStep, PagedStore, Want
+from elbowroom.kv.base import PromptPart
+from elbowroom.memory import Arena, Budget, HostTier, Ledger
+from elbowroom.memory.meter import peak_rss_bytes, reset_peak, rss_bytes
+
+text, dtype, count, group, num_kv, dim = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+torch.set_num_threads(1)
+spec = LayerSpec(num_q_heads=group * num_kv, num_kv_heads=num_kv, head_dim=dim, v_head_dim=dim, scale=0.1, rope=None)
+plan = KVPlan.parse(text).bind([spec], dtype)
+store = PagedStore(plan, Arena(HostTier(), Ledger(Budget({}))), 2**28)
+q, k, v = (torch.randn(count, heads, dim, dtype=getattr(torch, dtype)) for heads in (group * num_kv, num_kv, num_kv))
+growth = 0
+for _ in range(2):  # the first one makes strips and code resident
+    handle = store.open()
+    for start in (0, count):
+        parts = np.array([PromptPart.END if start else PromptPart.PART], dtype=np.int8)
+        step = KVStep((handle,), np.array([0, count], dtype=np.int32), np.arange(start, start + count), parts)
+        assert store.reserve(step) is None
+        reset_peak()
+        before = rss_bytes()
+        out = store.attend(0, q, k, v, step, Want())
+        store.end_layer(0, step)
+        growth = peak_rss_bytes() - before
+        del out
+        store.end_step(step)
+    store.close(handle)
+print(json.dumps([growth, plan.choice_bytes(count)]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "shape"),
+    [
+        ("snapkv(tokens=512,w=64)", "bfloat16", (1024, 8, 2, 64)),  # scores weigh most
+        ("streaming(512)", "float32", (1024, 1, 8, 128)),  # keys, strips and the output of attention
+    ],
+)
+def test_a_choice_takes_no_more_memory_than_the_engine_sets_aside(
+    text: str, dtype: str, shape: tuple[int, int, int, int]
+) -> None:
+    """The peak of a process while one layer attends and a policy chooses from it, strips being resident already."""
+    if not reset_peak():
+        pytest.skip("this system does not let a process reset VmHWM")
+    # Every large buffer is mapped by itself: what was given back before cannot hide what is taken now.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", CHOICE, text, dtype, *map(str, shape)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    growth, priced = json.loads(done.stdout)
+
+    assert growth <= priced
+    assert growth > 0.3 * priced, "or the measurement missed the choice"
