@@ -90,6 +90,10 @@ class PageFormat:
     value_bits: int = 0
     block: int = 0
     """Elements that share a scale; 0: all of a head."""
+    key_channels: int = 0
+    """Channels of a key that are stored, where a policy has dropped some (``kv.codecs.reduced``); 0: all."""
+    counts: bool = False
+    """Whether a slot may stand for several tokens, which the strip counts."""
     sealed: bool = False
     """Whether a strip is encoded whole, once it is full, so that new tokens need a plain one beside it."""
 

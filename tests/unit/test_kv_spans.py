@@ -181,7 +181,9 @@ def test_span_with_too_few_strips_is_refused_before_anything_is_taken():
     world = World([FULL])
     twin = world.open()
     before = world.state()
-    header = json.dumps({"fingerprint": world.store.fingerprint.hex(), "start": 0, "stop": 65, "dropped": []}).encode()
+    header = json.dumps(
+        {"fingerprint": world.store.fingerprint.hex(), "start": 0, "stop": 65, "dropped": [], "open": []}
+    ).encode()
     for size in (0, 4096, 8191, 8193):
         with pytest.raises(IntegrityError, match="bytes of strips"):
             world.store.import_span(twin, seal(header, bytes(size)))

@@ -24,7 +24,7 @@ class NativeKernels:
 
     def append(self, strips: LayerStrips, k: Tensor, v: Tensor) -> None:
         """Write rows to their strips."""
-        if strips.fmt.codec not in FORMATS:
+        if not is_native(strips.fmt):
             reference.KERNELS.append(strips, k, v)
             return
         step = strips.step
@@ -32,13 +32,20 @@ class NativeKernels:
 
     def attend(self, strips: LayerStrips, spec: LayerSpec, q: Tensor, out: Tensor) -> Tensor:
         """Write attention to ``out`` and return lse, float32 ``[N, Hq]``."""
-        if strips.fmt.codec not in FORMATS:
+        if not is_native(strips.fmt):
             return reference.KERNELS.attend(strips, spec, q, out)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         count, addresses = strips.step.num_sequences, strips.step.addresses
         where = strips_tuple(strips), tail_tuple(strips)
         _native.attend(count, addresses, *where, spec_tuple(spec), _rows(q), _rows(out), lse.data_ptr())
         return lse
+
+
+def is_native(fmt: PageFormat) -> bool:
+    """Return whether strips of ``fmt`` are read and written here."""
+    if fmt.sealed and fmt.codec != "kivi":
+        return False
+    return fmt.codec in FORMATS and not fmt.key_channels and not fmt.counts
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.kernels.base import PLAIN, LayerStrips, StripLayout, StripStep, StripTable, Tail, strip_at
+from elbowroom.kernels.extras import slot_bias
 
 TILE_STRIPS = 16
 TILE_ROWS = 64
@@ -79,13 +80,15 @@ class _Part:
             raise ValueError(f"block {block} is not in the table of its strips")
         return strip_at(self.base, self.fmt, int(self.table[sequence, column]))
 
-    def tile(self, sequence: int, slot: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return K ``[Hkv, stop - slot, Dk]`` and V of the given slots in float32; other slots may hold garbage."""
+    def tile(self, sequence: int, slot: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return K ``[Hkv, stop - slot, Dk]``, V and biases of scores, of the given slots, in float32."""
         first, last = slot // STRIP_TOKENS, (stop - 1) // STRIP_TOKENS
-        pairs = [self.layout.open(self.strip(sequence, block), self.fmt) for block in range(first, last + 1)]
+        strips = [self.strip(sequence, block) for block in range(first, last + 1)]
+        pairs = [self.layout.open(strip, self.fmt) for strip in strips]
         inner = slice(slot - first * STRIP_TOKENS, stop - first * STRIP_TOKENS)
         k, v = (torch.cat(parts, dim=1)[:, inner] for parts in zip(*pairs, strict=True))
-        return k.float(), v.float()
+        biases = [bias for strip in strips if (bias := slot_bias(strip, self.fmt)) is not None]
+        return k.float(), v.float(), torch.cat(biases, dim=1)[:, inner] if biases else None
 
 
 def _open_part(strips: LayerStrips) -> _Part:
@@ -125,11 +128,15 @@ class _Softmax:
         self._sum = torch.zeros_like(self._max)
         self._out = torch.zeros(heads, rows * spec.group_size, fmt.v_head_dim)
 
-    def add(self, k_HSD: Tensor, v_HSD: Tensor, slots_S: Tensor, low_B: Tensor, high_B: Tensor) -> None:
+    def add(
+        self, k_HSD: Tensor, v_HSD: Tensor, bias_HS: Tensor | None, slots_S: Tensor, low_B: Tensor, high_B: Tensor
+    ) -> None:
         """Merge one tile of slots; row b reads the slots ``low[b] .. high[b]``."""
         scores = self._q @ k_HSD.transpose(1, 2)
         if self._spec.softcap is not None:
             scores = torch.tanh(scores / self._spec.softcap) * self._spec.softcap
+        if bias_HS is not None:
+            scores += bias_HS[:, None]
         hidden = (slots_S < low_B[:, None]) | (slots_S > high_B[:, None])
         scores.masked_fill_(hidden.repeat_interleave(self._spec.group_size, dim=0), -math.inf)
         # A row that has read nothing yet keeps maximum -inf; 0 stands in for it, so that exp(-inf - 0) is 0, not NaN.

@@ -44,8 +44,12 @@ class Compaction:
 
     def note(self, layer: int, queries: Tensor, window: int) -> None:
         """Remember the newest ``window`` of a row's ``queries [n, Hq, D]`` of a layer."""
-        if window:
-            self.queries[layer] = queries[-window:].to(torch.float32, copy=True)
+        self.queries[layer] = queries[-window:].to(torch.float32, copy=True)
+
+    def newest(self, layer: int, spec: LayerSpec, window: int) -> Tensor:
+        """Return at most ``window`` of the queries noted for a layer, float32 ``[W, Hq, D]``."""
+        noted = self.queries.get(layer)
+        return torch.empty(0, spec.num_q_heads, spec.head_dim) if noted is None or not window else noted[-window:]
 
     def num_fresh(self, lane: Lane) -> npt.NDArray[np.int64]:
         """Return the most single strips of ``lane`` that each of its users needs for the tokens that stay."""
@@ -100,6 +104,7 @@ class Compactor:
         targets = sequence.take_spare(layer, end - dropped)
         self._move(lane, strips, [lane.pool.strip(int(entry)) for entry in targets], chosen)
         lane.pool.release(sequence.replace(layer, dropped, targets))
+        compaction.queries.pop(layer, None)
 
     def _choose(
         self, compaction: Compaction, layer: int, spec: LayerSpec, lane: Lane, strips: Rows[Tensor], count: int
@@ -111,7 +116,7 @@ class Compactor:
             return torch.cat(parts)[:count].float()
 
         held = compaction.held_tokens(layer)
-        queries = compaction.queries.pop(layer, torch.empty(0, spec.num_q_heads, spec.head_dim))
+        queries = compaction.newest(layer, spec, self._policy.window)
         if held == count:  # other layers hold too many
             return torch.arange(count).expand(spec.num_kv_heads, -1)
         return checked_choice(self._policy, LayerView(layer, spec, queries, keys, count), held)

@@ -20,8 +20,9 @@ from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import ConfigError, PlanError
 from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.plain import PlainCodec
+from elbowroom.kv.codecs.reduced import ReducedCodec
 from elbowroom.kv.holding import ROLLBACK_TOKENS
-from elbowroom.kv.policies import POLICIES, TokenPolicy
+from elbowroom.kv.policies import CHANNELS, POLICIES, ChannelPolicy, MergePolicy, TokenPolicy
 
 if TYPE_CHECKING:
     from elbowroom.kv.adapters.hf_cache import StoreCache
@@ -49,11 +50,13 @@ class KVPlan:
     codec: Codec
     policy: TokenPolicy | None = None
     """Which tokens of a prompt stay; None: all."""
+    channels: ChannelPolicy | None = None
+    """Which channels of its keys stay; None: all."""
 
     @property
     def text(self) -> str:
         """The plan as text, one spelling for equal plans; ``parse`` reads it back."""
-        return " | ".join(_canonical(part) for part in (self.policy, self.codec) if part is not None)
+        return " | ".join(_canonical(part) for part in (self.policy, self.channels, self.codec) if part is not None)
 
     def __str__(self) -> str:
         """Return ``text``."""
@@ -70,6 +73,7 @@ class KVPlan:
             return text
         codec: Codec | None = None
         policy: TokenPolicy | None = None
+        channels: ChannelPolicy | None = None
         for part in (text or "plain").split("|"):
             match = _PART.fullmatch(part)
             if match is None:
@@ -79,11 +83,50 @@ class KVPlan:
                 if policy is not None:
                     raise PlanError(f"KV plan {text!r} names two policies", _HINT)
                 policy = _make("policy", POLICIES.get(name), name, arguments)
+            elif name in CHANNELS.names():
+                if channels is not None:
+                    raise PlanError(f"KV plan {text!r} names two channel policies", _HINT)
+                channels = _make("channel policy", CHANNELS.get(name), name, arguments)
             else:
                 if codec is not None:
                     raise PlanError(f"KV plan {text!r} names two codecs", _HINT)
                 codec = _make("codec", _codec_called(name), name, arguments)
-        return cls(codec or PlainCodec(), policy)
+        plan = cls(codec or PlainCodec(), policy, channels)
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Refuse parts that cannot work together.
+
+        Raises:
+            PlanError: names both and the way out.
+        """
+        if self.layout is not self.codec and self.codec.name == "fp8":
+            part = self.channels or self.policy
+            assert part is not None
+            raise PlanError(
+                f"KV policy {part.name!r} seals blocks at a prompt's end, which codec 'fp8' does not know",
+                "use plain, int8, bfp or kivi with it",
+            )
+
+    @property
+    def layout(self) -> Codec:
+        """How tokens lie in strips: those of the codec, and what policies have left of them."""
+        merges = isinstance(self.policy, MergePolicy)
+        if self.channels is None and not merges:
+            return self.codec
+        counts = isinstance(self.policy, MergePolicy) and self.policy.bias == "on"
+        return ReducedCodec(self.codec, None if self.channels is None else self.channels.share, counts)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether something is chosen when a prompt ends."""
+        return self.policy is not None or self.channels is not None
+
+    @property
+    def window(self) -> int:
+        """Newest queries that are looked at then."""
+        return max([part.window for part in (self.policy, self.channels) if part is not None], default=0)
 
     def bind(self, layers: Sequence[LayerSpec], dtype: str) -> BoundPlan:
         """Fix the plan to a model's layers and activation dtype (``float32``, ``bfloat16``, ``float16``).
@@ -94,10 +137,17 @@ class KVPlan:
         """
         for index in range(len(layers)):
             _check_source(layers, index)
-        if self.policy is not None:
-            _check_choice(self.policy, layers)
-        tails = tuple(PlainCodec().page_format(layer, dtype) for layer in layers) if self.codec.seals else ()
-        return BoundPlan(self, tuple(layers), tuple(self.codec.page_format(layer, dtype) for layer in layers), tails)
+        for part in (self.policy, self.channels):
+            if part is not None:
+                _check_choice(part, layers)
+        layout = self.layout
+        opened = self.codec if isinstance(self.codec, PlainCodec) else PlainCodec()
+        tails = tuple(opened.page_format(layer, dtype) for layer in layers) if layout.seals else ()
+        formats = []
+        for layer in layers:
+            whole = isinstance(layout, ReducedCodec) and not _is_chosen(layer)
+            formats.append((ReducedCodec(self.codec) if whole else layout).page_format(layer, dtype))
+        return BoundPlan(self, tuple(layers), tuple(formats), tails)
 
     def for_hf(self, model: Any, memory: str | int = "80%") -> StoreCache:
         """Return a cache for ``model.generate(..., past_key_values=cache)`` of a transformers model on the CPU.
@@ -145,15 +195,15 @@ class BoundPlan:
 
     @property
     def chosen_layers(self) -> list[int]:
-        """Layers that the policy chooses from; empty without one."""
-        if self.plan.policy is None:
+        """Layers that policies choose from; empty without one."""
+        if not self.plan.chooses:
             return []
         return [index for index, layer in enumerate(self.layers) if _is_chosen(layer)]
 
     @property
     def defers(self) -> bool:
         """Whether a prompt's blocks wait for its end to be sealed: a policy chooses before the codec rounds."""
-        return bool(self.tails) and self.plan.policy is not None
+        return bool(self.tails) and self.plan.chooses
 
     @property
     def has_windows(self) -> bool:
@@ -163,7 +213,7 @@ class BoundPlan:
     @property
     def shares_prefixes(self) -> bool:
         """Whether a prefix means the same to every sequence: no window expires it, no policy chose from it."""
-        return not self.has_windows and self.plan.policy is None
+        return not self.has_windows and not self.plan.chooses
 
     @property
     def rollback_grain(self) -> int:
@@ -206,14 +256,15 @@ class BoundPlan:
 
         Layers from which nothing is chosen have a limit that no sequence reaches.
         """
+        count = len(self.layers)
+        return np.asarray([self.limit(index, ends_prompt=ends_prompt) for index in range(count)], dtype=np.int64)
+
+    def limit(self, index: int, *, ends_prompt: bool) -> int:
+        """Return the same of one layer."""
         policy = self.plan.policy
-        return np.asarray(
-            [
-                policy.limit(index, ends_prompt) if policy is not None and _is_chosen(layer) else _NO_LIMIT
-                for index, layer in enumerate(self.layers)
-            ],
-            dtype=np.int64,
-        )
+        if policy is None or not _is_chosen(self.layers[index]):
+            return _NO_LIMIT
+        return policy.limit(index, ends_prompt)
 
     def dropped_blocks(
         self, dropped: npt.NDArray[np.int64], num_tokens: int, *, ends_prompt: bool
@@ -233,42 +284,42 @@ class BoundPlan:
 
     def _kept_tokens(self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the tokens that a layer holds at each of ``totals``: while a prompt is read and behind it."""
-        policy = self.plan.policy
-        if policy is None or not _is_chosen(self.layers[index]):
+        if not self.plan.chooses or not _is_chosen(self.layers[index]):
             return totals
-        end_limit = policy.limit(index, ends_prompt=True)
+        end_limit = self.limit(index, ends_prompt=True)
         dropped = max(-(-(prompt_tokens - end_limit) // STRIP_TOKENS), 0)
         most = self._most_read(index, prompt_tokens)
         return np.where(totals > prompt_tokens, totals - dropped * STRIP_TOKENS, np.minimum(totals, most))
 
     def _most_read(self, index: int, prompt_tokens: int) -> int:
         """Return the most tokens of a chosen layer while a prompt is read: what stays, and where it is written anew."""
-        policy = self.plan.policy
-        assert policy is not None
-        if prompt_tokens <= policy.limit(index, ends_prompt=True) and not self.defers:
+        if prompt_tokens <= self.limit(index, ends_prompt=True) and not self.defers:
             return prompt_tokens
-        return 2 * min(prompt_tokens, policy.limit(index, ends_prompt=False) + STRIP_TOKENS)
+        return 2 * min(prompt_tokens, self.limit(index, ends_prompt=False) + STRIP_TOKENS)
 
-    def choice_bytes(self, step_tokens: int) -> int:
-        """Return the most temporary bytes while a policy chooses in one layer behind a step of ``step_tokens``.
+    def choice_bytes(self, step_tokens: int, max_tokens: int) -> int:
+        """Return the most temporary bytes while something is chosen in one layer of a prompt.
 
         Keys of a head in float32 and as they are stored, three times the scores of the window's queries, the strips'
         bytes on their way, and attention, whose output then lies outside the workspace.
+
+        Args:
+            step_tokens: most tokens of a step.
+            max_tokens: most tokens of a sequence.
         """
-        policy = self.plan.policy
-        if policy is None:
+        if not self.plan.chooses:
             return 0
         most = 0
         for index, layer in enumerate(self.layers):
-            tokens = policy.limit(index, ends_prompt=False) + step_tokens + STRIP_TOKENS
-            scores = (12 * layer.group_size + 1) * policy.window
+            tokens = min(self.limit(index, ends_prompt=False), max_tokens) + step_tokens + STRIP_TOKENS
+            scores = 0 if self.plan.policy is None else (12 * layer.group_size + 1) * self.plan.policy.window
             moved = 8 * (layer.head_dim + layer.v_head_dim) * (layer.num_kv_heads if self.defers else 1)
             most = max(most, tokens * (scores + 8 * layer.head_dim + moved))
         return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
 
     def _staging_bytes(self, step_tokens: int) -> int:
         """Return what a step holds on top: blocks that wait, in one layer a pool, to be sealed or chosen from."""
-        if self.plan.policy is not None:
+        if self.plan.chooses:
             formats = self.tails or self.formats
             chosen = {fmt for layer, fmt in zip(self.layers, formats, strict=True) if layer.window is None}
             staging = (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)
@@ -300,7 +351,7 @@ def _is_chosen(layer: LayerSpec) -> bool:
     return _owns(layer) and layer.window is None
 
 
-def _check_choice(policy: TokenPolicy, layers: Sequence[LayerSpec]) -> None:
+def _check_choice(policy: TokenPolicy | ChannelPolicy, layers: Sequence[LayerSpec]) -> None:
     """A policy needs a layer that reads everything; what a window reads must not have been chosen from."""
     if all(layer.window is not None for layer in layers):
         raise PlanError(
@@ -337,7 +388,9 @@ def _codec_called(name: str) -> Callable[..., Codec]:
     try:
         return CODECS.get(name)
     except PlanError as error:
-        raise PlanError(error.message, f"{error.hint}; or a policy: {', '.join(POLICIES.names())}") from error
+        raise PlanError(
+            error.message, f"{error.hint}; or a policy: {', '.join([*POLICIES.names(), *CHANNELS.names()])}"
+        ) from error
 
 
 def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _Part:
@@ -357,7 +410,7 @@ def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _
         raise PlanError(f"{kind} {name!r} does not take ({arguments})", _HINT) from error
 
 
-def _canonical(part: Codec | TokenPolicy) -> str:
+def _canonical(part: Codec | TokenPolicy | ChannelPolicy) -> str:
     """Return one spelling for equal parts."""
     names: list[str] = [each.name for each in fields(part)] if is_dataclass(part) else []
     inner = ",".join(f"{name}={getattr(part, name)}" for name in names)

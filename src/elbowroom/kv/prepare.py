@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
-from elbowroom.kernels.base import StripStep
+from elbowroom.kernels.base import PLAIN, StripStep
+from elbowroom.kernels.extras import key_channels, slot_tokens
 from elbowroom.kv.base import KVStep, Positions, PromptPart, Shortfall
 from elbowroom.kv.compaction import Compaction
 from elbowroom.kv.holding import NEVER, Blocks, blocks_of
@@ -159,7 +161,7 @@ class Preparer:
     ) -> Compaction | None:
         """Return what a row drops of each layer, and seals at its prompt's end; None: nothing."""
         part = _part(step, row)
-        if part is PromptPart.NONE or not self._pools.staging or self._plan.plan.policy is None:
+        if part is PromptPart.NONE or not self._pools.staging or not self._plan.plan.chooses:
             return None
         before, ends = sequence.expired_blocks[: len(self._plan.layers)], part is PromptPart.END
         dropped = self._plan.dropped_blocks(before, num_tokens, ends_prompt=ends)
@@ -178,9 +180,22 @@ class Preparer:
         for lane in self._pools:
             written = self._written(sequence, lane, blocks, length, compaction, waits)
             missing = sequence.missing(lane.first_row, written)
+            self._check_channels(sequence, lane, missing)
             need.missing.append(missing)
             need.copies.append(self.shared(sequence, lane, written[~np.isin(written, missing)]))
         return need
+
+    def _check_channels(self, sequence: Sequence, lane: Lane, blocks: Blocks) -> None:
+        """Refuse to seal blocks of which no channels were chosen, because no step said that a prompt ends."""
+        if not (blocks.size and lane.pool.fmt.key_channels and lane.holding.part == "sealed"):
+            return
+        first = int(blocks[0])
+        if first * STRIP_TOKENS >= sequence.num_tokens and not (first and sequence.holds(lane.first_row, first - 1)):
+            raise IntegrityError(
+                f"plan {self._plan.plan} chooses channels where a prompt ends, and {STRIP_TOKENS} tokens are to be "
+                "sealed before",
+                "mark the rows of a step that read a prompt: KVStep.prompts",
+            )
 
     def _written(
         self,
@@ -225,6 +240,8 @@ class Preparer:
                 self.replace(need.sequence, lane, copies, entries[:, offset:middle])
                 offset = middle + missing.size
                 need.sequence.put(lane.rows, missing, entries[:, middle:offset])
+                if lane.holding.part == "sealed":
+                    self._describe(need.sequence, lane, missing)
                 if need.compaction is not None and lane.users.size:
                     counts = need.compaction.num_fresh(lane)
                     self._pools.set_spare(need.sequence, lane, entries[0, offset : offset + counts.sum()], counts)
@@ -232,6 +249,33 @@ class Preparer:
         for need in needs:
             need.sequence.own(np.unique(np.concatenate(need.copies)))
             need.sequence.room = self._pools.room(need.sequence)
+
+    def _describe(self, sequence: Sequence, lane: Lane, blocks: Blocks) -> None:
+        """Say in strips that will be sealed as they fill what they will hold.
+
+        Each slot one token; and the channels of the strip before, or, where none is sealed yet, those in which the
+        tokens of the open block are largest.
+        """
+        pool = lane.pool
+        for row in lane.rows.tolist() if pool.fmt.key_channels or pool.fmt.counts else ():
+            for block in blocks.tolist():
+                strip = pool.strip(int(sequence.table[row, block]))
+                if pool.fmt.counts:
+                    slot_tokens(strip, pool.fmt).fill_(1)
+                if not pool.fmt.key_channels:
+                    continue
+                chosen = key_channels(strip, pool.fmt)
+                if block and sequence.holds(row, block - 1):
+                    chosen.copy_(key_channels(pool.strip(int(sequence.table[row, block - 1])), pool.fmt))
+                else:
+                    chosen.copy_(self._largest_channels(sequence, row, block, pool.fmt.key_channels))
+
+    def _largest_channels(self, sequence: Sequence, layer: int, block: int, width: int) -> Tensor:
+        """Return the channels, uint8 ``[Hkv, width]``, in which the keys of an open block are largest."""
+        tail = next(lane for lane in self._pools.tails if layer + len(self._plan.layers) in lane.rows)
+        entry = int(sequence.table[layer + len(self._plan.layers), block])
+        keys = PLAIN.open(tail.pool.strip(entry), tail.pool.fmt)[0][:, : sequence.num_tokens % STRIP_TOKENS]
+        return keys.float().square().sum(1).topk(width, dim=1).indices.sort(dim=1).values.to(torch.uint8)
 
     def replace(self, sequence: Sequence, lane: Lane, blocks: Blocks, entries: Table) -> None:
         """Give ``sequence`` copies of its own, ``entries``, in place of the strips of ``blocks``."""

@@ -17,11 +17,13 @@ from torch import Tensor
 from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.kernels import StripStep, attention
 from elbowroom.kernels.base import PLAIN, UNIT_BYTES, LayerStrips, Tail
+from elbowroom.kernels.extras import key_channels, slot_tokens
 from elbowroom.kv.codecs import Codec
 from elbowroom.kv.compaction import Compaction, checked_choice
 from elbowroom.kv.holding import blocks_of
 from elbowroom.kv.layout import Lane
-from elbowroom.kv.policies import LayerView, TokenPolicy
+from elbowroom.kv.plan import KVPlan
+from elbowroom.kv.policies import LayerView, Merged, MergePolicy
 from elbowroom.kv.sequence import Table
 from elbowroom.kv.tables import Tails
 
@@ -51,6 +53,10 @@ class OpenLayer:
         k, v = (torch.cat([part[head] for part in parts])[: self.num_open] for parts in zip(*pairs, strict=True))
         return k, v
 
+    def open_keys(self, head: int) -> Tensor:
+        """Return the keys of a KV head in the open blocks, float32 ``[num_open, D]``."""
+        return self.open_head(head)[0].float()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
@@ -58,20 +64,36 @@ class Kept:
 
     sealed: Table
     """Entries of sealed blocks."""
-    opened: Tensor
-    """int64 ``[Hkv, m]``: tokens of the open ones."""
+    opened: Tensor | Merged
+    """int64 ``[Hkv, m]``: tokens of the open ones; or how those share slots."""
+
+    def rows(self, head: int, rows: Tensor) -> Tensor:
+        """Return what the slots of a KV head hold of the open tokens' ``rows [n, D]``, ``[m, D]``."""
+        if isinstance(self.opened, Tensor):
+            return rows[self.opened[head]]
+        slots, weights = self.opened.slots[head], self.opened.weights[head]
+        stays = slots >= 0
+        merged = torch.zeros(int(slots.max()) + 1, rows.shape[1])
+        merged.index_add_(0, slots[stays], weights[stays, None] * rows[stays].float())
+        return merged.to(rows.dtype)
+
+    def tokens(self, head: int) -> Tensor:
+        """Return how many tokens each slot of a KV head stands for, int64 ``[m]``."""
+        if isinstance(self.opened, Tensor):
+            return torch.ones_like(self.opened[head])
+        slots = self.opened.slots[head]
+        return torch.bincount(slots[slots >= 0])
 
 
 class Sealer:
-    """Moves and seals what a policy keeps of a layer.
+    """Moves and seals what policies keep of a layer.
 
     Args:
-        policy: who chooses.
-        codec: how strips are sealed.
+        plan: who chooses tokens and channels, and how strips are sealed.
     """
 
-    def __init__(self, policy: TokenPolicy, codec: Codec) -> None:
-        self._policy, self._codec = policy, codec
+    def __init__(self, plan: KVPlan) -> None:
+        self._policy, self._channels, self._layout = plan.policy, plan.channels, plan.layout
 
     def compact(self, compaction: Compaction, layer: int, spec: LayerSpec, place: OpenLayer) -> None:
         """Keep what the policy chooses of ``layer``, seal it if the prompt ends, and free the rest."""
@@ -83,7 +105,14 @@ class Sealer:
         fresh = sequence.take_spare(layer, full - middle)
         tail_row = int(place.tail.rows[np.flatnonzero(place.main.rows == layer)[0]])
         targets = sequence.take_spare(tail_row, blocks_of(num_tokens) - full)
-        self._write(place, kept.opened, fresh, targets)
+        waiting = self._write(place, kept, fresh.size, targets)
+        if fresh.size:
+            newest = compaction.newest(layer, spec, 0 if self._channels is None else self._channels.window)
+            count = kept.tokens(0).numel()
+            view = LayerView(layer, spec, newest, lambda head: kept.rows(head, place.open_keys(head)), count)
+            self._describe(view, kept, place, fresh)
+            self._seal(place, waiting, fresh)
+        compaction.queries.pop(layer, None)
         if compaction.open_after is not None and not compaction.ends_prompt:
             compaction.open_after[layer] = middle
         held = sequence.replace(layer, first, np.concatenate([kept.sealed, fresh]))
@@ -93,34 +122,61 @@ class Sealer:
     def _choose(self, compaction: Compaction, layer: int, spec: LayerSpec, place: OpenLayer) -> Kept:
         """Return what stays: of the sealed blocks whole ones, of the open ones any tokens."""
         held, count = compaction.held_tokens(layer), place.num_sealed + place.num_open
-        queries = compaction.queries.pop(layer, torch.empty(0, spec.num_q_heads, spec.head_dim))
-        if held == count:
+        if held == count or self._policy is None:
             return Kept(place.sealed, torch.arange(place.num_open).expand(spec.num_kv_heads, -1))
-        view = LayerView(layer, spec, queries, _HeadKeys(self._codec, place), count)
-        return _whole_blocks(checked_choice(self._policy, view, held), place)
+        queries = compaction.newest(layer, spec, self._policy.window)
+        view = LayerView(layer, spec, queries, _HeadKeys(self._layout, place), count)
+        merger = self._policy if compaction.ends_prompt and isinstance(self._policy, MergePolicy) else None
+        if merger is not None and not place.sealed.size:
+            return Kept(place.sealed, merger.merge(view, held))
+        kept = _whole_blocks(checked_choice(self._policy, view, held), place)
+        slots = held - kept.sealed.size * STRIP_TOKENS
+        if merger is not None and slots < place.num_open:
+            view = LayerView(layer, spec, queries[-place.num_open :], place.open_keys, place.num_open)
+            return Kept(kept.sealed, merger.merge(view, slots))
+        return kept
 
-    def _write(self, place: OpenLayer, chosen: Tensor, fresh: Table, targets: Table) -> None:
-        """Write the ``chosen`` tokens of open blocks, those for ``fresh`` strips sealed, those for ``targets`` open."""
+    def _write(self, place: OpenLayer, kept: Kept, num_full: int, targets: Table) -> Tensor:
+        """Write what stays of the open tokens: the first ``num_full`` blocks to plain strips, which are returned."""
         fmt = place.tail.pool.fmt
-        buffer = torch.zeros(fresh.size * fmt.strip_bytes, dtype=torch.uint8)
-        waiting = [buffer[start : start + fmt.strip_bytes] for start in range(0, buffer.numel(), fmt.strip_bytes)]
-        strips = [*waiting, *(place.tail.pool.strip(int(entry)) for entry in targets)]
+        buffer = torch.zeros(num_full * fmt.strip_bytes, dtype=torch.uint8)
+        strips = list(torch.split(buffer, fmt.strip_bytes)) if num_full else []
+        strips += [place.tail.pool.strip(int(entry)) for entry in targets]
         views = [PLAIN.open(strip, fmt) for strip in strips]
         for head in range(fmt.num_kv_heads if strips else 0):
-            k, v = (torch.split(rows[chosen[head]], STRIP_TOKENS) for rows in place.open_head(head))
+            k, v = (torch.split(kept.rows(head, rows), STRIP_TOKENS) for rows in place.open_head(head))
             for (keys, values), new_keys, new_values in zip(views, k, v, strict=True):
                 keys[head, : new_keys.shape[0]] = new_keys
                 values[head, : new_values.shape[0]] = new_values
-        if fresh.size:
-            self._seal(place.main, buffer, place.tail, fresh)
+        return buffer
 
-    def _seal(self, main: Lane, buffer: Tensor, tail: Lane, fresh: Table) -> None:
+    def _describe(self, view: LayerView, kept: Kept, place: OpenLayer, fresh: Table) -> None:
+        """Write to ``fresh`` strips which channels their keys have and how many tokens their slots stand for.
+
+        Args:
+            view: what stays of the open tokens.
+            kept: the same.
+            place: the layer.
+            fresh: entries of strips that are about to be sealed.
+        """
+        pool = place.main.pool
+        strips = [pool.strip(int(entry)) for entry in fresh]
+        if self._channels is not None:
+            chosen = self._channels.channels(view, pool.fmt.key_channels)
+            for strip in strips:
+                key_channels(strip, pool.fmt).copy_(chosen)
+        if pool.fmt.counts:
+            for head in range(pool.fmt.num_kv_heads):
+                for strip, tokens in zip(strips, torch.split(kept.tokens(head), STRIP_TOKENS), strict=False):
+                    slot_tokens(strip, pool.fmt)[head] = tokens.to(torch.uint8)
+
+    def _seal(self, place: OpenLayer, buffer: Tensor, fresh: Table) -> None:
         """Seal the plain strips of ``buffer`` into ``fresh`` ones."""
-        fmt = tail.pool.fmt
+        main, fmt = place.main, place.tail.pool.fmt
         nobody, nothing = np.empty((0, 0), dtype=np.uint32), np.empty(0, dtype=np.int64)
         units = np.arange(fresh.size, dtype=np.uint32) * np.uint32(fmt.strip_bytes // UNIT_BYTES)
         seals = Tail(table=nobody, first_blocks=nothing, base=buffer, fmt=fmt, full=units, sealed=fresh)
-        strips = LayerStrips(StripStep.of_runs([]), nobody, main.pool.base, main.pool.fmt, self._codec, seals)
+        strips = LayerStrips(StripStep.of_runs([]), nobody, main.pool.base, main.pool.fmt, self._layout, seals)
         attention.append(strips, *(torch.empty(0, fmt.num_kv_heads, width) for width in (fmt.head_dim, fmt.v_head_dim)))
 
 
@@ -134,7 +190,7 @@ class _HeadKeys:
         pool = self._place.main.pool
         strips: Rows[Tensor] = [pool.strip(int(entry)) for entry in self._place.sealed]
         sealed = [self._codec.open(strip, pool.fmt)[0][head].float() for strip in strips]
-        return torch.cat([*sealed, self._place.open_head(head)[0].float()])
+        return torch.cat([*sealed, self._place.open_keys(head)])
 
 
 def _whole_blocks(chosen: Tensor, place: OpenLayer) -> Kept:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.kernels.base import PLAIN, LayerStrips, strip_at
+from elbowroom.kernels.extras import slot_bias
 from elbowroom.kv.base import AttnOut, Want
 
 
@@ -32,11 +33,11 @@ def column_statistics(result: AttnOut, want: Want, q: Tensor, layer: LayerSpec, 
     for row in range(step.num_sequences):
         begin, end = int(step.row_starts[row]), int(step.row_starts[row + 1])
         sums = torch.zeros(layer.num_kv_heads, int(step.lengths[row]))
-        for first, keys, readers in _opened(strips, row, step.positions[begin:end]):
+        for first, keys, bias, readers in _opened(strips, row, step.positions[begin:end]):
             stop = min(first + STRIP_TOKENS, sums.shape[1])
             rows = torch.arange(begin, end)[readers]
             probs = _probabilities(
-                q[rows], keys[:, : stop - first], layer, step.positions[rows], first, result.lse[rows]
+                q[rows], keys[:, : stop - first], bias, layer, step.positions[rows], first, result.lse[rows]
             )
             sums[:, first:stop] += probs.sum(dim=(0, 2))
             pmax[rows] = torch.maximum(pmax[rows], probs.amax(dim=-1).reshape(len(rows), -1))
@@ -45,8 +46,8 @@ def column_statistics(result: AttnOut, want: Want, q: Tensor, layer: LayerSpec, 
     result.pmax = pmax if want.pmax else None
 
 
-def _opened(strips: LayerStrips, row: int, positions: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield, strip by strip, its first slot, its keys and which of a sequence's queries read it."""
+def _opened(strips: LayerStrips, row: int, positions: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
+    """Yield, strip by strip, its first slot, its keys, the bias of its scores and which of the queries read it."""
     own, tail = positions // STRIP_TOKENS, strips.tail
     first_open = own
     if tail is not None and tail.open_from is not None:
@@ -55,20 +56,24 @@ def _opened(strips: LayerStrips, row: int, positions: Tensor) -> Iterator[tuple[
     for block in blocks:
         readers = own >= block if tail is None else first_open > block
         if readers.any():
-            keys, _ = strips.layout.open(strip_at(strips.base, strips.fmt, int(strips.table[row, block])), strips.fmt)
-            yield block * STRIP_TOKENS, keys, readers
+            strip = strip_at(strips.base, strips.fmt, int(strips.table[row, block]))
+            yield block * STRIP_TOKENS, strips.layout.open(strip, strips.fmt)[0], slot_bias(strip, strips.fmt), readers
         readers = (own >= block) & (first_open <= block)
         if tail is not None and readers.any():
             place = int(tail.table[row, block - int(tail.first_blocks[row])])
-            yield block * STRIP_TOKENS, PLAIN.open(strip_at(tail.base, tail.fmt, place), tail.fmt)[0], readers
+            yield block * STRIP_TOKENS, PLAIN.open(strip_at(tail.base, tail.fmt, place), tail.fmt)[0], None, readers
 
 
-def _probabilities(q: Tensor, keys: Tensor, layer: LayerSpec, positions: Tensor, first: int, lse: Tensor) -> Tensor:
+def _probabilities(
+    q: Tensor, keys: Tensor, bias: Tensor | None, layer: LayerSpec, positions: Tensor, first: int, lse: Tensor
+) -> Tensor:
     """Return float32 ``[n, Hkv, group, slots]``: attention of each query on the slots from ``first`` on."""
     grouped = q.float().reshape(q.shape[0], layer.num_kv_heads, layer.group_size, layer.head_dim)
     scores = torch.einsum("nhgd,hsd->nhgs", grouped, keys.float()) * layer.scale
     if layer.softcap is not None:
         scores = torch.tanh(scores / layer.softcap) * layer.softcap
+    if bias is not None:
+        scores += bias[:, None, : keys.shape[1]]
     distance = positions[:, None] - torch.arange(first, first + keys.shape[1])[None, :]
     seen = distance >= 0
     if layer.window is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from elbowroom import _native
 from elbowroom.core import LayerSpec, RopeSpec
 from elbowroom.kernels import LayerStrips
-from elbowroom.kernels.native import DTYPE_CODES, FORMATS, spec_tuple, strips_tuple, tail_tuple
+from elbowroom.kernels.native import DTYPE_CODES, is_native, spec_tuple, strips_tuple, tail_tuple
 from elbowroom.models.base import AttentionContext, Scratch
 from elbowroom.models.buffers import native_buffers
 from elbowroom.models.config import ModelConfig
@@ -171,7 +171,7 @@ class NativeDecoder:
 
 def _known(found: LayerStrips | None) -> LayerStrips | None:
     """Return strips in a format that native code reads."""
-    return found if found is not None and found.fmt.codec in FORMATS else None
+    return found if found is not None and is_native(found.fmt) else None
 
 
 def _ropes(config: ModelConfig) -> list[tuple[RopeSpec, int]]:

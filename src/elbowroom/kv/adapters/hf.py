@@ -38,9 +38,10 @@ def open_cache(plan: KVPlan, model: Any, memory: str | int) -> StoreCache:
     from elbowroom.kv.adapters.hf_cache import SharedStore, StoreCache
 
     limit_bytes = parse_bytes(memory, available_bytes())
-    if plan.policy is not None:
+    choice = plan.policy or plan.channels
+    if choice is not None:
         raise PlanError(
-            f"policy {plan.policy.name!r} chooses when a prompt ends, which no call of transformers tells",
+            f"policy {choice.name!r} chooses when a prompt ends, which no call of transformers tells",
             "use a plan of a codec alone, or the plan as it is with elbowroom's own engine",
         )
     check_model(model)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from elbowroom.kv.policies.base import LayerView, TokenPolicy
+from elbowroom.kv.policies.base import ChannelPolicy, LayerView, Merged, MergePolicy, TokenPolicy
 from elbowroom.registry import Registry
 
 POLICIES: Registry[Callable[..., TokenPolicy]] = Registry(
@@ -10,7 +10,12 @@ POLICIES: Registry[Callable[..., TokenPolicy]] = Registry(
     {
         "streaming": "elbowroom.kv.policies.streaming:StreamingPolicy",
         "snapkv": "elbowroom.kv.policies.snapkv:SnapKVPolicy",
+        "kvmerger": "elbowroom.kv.policies.kvmerger:KVMergerPolicy",
     },
 )
 
-__all__ = ["POLICIES", "LayerView", "TokenPolicy"]
+CHANNELS: Registry[Callable[..., ChannelPolicy]] = Registry(
+    "KV channel policy", {"think": "elbowroom.kv.policies.think:ThinKPolicy"}
+)
+
+__all__ = ["CHANNELS", "POLICIES", "ChannelPolicy", "LayerView", "MergePolicy", "Merged", "TokenPolicy"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,16 @@ class LayerView:
         return scores.masked_fill_(hidden, -math.inf).softmax(-1)
 
 
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """How the tokens of a layer share slots."""
+
+    slots: Tensor
+    """int64 ``[Hkv, n]``: the slot of each token, ascending from 0; -1: it is dropped."""
+    weights: Tensor
+    """float32 ``[Hkv, n]``: its share of the slot's key and value; those of a slot add up to 1."""
+
+
 class TokenPolicy(Protocol):
     """One dataclass, one file a policy; parameters are its fields."""
 
@@ -61,3 +71,34 @@ class TokenPolicy(Protocol):
 
         The newest token always stays.
         """
+
+
+@runtime_checkable
+class MergePolicy(TokenPolicy, Protocol):
+    """A policy that, at a prompt's end, lets several tokens share a slot; ``select`` is asked before."""
+
+    @property
+    def bias(self) -> str:
+        """``on``: scores of a slot of n tokens get log n."""
+
+    def merge(self, view: LayerView, count: int) -> Merged:
+        """Return how the tokens of a layer share ``count`` slots. The newest 64 stay alone."""
+
+
+class ChannelPolicy(Protocol):
+    """Which channels the keys of a prompt keep; one dataclass, one file a policy."""
+
+    @property
+    def name(self) -> str:
+        """Name in plans."""
+
+    @property
+    def window(self) -> int:
+        """Newest queries that ``channels`` looks at."""
+
+    @property
+    def share(self) -> float:
+        """Share of the channels that stays."""
+
+    def channels(self, view: LayerView, width: int) -> Tensor:
+        """Return the channels that stay of each KV head, ascending, uint8 ``[Hkv, width]``."""
