@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import ConfigError, PlanError
+from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.holding import ROLLBACK_TOKENS
@@ -85,19 +86,31 @@ class KVPlan:
                 codec = _make("codec", _codec_called(name), name, arguments)
         return cls(codec or PlainCodec(), policy)
 
-    def bind(self, layers: Sequence[LayerSpec], dtype: str) -> BoundPlan:
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether ``bind`` needs measurements of the model."""
+        return self.policy is not None and self.policy.needs_calibration
+
+    def bind(self, layers: Sequence[LayerSpec], dtype: str, calibration: Calibration | None = None) -> BoundPlan:
         """Fix the plan to a model's layers and activation dtype (``float32``, ``bfloat16``, ``float16``).
+
+        Args:
+            layers: of the model.
+            dtype: of its activations.
+            calibration: what was measured of it, for plans that need that.
 
         Raises:
             ConfigError: a layer reads keys and values of another one that does not hold them.
-            PlanError: codec or policy do not suit the layers.
+            PlanError: codec or policy do not suit the layers, or need a calibration.
         """
         for index in range(len(layers)):
             _check_source(layers, index)
         if self.policy is not None:
             _check_choice(self.policy, layers)
         tails = tuple(PlainCodec().page_format(layer, dtype) for layer in layers) if self.codec.seals else ()
-        return BoundPlan(self, tuple(layers), tuple(self.codec.page_format(layer, dtype) for layer in layers), tails)
+        formats = tuple(self.codec.page_format(layer, dtype) for layer in layers)
+        policy = None if self.policy is None else self.policy.calibrated(layers, calibration)
+        return BoundPlan(self, tuple(layers), formats, tails, policy)
 
     def for_hf(self, model: Any, memory: str | int = "80%") -> StoreCache:
         """Return a cache for ``model.generate(..., past_key_values=cache)`` of a transformers model on the CPU.
@@ -126,6 +139,8 @@ class BoundPlan:
     formats: tuple[PageFormat, ...]
     tails: tuple[PageFormat, ...] = ()
     """Formats of the strip that is not full yet, where full ones are sealed; else empty."""
+    policy: TokenPolicy | None = None
+    """The plan's policy, calibrated for the model."""
 
     @property
     def block_bytes(self) -> int:
@@ -286,7 +301,7 @@ class BoundPlan:
     def fingerprint(self) -> bytes:
         """Return 16 bytes that differ whenever stored strips would not be interchangeable."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"v1|{self.plan.text}|{self.formats}|{self.tails}|{self.layers}".encode())
+        digest.update(f"v1|{self.plan.text}|{self.policy}|{self.formats}|{self.tails}|{self.layers}".encode())
         return digest.digest()
 
 
@@ -359,6 +374,6 @@ def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _
 
 def _canonical(part: Codec | TokenPolicy) -> str:
     """Return one spelling for equal parts."""
-    names: list[str] = [each.name for each in fields(part)] if is_dataclass(part) else []
+    names: list[str] = [each.name for each in fields(part) if each.init] if is_dataclass(part) else []
     inner = ",".join(f"{name}={getattr(part, name)}" for name in names)
     return f"{part.name}({inner})"
