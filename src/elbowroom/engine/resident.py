@@ -1,4 +1,4 @@
-"""load_resident: a model directory inside a memory amount: weights, workspace and KV store, and nobody who runs it yet."""
+"""load_resident: from a model directory and a memory amount to weights, workspace and KV store, and no engine yet."""
 
 from __future__ import annotations
 
@@ -73,17 +73,17 @@ def load_resident(
     tasks_bytes: int = 0,
     progress: Progress | None = None,
 ) -> ResidentModel:
-    """Load a model inside ``memory``; arguments and errors are those of ``build_engine``, and besides:
+    """Load a model inside ``memory``; errors as in ``build_engine``.
 
     Args:
-        model: see there.
-        memory: see there.
-        kv: see there.
-        dtype: see there.
-        path: what computes passes of which length; by default what is fastest here.
-        max_sequences: see there.
+        model: a Hugging Face model directory; None means the built-in model.
+        memory: bound on what this process holds over its baseline.
+        kv: how keys and values are kept; read with the calibration beside the model if the plan needs it.
+        dtype: for weights and KV cache; ``auto``: what the checkpoint says.
+        path: which passes run native and which on torch; by default what is fastest here.
+        max_sequences: most sequences that run at once.
         tasks_bytes: what the caller will allocate beside, charged to ``tasks``.
-        progress: see there.
+        progress: called with bytes loaded and bytes in all.
     """
     check_dtype(dtype)
     meter = measure_baseline()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -89,7 +88,7 @@ class Calibration:
         draft = directory / f"{FILE}.new"
         try:
             draft.write_text(self.to_text(), encoding="utf-8")
-            os.replace(draft, path)
+            draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
         return path

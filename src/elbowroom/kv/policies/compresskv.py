@@ -57,7 +57,7 @@ class CompressKVPolicy:
         one_of(self, "budgets", _BUDGETS)
         if int(self.kernel) % 2 == 0:
             raise PlanError(
-                f"KV policy 'compresskv' cannot centre kernel={self.kernel} on a token", "give an odd kernel"
+                f"KV policy {self.name!r} cannot centre kernel={self.kernel} on a token", "give an odd kernel"
             )
         check_budget(self.name, int(self.tokens), int(self.w))
 

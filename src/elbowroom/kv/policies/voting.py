@@ -32,7 +32,7 @@ def vote(view: LayerView, heads: Sequence[int], count: int, window: int, kernel:
 
 
 def best_and_newest(scores: Tensor, num_held: int, count: int, kernel: int) -> Tensor:
-    """Return for each row of ``scores [H, older]``, smoothed, the best tokens and all that are newer, ``[H, count]``."""
+    """Return the best tokens of each row of ``scores [H, older]``, smoothed, and all newer ones, ``[H, count]``."""
     older = scores.shape[1]
     smooth = torch.nn.functional.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
     best = smooth.topk(count - (num_held - older), dim=1).indices.sort(dim=1).values
