@@ -10,13 +10,13 @@ import numpy as np
 
 from elbowroom.engine.resident import ResidentModel, model_fingerprint
 from elbowroom.errors import BudgetTooSmall, ModelError, RequestError
-from elbowroom.evals.bits_per_byte import text_windows
 from elbowroom.evals.calibration.errors import WINDOW, LayerErrors
 from elbowroom.evals.calibration.heads import HeadScores
 from elbowroom.evals.calibration.keys import KeyMagnitudes
 from elbowroom.evals.calibration.needles import NUM_FACTS, Haystack, haystacks
 from elbowroom.evals.calibration.reader import Reader
 from elbowroom.evals.calibration.text import text_fingerprint
+from elbowroom.evals.distractors import Distractors
 from elbowroom.evals.engine_target import TASK_BYTES, PlainTokenizer
 from elbowroom.kv.base import KVHandle
 from elbowroom.kv.calibration import Calibration, Measurement, rounded
@@ -27,6 +27,7 @@ Advance = Callable[[int, int], None]
 LEAST_TOKENS = 256
 """Contexts below that say little of retrieval."""
 _WINDOW_TOKENS = 2048
+_CHARS_PER_TOKEN = 6
 _NEW_TOKENS = 24
 _ERROR_SHARE = 4
 """Layer errors are measured on so many times fewer contexts; they differ little from one to another."""
@@ -71,9 +72,11 @@ def calibrate(model: ResidentModel, text: str, effort: Effort, advance: Advance)
         ModelError: the model answers no question.
         RequestError: the text is too short.
     """
-    longest = _longest(model, text, effort.longest_tokens)
+    distractors = Distractors(PlainTokenizer(model.tokenizer), [text])
+    longest = _longest(model, distractors.num_tokens, effort.longest_tokens)
     reader, done = Reader(model), _Count(advance, effort.num_steps)
-    scores = measure_heads(reader, _haystacks(model, text, longest, effort.contexts, _HEAD_SEED), done)
+    contexts = spread(model, distractors, longest, effort.contexts, _HEAD_SEED)
+    scores = measure_heads(reader, contexts, done)
     if scores.num_successes == 0:
         raise ModelError(
             f"the model found none of {scores.num_runs} facts in contexts of up to {longest} tokens, "
@@ -82,11 +85,10 @@ def calibrate(model: ResidentModel, text: str, effort: Effort, advance: Advance)
         )
     semantic = scores.semantic()
     errors = [LayerErrors(reader, semantic) for _ in range(2)]
-    for haystack in _haystacks(model, text, longest, effort.error_contexts, _ERROR_SEED):
+    for haystack in spread(model, distractors, longest, effort.error_contexts, _ERROR_SEED):
         _measure_errors(reader, errors[0], haystack, done)
     keys = KeyMagnitudes(model.config.layers)
-    windows = text_windows(PlainTokenizer(model.tokenizer), min(longest, _WINDOW_TOKENS), effort.error_contexts, [text])
-    for window in windows:
+    for window in _windows(model, text, min(longest, _WINDOW_TOKENS), effort.error_contexts):
         _measure_text(reader, errors[1], keys, window)
         done()
     return Calibration(
@@ -144,14 +146,23 @@ def _mean_shares(errors: list[LayerErrors]) -> list[float]:
     return (means / math.fsum(means)).tolist()  # type: ignore[no-any-return]
 
 
-def _haystacks(model: ResidentModel, text: str, longest: int, count: int, seed: int) -> Iterator[Haystack]:
+def spread(model: ResidentModel, distractors: Distractors, longest: int, count: int, seed: int) -> Iterator[Haystack]:
+    """Yield ``count`` contexts of evenly spread lengths up to ``longest`` tokens."""
     lengths = np.linspace(max(LEAST_TOKENS, longest // 8), longest, count).astype(int).tolist()
-    return haystacks(model.tokenizer, text, lengths, seed)
+    return haystacks(model.tokenizer, distractors, lengths, seed)
 
 
-def _longest(model: ResidentModel, text: str, wanted: int) -> int:
+def _windows(model: ResidentModel, text: str, num_tokens: int, count: int) -> Iterator[list[int]]:
+    """Yield the tokens of windows spread evenly through the text; none is encoded as a whole, for the memory of that."""
+    for start in range(0, len(text), -(-len(text) // count)):
+        piece = text[start : start + _CHARS_PER_TOKEN * num_tokens]
+        window = model.tokenizer.encode(piece)[:num_tokens]
+        if len(window) > WINDOW:
+            yield window
+
+
+def _longest(model: ResidentModel, num_tokens: int, wanted: int) -> int:
     """Return the tokens of the longest context that model, text and memory allow."""
-    num_tokens = len(model.tokenizer.encode(text))
     if num_tokens < 2 * LEAST_TOKENS:
         raise RequestError(
             f"the text has {num_tokens} tokens, at least {2 * LEAST_TOKENS} are needed", "give a longer --text"

@@ -10,7 +10,6 @@ import numpy as np
 from elbowroom.errors import RequestError
 from elbowroom.evals import facts
 from elbowroom.evals.distractors import Distractors
-from elbowroom.evals.engine_target import PlainTokenizer
 from elbowroom.models.tokenizer import Tokenizer
 
 NUM_FACTS = 4
@@ -46,19 +45,18 @@ class Haystack:
     needles: tuple[Needle, ...]
 
 
-def haystacks(tokenizer: Tokenizer, text: str, lengths: Sequence[int], seed: int) -> Iterator[Haystack]:
+def haystacks(tokenizer: Tokenizer, distractors: Distractors, lengths: Sequence[int], seed: int) -> Iterator[Haystack]:
     """Yield a context with ``NUM_FACTS`` facts for each of ``lengths``, which include questions and answers.
 
     Args:
         tokenizer: of the model.
-        text: what stands around the facts.
+        distractors: what stands around the facts.
         lengths: tokens.
         seed: of keys, values and places.
 
     Raises:
         RequestError: the text is shorter than the longest context.
     """
-    distractors = Distractors(PlainTokenizer(tokenizer), [text])
     for number, length in enumerate(lengths):
         yield _haystack(tokenizer, distractors, length, np.random.default_rng([seed, number]))
 
