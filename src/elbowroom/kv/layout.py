@@ -110,7 +110,7 @@ class PoolSet:
         self.fresh.append(Lane(sealed, self._new_row(), Holding("fresh", chosen=True), rows))
 
     def _add_open(self, pool: StripPool, rows: Rows, window: int | None) -> None:
-        if self._plan.plan.policy is None or window is not None:
+        if self._plan.policy is None or window is not None:
             self.main.append(Lane(pool, rows, Holding("all", window)))
             return
         self.main.append(Lane(pool, rows, Holding("all", chosen=True)))

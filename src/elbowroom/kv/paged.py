@@ -51,7 +51,7 @@ class PagedStore:
         self._open_codec = token_codec(self._codec)
         self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
         self._preparer = Preparer(self._pools, plan)
-        policy = plan.plan.policy
+        policy = plan.policy
         self._compactor = None if policy is None or plan.defers else Compactor(policy, self._open_codec)
         self._sealer = None if policy is None or not plan.defers else Sealer(policy, self._codec)
         self._last_reader = {source: layer for layer, source in enumerate(self._pools.source_of)}
@@ -166,7 +166,7 @@ class PagedStore:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: KVStep, want: Want) -> AttnOut:
         """Append ``k, v`` of ``layer`` and return attention; needs a successful ``reserve(step)`` before."""
         spec, strips = self.plan.layers[layer], self._strips(layer, step)
-        policy = self.plan.plan.policy
+        policy = self.plan.policy
         if spec.kv_source is None and policy is not None and self._is_chosen(layer):
             for each in self._prepared(step).compactions:
                 rows = slice(int(step.row_starts[each.row]), int(step.row_starts[each.row + 1]))

@@ -161,14 +161,14 @@ class BoundPlan:
     @property
     def chosen_layers(self) -> list[int]:
         """Layers that the policy chooses from; empty without one."""
-        if self.plan.policy is None:
+        if self.policy is None:
             return []
         return [index for index, layer in enumerate(self.layers) if _is_chosen(layer)]
 
     @property
     def defers(self) -> bool:
         """Whether a prompt's blocks wait for its end to be sealed: a policy chooses before the codec rounds."""
-        return bool(self.tails) and self.plan.policy is not None
+        return bool(self.tails) and self.policy is not None
 
     @property
     def has_windows(self) -> bool:
@@ -178,7 +178,7 @@ class BoundPlan:
     @property
     def shares_prefixes(self) -> bool:
         """Whether a prefix means the same to every sequence: no window expires it, no policy chose from it."""
-        return not self.has_windows and self.plan.policy is None
+        return not self.has_windows and self.policy is None
 
     @property
     def rollback_grain(self) -> int:
@@ -221,7 +221,7 @@ class BoundPlan:
 
         Layers from which nothing is chosen have a limit that no sequence reaches.
         """
-        policy = self.plan.policy
+        policy = self.policy
         return np.asarray(
             [
                 policy.limit(index, ends_prompt) if policy is not None and _is_chosen(layer) else _NO_LIMIT
@@ -240,7 +240,7 @@ class BoundPlan:
             num_tokens: tokens of the sequence behind it.
             ends_prompt: whether the step ends the prompt.
         """
-        if self.plan.policy is None:
+        if self.policy is None:
             return dropped
         above = num_tokens - STRIP_TOKENS * dropped - self.limits(ends_prompt=ends_prompt)
         gone: npt.NDArray[np.int64] = dropped + np.maximum(-(-above // STRIP_TOKENS), 0)
@@ -248,7 +248,7 @@ class BoundPlan:
 
     def _kept_tokens(self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the tokens that a layer holds at each of ``totals``: while a prompt is read and behind it."""
-        policy = self.plan.policy
+        policy = self.policy
         if policy is None or not _is_chosen(self.layers[index]):
             return totals
         end_limit = policy.limit(index, ends_prompt=True)
@@ -258,7 +258,7 @@ class BoundPlan:
 
     def _most_read(self, index: int, prompt_tokens: int) -> int:
         """Return the most tokens of a chosen layer while a prompt is read: what stays, and where it is written anew."""
-        policy = self.plan.policy
+        policy = self.policy
         assert policy is not None
         if prompt_tokens <= policy.limit(index, ends_prompt=True) and not self.defers:
             return prompt_tokens
@@ -270,7 +270,7 @@ class BoundPlan:
         Keys of a head in float32 and as they are stored, three times the scores of the window's queries, the strips'
         bytes on their way, and attention, whose output then lies outside the workspace.
         """
-        policy = self.plan.policy
+        policy = self.policy
         if policy is None:
             return 0
         most = 0
@@ -283,7 +283,7 @@ class BoundPlan:
 
     def _staging_bytes(self, step_tokens: int) -> int:
         """Return what a step holds on top: blocks that wait, in one layer a pool, to be sealed or chosen from."""
-        if self.plan.policy is not None:
+        if self.policy is not None:
             formats = self.tails or self.formats
             chosen = {fmt for layer, fmt in zip(self.layers, formats, strict=True) if layer.window is None}
             staging = (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)

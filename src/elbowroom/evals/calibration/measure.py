@@ -153,7 +153,7 @@ def spread(model: ResidentModel, distractors: Distractors, longest: int, count: 
 
 
 def _windows(model: ResidentModel, text: str, num_tokens: int, count: int) -> Iterator[list[int]]:
-    """Yield the tokens of windows spread evenly through the text; none is encoded as a whole, for the memory of that."""
+    """Yield the tokens of windows spread evenly through the text, which is encoded in pieces: a whole takes memory."""
     for start in range(0, len(text), -(-len(text) // count)):
         piece = text[start : start + _CHARS_PER_TOKEN * num_tokens]
         window = model.tokenizer.encode(piece)[:num_tokens]
