@@ -151,16 +151,16 @@ def test_parameters_that_cannot_work_name_the_way_out(text: str, found: str, fix
 
 
 def test_the_engine_answers_with_what_stays() -> None:
-    """The built-in model finds facts among 900 tokens of which a layer keeps 128 or less on average, in real bytes."""
+    """The built-in model finds facts among 500 tokens of which a layer keeps 96 or less on average, in real bytes."""
     found = 0
-    with LLM(memory="128MiB", kv="compresskv(128,heads=1)") as llm:
+    with LLM(memory="128MiB", kv="compresskv(96,heads=1)") as llm:
         parts = llm.engine.parts
         plain = KVPlan.parse("plain").bind(parts.config.layers, "bfloat16")
-        for sample in samples.retrieval(PlainTokenizer(llm.tokenizer), TaskSpec(context_tokens=900, num_queries=4)):
+        for sample in samples.retrieval(PlainTokenizer(llm.tokenizer), TaskSpec(context_tokens=500, num_queries=4)):
             (turn,) = sample.turns
             with llm.session(sample.context + turn.prompt) as session:
                 held = parts.store.report().live_bytes
-                assert held <= 0.25 * plain.curve(0, np.array([session.mark])).resident_bytes[0]
+                assert held <= 0.3 * plain.curve(0, np.array([session.mark])).resident_bytes[0]
                 reply = session.ask([], SamplingParams(max_tokens=turn.max_new_tokens, temperature=0.0))
             found += score_reply(reply.outputs[0].text, turn.target).value == 1.0
     assert found >= 3
