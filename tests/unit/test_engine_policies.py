@@ -73,7 +73,10 @@ def test_every_schedule_runs_and_the_books_agree(decoder: Decoder, kv: str | KVP
 def test_what_is_dropped_makes_room(decoder: Decoder, kv: str | KVPlan) -> None:
     """Long prompts run side by side where one alone would not fit in full, without a shortfall or a preemption."""
     # Sealed strips are small beside those of a prompt that is read.
-    stepper = Stepper(Subject(decoder, ComputePath(0), kv, random_calibration(decoder.config.layers)), 8000 if "kivi" in str(kv) else 1800)
+    stepper = Stepper(
+        Subject(decoder, ComputePath(0), kv, random_calibration(decoder.config.layers)),
+        8000 if "kivi" in str(kv) else 1800,
+    )
     shortfalls = watched(stepper)
     for number in range(4):
         stepper.add(number, prompt(1500, number), 40)

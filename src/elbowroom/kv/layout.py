@@ -95,7 +95,7 @@ class PoolSet:
         if not plan.tails:
             self._add_open(self._pool(fmt, layers, share), rows, window)
             return
-        chosen = plan.plan.policy is not None and window is None
+        chosen = plan.policy is not None and window is None
         # Where prompts wait for their end, tails and staging hold the most of them.
         tail_share = 0.5 if chosen else 1 / _TAIL_SHARE
         sealed = self._pool(fmt, layers, share * (1 - tail_share))
