@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
+from elbowroom.core import LayerSpec
 from elbowroom.kv import KVPlan
+from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.policies import LayerView
 from elbowroom.kv.policies.snapkv import SnapKVPolicy
@@ -20,6 +23,11 @@ class TaperingPolicy:
     tokens: int = 130
     name: ClassVar[str] = "tapering"
     window: ClassVar[int] = 20
+    needs_calibration: ClassVar[bool] = False
+
+    def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> Self:
+        """Return itself."""
+        return self
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
         """Return the budget of a layer."""

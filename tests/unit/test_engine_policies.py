@@ -9,6 +9,7 @@ import torch
 from tests.support.policies import TAPERING
 from tests.support.tiny_model import write_tiny_model
 
+from elbowroom.bench.random_model import random_calibration
 from elbowroom.bench.schedules import SCHEDULES, Stepper, Subject
 from elbowroom.engine.llm import LLM
 from elbowroom.engine.sampling_params import SamplingParams
@@ -26,6 +27,7 @@ PLANS = (
     "streaming(128,sinks=4) | int8",
     "snapkv(tokens=200,w=16) | bfp(n=16)",
     TAPERING,
+    "compresskv(160) | int8",
 )
 
 
@@ -61,7 +63,7 @@ def watched(stepper: Stepper) -> list[Shortfall]:
 @pytest.mark.parametrize("native_tokens", [0, ANY] if backend_name() == "native" else [0])
 def test_every_schedule_runs_and_the_books_agree(decoder: Decoder, kv: str | KVPlan, native_tokens: int) -> None:
     """Batches, sessions, forks and samples; in the end nothing is held."""
-    subject = Subject(decoder, ComputePath(native_tokens), kv)
+    subject = Subject(decoder, ComputePath(native_tokens), kv, random_calibration(decoder.config.layers))
     for seed, name in enumerate(("batched", "prefix_hit", "forked", "rolled_back", "samples")):
         for tokens in SCHEDULES[name](subject, prompt(300), 30, seed):
             assert len(tokens) == 30
@@ -71,7 +73,10 @@ def test_every_schedule_runs_and_the_books_agree(decoder: Decoder, kv: str | KVP
 def test_what_is_dropped_makes_room(decoder: Decoder, kv: str | KVPlan) -> None:
     """Long prompts run side by side where one alone would not fit in full, without a shortfall or a preemption."""
     # Sealed strips are small beside those of a prompt that is read.
-    stepper = Stepper(Subject(decoder, ComputePath(0), kv), 8000 if "kivi" in str(kv) else 1800)
+    stepper = Stepper(
+        Subject(decoder, ComputePath(0), kv, random_calibration(decoder.config.layers)),
+        8000 if "kivi" in str(kv) else 1800,
+    )
     shortfalls = watched(stepper)
     for number in range(4):
         stepper.add(number, prompt(1500, number), 40)
@@ -121,13 +126,13 @@ def test_a_session_is_compressed_before_its_questions_come(directory: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "kv", ["streaming(tokens=512)", "snapkv(512)", "kivi(k=2,v=2,g=64)", "snapkv(128) | kivi", TAPERING]
+    "kv", ["streaming(tokens=512)", "snapkv(512)", "kivi(k=2,v=2,g=64)", "snapkv(128) | kivi", TAPERING, "compresskv"]
 )
 @pytest.mark.parametrize("count", [64, 576, 600])
 def test_what_is_accepted_runs_without_a_shortfall(decoder: Decoder, kv: str | KVPlan, count: int) -> None:
     """Prompts just above a budget, and of a whole block, in stores of every size that makes them share."""
     for capacity in range(count // 64 * 64 + 64, min(2000, 3 * count + 400), 192):
-        stepper = Stepper(Subject(decoder, ComputePath(0), kv), capacity)
+        stepper = Stepper(Subject(decoder, ComputePath(0), kv, random_calibration(decoder.config.layers)), capacity)
         shortfalls = watched(stepper)
         try:
             for number in range(3):
@@ -146,7 +151,7 @@ def test_preemption_changes_no_answer(decoder: Decoder, kv: str | KVPlan) -> Non
     """What was generated is computed again behind what the policy keeps of the prompt alone."""
     texts = []
     for interrupted in (False, True):
-        stepper = Stepper(Subject(decoder, ComputePath(0), kv), 4000)
+        stepper = Stepper(Subject(decoder, ComputePath(0), kv, random_calibration(decoder.config.layers)), 4000)
         stepper.add(1, prompt(300), 120)
         for number in range(200):
             if interrupted and number == 90:

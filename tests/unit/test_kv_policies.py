@@ -13,6 +13,7 @@ from tests.support.kv_world import assert_close, dense, make_spec
 from tests.support.policies import TAPERING
 from torch import Tensor
 
+from elbowroom.bench.random_model import random_calibration
 from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.errors import IntegrityError, PlanError
 from elbowroom.kv import KVHandle, KVPlan, KVStep, PagedStore, Want
@@ -83,7 +84,7 @@ def test_snapkv_agrees_with_a_loop(kernel: int) -> None:
         ("snapkv(tokens=80)", "cannot keep 80 tokens", "tokens=96"),
         ("streaming(tokens=none)", "tokens=none", "a number above 0"),
         ("snapkv | streaming", "two policies", "parts joined"),
-        ("snapkv(256) | zip", "unknown KV codec 'zip'", "or a policy: snapkv, streaming"),
+        ("snapkv(256) | zip", "unknown KV codec 'zip'", "or a policy: compresskv, snapkv, streaming"),
         ("snapkv(256,kernel=4)", "kernel=4", "an odd kernel"),
         ("snapkv(window=3)", "policy 'snapkv' does not take", "parts joined"),
     ],
@@ -123,14 +124,16 @@ class PolicyWorld:
     def __init__(self, plan: str | KVPlan, layers: list[LayerSpec], capacity: int = 2**24) -> None:
         self.layers, self.plan = layers, KVPlan.parse(plan)
         self.ledger = Ledger(Budget({}))
-        self.store = PagedStore(self.plan.bind(layers, "float32"), Arena(HostTier(), self.ledger), capacity)
+        self.store = PagedStore(
+            self.plan.bind(layers, "float32", random_calibration(layers)), Arena(HostTier(), self.ledger), capacity
+        )
         self.held: dict[KVHandle, Held] = {}
         self.random = torch.Generator().manual_seed(2)
 
     @property
     def policy(self) -> TokenPolicy:
-        assert self.plan.policy is not None
-        return self.plan.policy
+        assert self.store.plan.policy is not None
+        return self.store.plan.policy
 
     def rand(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.random)
@@ -225,7 +228,7 @@ class PolicyWorld:
 
 LAYERS = [make_spec(q_heads=4, kv_heads=2, dim=8, v_dim=4), make_spec(q_heads=4, kv_heads=2, dim=8, v_dim=4)]
 MIXED = [*LAYERS, make_spec(q_heads=2, window=50)]
-PLANS = ("streaming(130,sinks=3)", "snapkv(tokens=150,w=20)", TAPERING)
+PLANS = ("streaming(130,sinks=3)", "snapkv(tokens=150,w=20)", TAPERING, "compresskv(150,heads=1)")
 NONE, PART, END = PromptPart
 
 
@@ -382,7 +385,8 @@ def test_keys_that_are_read_later_are_those_of_their_own_layer(plan: str | KVPla
     """A layer that shares keys reads what its source kept, in the step itself and behind it."""
     shape = LAYERS[0]
     layers = [shape, shape, dataclasses.replace(shape, kv_source=0)]
-    store = PagedStore(KVPlan.parse(plan).bind(layers, "float32"), Arena(HostTier(), Ledger(Budget({}))), 2**24)
+    bound = KVPlan.parse(plan).bind(layers, "float32", random_calibration(layers))
+    store = PagedStore(bound, Arena(HostTier(), Ledger(Budget({}))), 2**24)
     handle = store.open()
     for start, count, part in ((0, 300, END), (300, 1, NONE)):
         parts = np.array([part], dtype=np.int8)

@@ -23,7 +23,7 @@ from typing import Any  # noqa: E402
 def measure(arguments: Sequence[str], spawned_s: float) -> dict[str, float]:
     """Run the command line and return the seconds of its parts; they add up to ``first_token``."""
     from elbowroom.bench.patching import replaced
-    from elbowroom.engine import build, llm, output
+    from elbowroom.engine import llm, output, resident
     from elbowroom.models.tokenizer import Tokenizer
 
     imported_s = time.monotonic()
@@ -50,8 +50,8 @@ def measure(arguments: Sequence[str], spawned_s: float) -> dict[str, float]:
 
     with contextlib.ExitStack() as patches, contextlib.redirect_stdout(io.StringIO()):
         for part, owner, name in (
-            ("baseline", build, "measure_baseline"),
-            ("weights", build, "read_weights"),
+            ("baseline", resident, "measure_baseline"),
+            ("weights", resident, "read_weights"),
             ("tokenizer", Tokenizer, "from_directory"),
             ("build", llm, "build_engine"),
         ):

@@ -16,18 +16,19 @@ import torch
 
 from elbowroom.bench.base import BenchOptions, BenchResult, Claim, Row
 from elbowroom.bench.machine import machine_info
-from elbowroom.bench.random_model import write_random_model
+from elbowroom.bench.random_model import random_calibration, write_random_model
 from elbowroom.bench.schedules import Stepper, Subject
 from elbowroom.errors import ElbowroomError, PlanError
+from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.codecs import CODECS
-from elbowroom.kv.plan import KVPlan
+from elbowroom.kv.plan import BoundPlan, KVPlan
 from elbowroom.kv.policies import POLICIES
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.loader import load_model
 from elbowroom.models.path import ANY, ComputePath
 
 _PROMPT, _NEW = 700, 24
-_ARGUMENTS = {"snapkv": "(256)", "streaming": "(256)"}
+_ARGUMENTS = {"compresskv": "(256,heads=2)", "snapkv": "(256)", "streaming": "(256)"}
 
 
 def run(options: BenchOptions) -> BenchResult:
@@ -53,22 +54,23 @@ def run(options: BenchOptions) -> BenchResult:
 def _row(decoder: Decoder, first: str, second: str, seed: int) -> Row:
     text = " | ".join(name + _ARGUMENTS.get(name, "") for name in (first, second))
     sys.stderr.write(f"  {text}\n")
+    calibration = random_calibration(decoder.config.layers, seed)
     row: dict[str, object] = {"first": first, "second": second, "plan": text}
     try:
         plan = KVPlan.parse(text)
-        plan.bind(decoder.config.layers, "bfloat16")
+        bound = plan.bind(decoder.config.layers, "bfloat16", calibration)
     except PlanError as error:
         refused = "refused" if error.hint else "broken"
         return row | {"outcome": refused, "reason": error.message, "fix": error.hint}
     try:
-        return row | {"outcome": "runs", "reason": ""} | _run(decoder, plan, seed)
+        return row | {"outcome": "runs", "reason": ""} | _run(decoder, bound, calibration, seed)
     except (ElbowroomError, AssertionError) as error:
         return row | {"outcome": "broken", "reason": f"{type(error).__name__}: {error}"}
 
 
-def _run(decoder: Decoder, plan: KVPlan, seed: int) -> dict[str, object]:
+def _run(decoder: Decoder, bound: BoundPlan, calibration: Calibration, seed: int) -> dict[str, object]:
     """Run two requests; return the bytes held while both decode, and what a plain plan would hold."""
-    stepper = Stepper(Subject(decoder, ComputePath(ANY), plan.text), 4 * _PROMPT, dtype="bfloat16")
+    stepper = Stepper(Subject(decoder, ComputePath(ANY), bound.plan, calibration), 4 * _PROMPT, dtype="bfloat16")
     generator = torch.Generator().manual_seed(seed)
     for number in range(2):
         prompt = torch.randint(decoder.config.vocab_size, (_PROMPT,), generator=generator).tolist()
@@ -78,7 +80,7 @@ def _run(decoder: Decoder, plan: KVPlan, seed: int) -> dict[str, object]:
         stepper.step()
         report = stepper.store.report()
         held = report.live_bytes if report.num_tokens >= 2 * _PROMPT else held
-    bound, plain = (each.bind(decoder.config.layers, "bfloat16") for each in (plan, KVPlan.parse("plain")))
+    plain = KVPlan.parse("plain").bind(decoder.config.layers, "bfloat16")
     total = np.array([_PROMPT + _NEW])
     most = 2 * (int(bound.curve(_PROMPT, total).resident_bytes[0]) + bound.tail_bytes)
     assert 0 < held <= 1.1 * most, f"{held} bytes are held, the plan says {most}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from elbowroom.core import LayerSpec
+from elbowroom.kv.calibration import Calibration, Measurement, rounded
 from elbowroom.models.hf_config import read_config
 from elbowroom.models.loader import dummy_weights
 
@@ -40,6 +43,26 @@ SHAPES: dict[str, dict[str, int]] = {
         "max_position_embeddings": 40_960,
     },
 }
+
+
+def random_calibration(layers: Sequence[LayerSpec], seed: int = 0) -> Calibration:
+    """Return a calibration in which all is drawn: a model with random weights has no heads that retrieve."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(count: int) -> tuple[float, ...]:
+        return rounded(torch.rand(count, generator=generator).tolist())
+
+    errors = [value * (spec.window is None) for value, spec in zip(drawn(len(layers)), layers, strict=True)]
+    return Calibration(
+        model="",
+        measured=Measurement(
+            contexts=0, runs=0, successes=0, longest_tokens=0, key_tokens=0, text="random", dtype="float32"
+        ),
+        layer_errors=tuple(value / sum(errors) for value in errors),
+        head_scores=tuple(drawn(spec.num_q_heads) for spec in layers),
+        copy_scores=tuple(drawn(spec.num_q_heads) for spec in layers),
+        key_rms=tuple(tuple(drawn(spec.head_dim) for _ in range(spec.num_kv_heads)) for spec in layers),
+    )
 
 
 def write_random_model(directory: Path, size: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:

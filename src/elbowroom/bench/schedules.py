@@ -19,6 +19,7 @@ from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.sizing import workspace_sizes
 from elbowroom.engine.types import Request, SessionRef
+from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
@@ -91,7 +92,9 @@ class Subject:
 
     decoder: Decoder
     path: ComputePath
-    kv: str = "plain"
+    kv: str | KVPlan = "plain"
+    calibration: Calibration | None = None
+    """For plans that need it."""
 
     @property
     def config(self) -> ModelConfig:
@@ -112,7 +115,7 @@ class Stepper:
     def __init__(
         self, subject: Subject, capacity_tokens: int, chunk: Callable[[], int] | None = None, dtype: str = "float32"
     ) -> None:
-        plan = KVPlan.parse(subject.kv).bind(subject.config.layers, dtype)
+        plan = KVPlan.parse(subject.kv).bind(subject.config.layers, dtype, subject.calibration)
         tier = HostTier()
         self.pricing = KVPricing.of(plan, subject.config.max_positions, STEP_TOKENS, tier.page_bytes)
         longest = len(self.pricing.by_blocks) - 1

@@ -111,7 +111,7 @@ def describe_model(model: str | None, dtype: str) -> dict[str, object]:
         TokenizerError: the directory has no tokenizer, so that no task can be written.
     """
     from elbowroom import __version__
-    from elbowroom.engine.build import model_fingerprint
+    from elbowroom.engine.resident import model_fingerprint
     from elbowroom.models.directory import find_model
 
     directory = find_model(model)

@@ -54,7 +54,7 @@ class KVPricing:
         curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens)
         slack, open_slack = _page_slack(plan, plan.formats, page_bytes), _page_slack(plan, plan.tails, page_bytes)
         resident = curve.resident_bytes
-        if plan.plan.chooses:
+        if plan.chooses:
             # What is dropped is taken off; sliding windows may hold all of theirs beside few blocks that stay.
             resident = blocks * plan.chosen_bytes + (blocks > 0) * (resident - blocks * plan.chosen_bytes).max()
             # Single strips, which take the place of groups, end in pages of their own once more.
@@ -63,7 +63,7 @@ class KVPricing:
         # While the last block is not full it lies open; a step over a border holds it and the next one.
         prices = resident + blocks * slack + (blocks > 0) * 2 * (plan.tail_bytes + open_slack)
         step_slack = num_blocks(step_tokens) * (slack * plan.has_windows + open_slack)
-        if plan.plan.chooses:
+        if plan.chooses:
             step_slack += (num_blocks(step_tokens) + 1) * page_bytes  # single strips
         chosen = plan.chosen_layers
         prompt_limits, end_limits = (plan.limits(ends_prompt=ends)[chosen].tolist() for ends in (False, True))

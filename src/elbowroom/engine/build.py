@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
-
 from elbowroom.engine.accounting import KVPricing
-from elbowroom.engine.baseline import measure_baseline
 from elbowroom.engine.core import EngineCore
 from elbowroom.engine.engine import Engine, EngineParts
 from elbowroom.engine.executors.local import TorchExecutor
+from elbowroom.engine.resident import Progress, load_resident
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
-from elbowroom.engine.sizing import ALIGN, plan_memory
-from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import KVPlan
-from elbowroom.memory.arena import Arena, Range
-from elbowroom.memory.ledger import Budget, Ledger
-from elbowroom.memory.malloc import trim_malloc
-from elbowroom.memory.meter import available_bytes
-from elbowroom.memory.tiers import HostTier
-from elbowroom.memory.workspace import Workspace
-from elbowroom.models.decoder import Decoder
-from elbowroom.models.directory import find_model
-from elbowroom.models.hf_config import check_dtype, choose_dtype, read_config
-from elbowroom.models.loader import read_weights
-from elbowroom.models.path import ComputePath
-from elbowroom.models.tokenizer import Tokenizer
-from elbowroom.units import parse_bytes
-from elbowroom.weights.resident import ResidentWeights
-
-Progress = Callable[[int, int], None]
+from elbowroom.memory.arena import Arena
 
 
 def build_engine(
@@ -66,26 +41,9 @@ def build_engine(
         ModelError: the directory cannot be used.
         RequestError: an argument is malformed.
     """
-    check_dtype(dtype)
-    meter = measure_baseline()
-    budget_bytes = parse_bytes(memory, available_bytes())
-    directory = find_model(model)
-    config, dtype = read_config(directory), choose_dtype(dtype, directory)
-    kind: torch.dtype = getattr(torch, dtype)
-    plan = KVPlan.parse(kv).bind(config.layers, dtype)
-    path = ComputePath.choose(kind)
-    sizes = plan_memory(config, kind, path, plan, budget_bytes, max_sequences)
-    tokenizer = Tokenizer.from_directory(directory)
-
-    ledger = Ledger(Budget({"host": budget_bytes}))
-    ledger.charge("runtime", "host", sizes.runtime_bytes)
-    arena = Arena(HostTier(), ledger)
-    weights = _reserve(arena, "weights", sizes.weights_bytes)
-    tensors, load = read_weights(directory, config, kind, _bump_allocator(weights), progress)
-    decoder = Decoder(config, ResidentWeights(tensors, config.activation))
-    workspace = Workspace(arena, sizes.workspace)
-    kv_bytes = budget_bytes - ledger.total("host")
-    store = PagedStore(plan, arena, kv_bytes, model_fingerprint(directory))
+    loaded = load_resident(model, memory, kv, dtype, max_sequences=max_sequences, progress=progress)
+    config, tokenizer, sizes, store = loaded.config, loaded.tokenizer, loaded.memory, loaded.store
+    kv_bytes = store.report().capacity_bytes
     settings = SchedulerConfig(
         max_positions=config.max_positions,
         max_step_tokens=sizes.max_step_tokens,
@@ -96,30 +54,22 @@ def build_engine(
         namespace=store.fingerprint,
         seed=seed,
     )
-    pricing = KVPricing.of(plan, config.max_positions, sizes.max_step_tokens, arena.tier.page_bytes)
-    executor = TorchExecutor(path.model(decoder), decoder.weights, store, workspace)
-    core = _make_core(Scheduler(settings, pricing, kv_bytes), executor, arena)
-    decoder.eval()
-
-    def close() -> None:
-        store.close_all()
-        workspace.close()
-        weights.close()
-        trim_malloc()
-
+    pricing = KVPricing.of(store.plan, config.max_positions, sizes.max_step_tokens, loaded.arena.tier.page_bytes)
+    executor = TorchExecutor(loaded.path.model(loaded.decoder), loaded.decoder.weights, store, loaded.workspace)
+    core = _make_core(Scheduler(settings, pricing, kv_bytes), executor, loaded.arena)
     return Engine(
         EngineParts(
-            model_name=directory.name if model else "builtin",
+            model_name=loaded.directory.name if model else "builtin",
             config=config,
             tokenizer=tokenizer,
             memory=sizes,
-            plan=plan,
-            ledger=ledger,
+            plan=store.plan,
+            ledger=loaded.ledger,
             store=store,
             core=core,
-            meter=meter,
-            load=load,
-            close=close,
+            meter=loaded.meter,
+            load=loaded.load,
+            close=loaded.close,
         )
     )
 
@@ -131,35 +81,3 @@ def _make_core(scheduler: Scheduler, executor: TorchExecutor, arena: Arena) -> E
     # The store's address space, made at the start, holds twice its capacity.
     core.max_kv_bytes = 2 * scheduler.account.capacity_bytes
     return core
-
-
-def _reserve(arena: Arena, owner: str, num_bytes: int) -> Range:
-    made = arena.reserve(num_bytes, owner)
-    made.commit(np.zeros(1, dtype=np.int64), num_bytes)
-    return made
-
-
-def _bump_allocator(target: Range) -> Callable[[str, tuple[int, ...], torch.dtype], Tensor]:
-    """Return an allocator that lays tensors one behind the other in ``target``."""
-    offset = 0
-
-    def allocate(_name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        nonlocal offset
-        count = int(np.prod(shape))
-        start, offset = offset, offset + -(-count * dtype.itemsize // ALIGN) * ALIGN
-        return target.base[start : start + count * dtype.itemsize].view(dtype).view(shape)
-
-    return allocate
-
-
-def model_fingerprint(directory: Path) -> bytes:
-    """Return 16 bytes that name a model's weights: its config, and the headers and sizes of its weight files."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{path.name}|{size}|".encode())
-            digest.update(file.read(65536))
-            file.seek(max(size - 65536, 0))
-            digest.update(file.read(65536))
-    return digest.digest()

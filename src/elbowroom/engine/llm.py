@@ -7,10 +7,11 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
-from elbowroom.engine.build import Progress, build_engine
+from elbowroom.engine.build import build_engine
 from elbowroom.engine.engine import Engine
 from elbowroom.engine.output import RequestOutput
 from elbowroom.engine.prompts import Message, Prompt, chat_ids, prompt_ids
+from elbowroom.engine.resident import Progress
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.session import Session
 from elbowroom.errors import RequestError

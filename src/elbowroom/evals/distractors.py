@@ -48,6 +48,11 @@ class Distractors:
         self._counts = np.array([self.count(line) for line in self._lines], dtype=np.int64)
         self._ends = np.cumsum(self._counts)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all lines."""
+        return int(self._ends[-1]) if self._lines else 0
+
     def count(self, text: str) -> int:
         """Return the number of tokens of ``text``."""
         return len(self._tokenizer.encode(text))

@@ -51,9 +51,9 @@ class PagedStore:
         self._open_codec = token_codec(self._codec)
         self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
         self._preparer = Preparer(self._pools, plan)
-        policy = plan.plan.policy
+        policy = plan.policy
         self._compactor = None if policy is None or plan.defers else Compactor(policy, self._open_codec)
-        self._sealer = Sealer(plan.plan) if plan.defers else None
+        self._sealer = Sealer(plan) if plan.defers else None
         self._last_reader = {source: layer for layer, source in enumerate(self._pools.source_of)}
         """For each layer with keys of its own the last one that reads them."""
         self._sequences: dict[int, Sequence] = {}
@@ -166,7 +166,7 @@ class PagedStore:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: KVStep, want: Want) -> AttnOut:
         """Append ``k, v`` of ``layer`` and return attention; needs a successful ``reserve(step)`` before."""
         spec, strips = self.plan.layers[layer], self._strips(layer, step)
-        window = self.plan.plan.window
+        window = self.plan.window
         if spec.kv_source is None and window and self._is_chosen(layer):
             for each in self._prepared(step).compactions:
                 rows = slice(int(step.row_starts[each.row]), int(step.row_starts[each.row + 1]))

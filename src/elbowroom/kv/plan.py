@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import ConfigError, PlanError
+from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.codecs.reduced import ReducedCodec
@@ -119,21 +120,21 @@ class KVPlan:
         return ReducedCodec(self.codec, None if self.channels is None else self.channels.share, counts)
 
     @property
-    def chooses(self) -> bool:
-        """Whether something is chosen when a prompt ends."""
-        return self.policy is not None or self.channels is not None
+    def needs_calibration(self) -> bool:
+        """Whether ``bind`` needs measurements of the model."""
+        return self.policy is not None and self.policy.needs_calibration
 
-    @property
-    def window(self) -> int:
-        """Newest queries that are looked at then."""
-        return max([part.window for part in (self.policy, self.channels) if part is not None], default=0)
-
-    def bind(self, layers: Sequence[LayerSpec], dtype: str) -> BoundPlan:
+    def bind(self, layers: Sequence[LayerSpec], dtype: str, calibration: Calibration | None = None) -> BoundPlan:
         """Fix the plan to a model's layers and activation dtype (``float32``, ``bfloat16``, ``float16``).
+
+        Args:
+            layers: of the model.
+            dtype: of its activations.
+            calibration: what was measured of it, for plans that need that.
 
         Raises:
             ConfigError: a layer reads keys and values of another one that does not hold them.
-            PlanError: codec or policy do not suit the layers.
+            PlanError: codec or policy do not suit the layers, or need a calibration.
         """
         for index in range(len(layers)):
             _check_source(layers, index)
@@ -147,7 +148,8 @@ class KVPlan:
         for layer in layers:
             whole = isinstance(layout, ReducedCodec) and not _is_chosen(layer)
             formats.append((ReducedCodec(self.codec) if whole else layout).page_format(layer, dtype))
-        return BoundPlan(self, tuple(layers), tuple(formats), tails)
+        policy = None if self.policy is None else self.policy.calibrated(layers, calibration)
+        return BoundPlan(self, tuple(layers), tuple(formats), tails, policy)
 
     def for_hf(self, model: Any, memory: str | int = "80%") -> StoreCache:
         """Return a cache for ``model.generate(..., past_key_values=cache)`` of a transformers model on the CPU.
@@ -176,6 +178,8 @@ class BoundPlan:
     formats: tuple[PageFormat, ...]
     tails: tuple[PageFormat, ...] = ()
     """Formats of the strip that is not full yet, where full ones are sealed; else empty."""
+    policy: TokenPolicy | None = None
+    """The plan's policy, calibrated for the model."""
 
     @property
     def block_bytes(self) -> int:
@@ -194,16 +198,26 @@ class BoundPlan:
         return sum(fmt.strip_bytes for layer, fmt in pairs if _is_chosen(layer))
 
     @property
+    def chooses(self) -> bool:
+        """Whether something is chosen when a prompt ends."""
+        return self.policy is not None or self.plan.channels is not None
+
+    @property
+    def window(self) -> int:
+        """Newest queries that are looked at then."""
+        return max([part.window for part in (self.policy, self.plan.channels) if part is not None], default=0)
+
+    @property
     def chosen_layers(self) -> list[int]:
         """Layers that policies choose from; empty without one."""
-        if not self.plan.chooses:
+        if not self.chooses:
             return []
         return [index for index, layer in enumerate(self.layers) if _is_chosen(layer)]
 
     @property
     def defers(self) -> bool:
         """Whether a prompt's blocks wait for its end to be sealed: a policy chooses before the codec rounds."""
-        return bool(self.tails) and self.plan.chooses
+        return bool(self.tails) and self.chooses
 
     @property
     def has_windows(self) -> bool:
@@ -213,7 +227,7 @@ class BoundPlan:
     @property
     def shares_prefixes(self) -> bool:
         """Whether a prefix means the same to every sequence: no window expires it, no policy chose from it."""
-        return not self.has_windows and not self.plan.chooses
+        return not self.has_windows and not self.chooses
 
     @property
     def rollback_grain(self) -> int:
@@ -261,7 +275,7 @@ class BoundPlan:
 
     def limit(self, index: int, *, ends_prompt: bool) -> int:
         """Return the same of one layer."""
-        policy = self.plan.policy
+        policy = self.policy
         if policy is None or not _is_chosen(self.layers[index]):
             return _NO_LIMIT
         return policy.limit(index, ends_prompt)
@@ -276,7 +290,7 @@ class BoundPlan:
             num_tokens: tokens of the sequence behind it.
             ends_prompt: whether the step ends the prompt.
         """
-        if self.plan.policy is None:
+        if self.policy is None:
             return dropped
         above = num_tokens - STRIP_TOKENS * dropped - self.limits(ends_prompt=ends_prompt)
         gone: npt.NDArray[np.int64] = dropped + np.maximum(-(-above // STRIP_TOKENS), 0)
@@ -284,7 +298,7 @@ class BoundPlan:
 
     def _kept_tokens(self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the tokens that a layer holds at each of ``totals``: while a prompt is read and behind it."""
-        if not self.plan.chooses or not _is_chosen(self.layers[index]):
+        if not self.chooses or not _is_chosen(self.layers[index]):
             return totals
         end_limit = self.limit(index, ends_prompt=True)
         dropped = max(-(-(prompt_tokens - end_limit) // STRIP_TOKENS), 0)
@@ -307,19 +321,19 @@ class BoundPlan:
             step_tokens: most tokens of a step.
             max_tokens: most tokens of a sequence.
         """
-        if not self.plan.chooses:
+        if not self.chooses:
             return 0
         most = 0
         for index, layer in enumerate(self.layers):
             tokens = min(self.limit(index, ends_prompt=False), max_tokens) + step_tokens + STRIP_TOKENS
-            scores = 0 if self.plan.policy is None else (12 * layer.group_size + 1) * self.plan.policy.window
+            scores = 0 if self.policy is None else (12 * layer.group_size + 1) * self.policy.window
             moved = 8 * (layer.head_dim + layer.v_head_dim) * (layer.num_kv_heads if self.defers else 1)
             most = max(most, tokens * (scores + 8 * layer.head_dim + moved))
         return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
 
     def _staging_bytes(self, step_tokens: int) -> int:
         """Return what a step holds on top: blocks that wait, in one layer a pool, to be sealed or chosen from."""
-        if self.plan.chooses:
+        if self.chooses:
             formats = self.tails or self.formats
             chosen = {fmt for layer, fmt in zip(self.layers, formats, strict=True) if layer.window is None}
             staging = (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)
@@ -337,7 +351,7 @@ class BoundPlan:
     def fingerprint(self) -> bytes:
         """Return 16 bytes that differ whenever stored strips would not be interchangeable."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"v1|{self.plan.text}|{self.formats}|{self.tails}|{self.layers}".encode())
+        digest.update(f"v1|{self.plan.text}|{self.policy}|{self.formats}|{self.tails}|{self.layers}".encode())
         return digest.digest()
 
 
@@ -412,6 +426,6 @@ def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _
 
 def _canonical(part: Codec | TokenPolicy | ChannelPolicy) -> str:
     """Return one spelling for equal parts."""
-    names: list[str] = [each.name for each in fields(part)] if is_dataclass(part) else []
+    names: list[str] = [each.name for each in fields(part) if each.init] if is_dataclass(part) else []
     inner = ",".join(f"{name}={getattr(part, name)}" for name in names)
     return f"{part.name}({inner})"

@@ -22,7 +22,7 @@ from elbowroom.kv.codecs import Codec
 from elbowroom.kv.compaction import Compaction, checked_choice
 from elbowroom.kv.holding import blocks_of
 from elbowroom.kv.layout import Lane
-from elbowroom.kv.plan import KVPlan
+from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.policies import LayerView, Merged, MergePolicy
 from elbowroom.kv.sequence import Table
 from elbowroom.kv.tables import Tails
@@ -92,8 +92,8 @@ class Sealer:
         plan: who chooses tokens and channels, and how strips are sealed.
     """
 
-    def __init__(self, plan: KVPlan) -> None:
-        self._policy, self._channels, self._layout = plan.policy, plan.channels, plan.layout
+    def __init__(self, plan: BoundPlan) -> None:
+        self._policy, self._channels, self._layout = plan.policy, plan.plan.channels, plan.plan.layout
 
     def compact(self, compaction: Compaction, layer: int, spec: LayerSpec, place: OpenLayer) -> None:
         """Keep what the policy chooses of ``layer``, seal it if the prompt ends, and free the rest."""

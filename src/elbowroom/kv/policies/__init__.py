@@ -9,6 +9,7 @@ POLICIES: Registry[Callable[..., TokenPolicy]] = Registry(
     "KV policy",
     {
         "streaming": "elbowroom.kv.policies.streaming:StreamingPolicy",
+        "compresskv": "elbowroom.kv.policies.compresskv:CompressKVPolicy",
         "snapkv": "elbowroom.kv.policies.snapkv:SnapKVPolicy",
         "kvmerger": "elbowroom.kv.policies.kvmerger:KVMergerPolicy",
     },

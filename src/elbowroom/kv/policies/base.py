@@ -8,14 +8,15 @@ places and nothing that was rotated is rotated again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from elbowroom.core import LayerSpec
+from elbowroom.kv.calibration import Calibration
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +32,17 @@ class LayerView:
     num_held: int
     """Tokens n that are held now."""
 
-    def window_attention(self, head: int) -> Tensor:
-        """Return attention ``[G, W, n]`` of a KV head's newest queries, causal, with the layer's scale and softcap."""
+    def window_attention(self, head: int, members: Sequence[int] | None = None) -> Tensor:
+        """Return attention ``[G, W, n]`` of a KV head's newest queries, causal, with the layer's scale and softcap.
+
+        Args:
+            head: the KV head.
+            members: which of its query heads, counted from its first; by default all.
+        """
         spec, count = self.spec, self.queries.shape[0]
         group = self.queries[:, head * spec.group_size : (head + 1) * spec.group_size].transpose(0, 1)
+        if members is not None:
+            group = group[list(members)]
         scores = (group @ self.keys(head).t()).mul_(spec.scale)
         if spec.softcap is not None:
             scores = torch.tanh(scores / spec.softcap) * spec.softcap
@@ -62,6 +70,17 @@ class TokenPolicy(Protocol):
     @property
     def window(self) -> int:
         """Newest queries that ``select`` looks at; 0: none."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether ``calibrated`` needs measurements of the model."""
+
+    def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> Self:
+        """Return the policy for a model of ``layers``; itself where all models are alike to it.
+
+        Raises:
+            PlanError: the measurements that it needs are missing, or of another model.
+        """
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
         """Return the most tokens that ``layer`` holds behind a step which reads a prompt, or ends one."""

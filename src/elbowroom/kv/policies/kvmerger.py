@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from elbowroom.core import STRIP_TOKENS
+from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.errors import PlanError
+from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import LayerView, Merged
 from elbowroom.kv.policies.parameters import check_budget, whole
 from elbowroom.kv.policies.snapkv import SnapKVPolicy
@@ -47,6 +49,7 @@ class KVMergerPolicy:
     longest: int | str = 8
     bias: str = "on"
     name: ClassVar[str] = "kvmerger"
+    needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""
@@ -60,6 +63,10 @@ class KVMergerPolicy:
         if self.bias not in ("on", "off"):
             raise PlanError(f"KV policy 'kvmerger' cannot take bias={self.bias}", "give bias=on or bias=off")
         check_budget(self.name, int(self.tokens), int(self.w))
+
+    def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> Self:
+        """Return itself."""
+        return self
 
     @property
     def window(self) -> int:

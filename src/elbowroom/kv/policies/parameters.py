@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from elbowroom.core import STRIP_TOKENS
@@ -30,6 +31,17 @@ def whole(policy: _Named, *names: str) -> None:
         if not 1 <= number < _MOST:
             raise PlanError(f"KV policy {policy.name!r} cannot take {name}={value}", f"give {name} as a number above 0")
         object.__setattr__(policy, name, number)
+
+
+def one_of(policy: _Named, name: str, choices: Sequence[str]) -> None:
+    """Refuse a field ``name`` that is none of ``choices``.
+
+    Raises:
+        PlanError: names the choices.
+    """
+    value = getattr(policy, name)
+    if value not in choices:
+        raise PlanError(f"KV policy {policy.name!r} cannot take {name}={value}", f"choose one of: {', '.join(choices)}")
 
 
 def check_budget(policy: str, tokens: int, always: int) -> None:

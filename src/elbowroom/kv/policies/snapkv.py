@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from elbowroom.core import LayerSpec
 from elbowroom.errors import PlanError
+from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import LayerView
 from elbowroom.kv.policies.parameters import check_budget, whole
+from elbowroom.kv.policies.voting import best_and_newest
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class SnapKVPolicy:
     w: int | str = 32
     kernel: int | str = 5
     name: ClassVar[str] = "snapkv"
+    needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""
@@ -43,6 +48,10 @@ class SnapKVPolicy:
         """Newest queries that choose."""
         return int(self.w)
 
+    def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> Self:
+        """Return itself."""
+        return self
+
     def limit(self, layer: int, ends_prompt: bool) -> int:
         """Return the budget, twice of it within a prompt: its end may ask for something else."""
         return int(self.tokens) * (1 if ends_prompt else 2)
@@ -52,8 +61,4 @@ class SnapKVPolicy:
         kept = min(int(self.w), view.num_held)
         older = view.num_held - kept
         heads = [view.window_attention(head)[..., :older].sum(1).mean(0) for head in range(view.spec.num_kv_heads)]
-        width = int(self.kernel)
-        smooth = torch.nn.functional.avg_pool1d(torch.stack(heads), width, stride=1, padding=width // 2)
-        best = smooth.topk(count - kept, dim=1).indices.sort(dim=1).values
-        newest = torch.arange(older, view.num_held).expand(best.shape[0], -1)
-        return torch.cat([best, newest], dim=1)
+        return best_and_newest(torch.stack(heads), view.num_held, count, int(self.kernel))
