@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
+from elbowroom.core import LayerSpec
 from elbowroom.kv import KVPlan
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.policies import LayerView
@@ -20,6 +22,11 @@ class TaperingPolicy:
     tokens: int = 130
     name: ClassVar[str] = "tapering"
     window: ClassVar[int] = 20
+    cascades: ClassVar[bool] = False
+
+    def fitted(self, layers: Sequence[LayerSpec]) -> Self:
+        """Return itself."""
+        return self
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
         """Return the budget of a layer."""

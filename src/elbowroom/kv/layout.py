@@ -95,7 +95,7 @@ class PoolSet:
         if not plan.tails:
             self._add_open(self._pool(fmt, layers, share), rows, window)
             return
-        chosen = plan.plan.policy is not None and window is None
+        chosen = plan.policy is not None and window is None
         # Where prompts wait for their end, tails and staging hold the most of them.
         tail_share = 0.5 if chosen else 1 / _TAIL_SHARE
         sealed = self._pool(fmt, layers, share * (1 - tail_share))
@@ -110,7 +110,7 @@ class PoolSet:
         self.fresh.append(Lane(sealed, self._new_row(), Holding("fresh", chosen=True), rows))
 
     def _add_open(self, pool: StripPool, rows: Rows, window: int | None) -> None:
-        if self._plan.plan.policy is None or window is not None:
+        if self._plan.policy is None or window is not None:
             self.main.append(Lane(pool, rows, Holding("all", window)))
             return
         self.main.append(Lane(pool, rows, Holding("all", chosen=True)))

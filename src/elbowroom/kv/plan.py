@@ -18,16 +18,16 @@ import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import ConfigError, PlanError
+from elbowroom.kv.cascade import CASCADE_BYTES
 from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.holding import ROLLBACK_TOKENS
-from elbowroom.kv.policies import POLICIES, TokenPolicy
+from elbowroom.kv.policies import NO_LIMIT, POLICIES, TokenPolicy
 
 if TYPE_CHECKING:
     from elbowroom.kv.adapters.hf_cache import StoreCache
 
 _Part = TypeVar("_Part")
-_NO_LIMIT = 2**40
 _PART = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
 _HINT = 'a plan is parts joined by "|", e.g. "plain", "plain(bf16)" or "snapkv(tokens=512) | int8"'
 
@@ -97,7 +97,12 @@ class KVPlan:
         if self.policy is not None:
             _check_choice(self.policy, layers)
         tails = tuple(PlainCodec().page_format(layer, dtype) for layer in layers) if self.codec.seals else ()
-        return BoundPlan(self, tuple(layers), tuple(self.codec.page_format(layer, dtype) for layer in layers), tails)
+        formats = tuple(self.codec.page_format(layer, dtype) for layer in layers)
+        policy = None if self.policy is None else self.policy.fitted(layers)
+        made = BoundPlan(self, tuple(layers), formats, tails, policy)
+        if made.defers:
+            _check_sealing(made)
+        return made
 
     def for_hf(self, model: Any, memory: str | int = "80%") -> StoreCache:
         """Return a cache for ``model.generate(..., past_key_values=cache)`` of a transformers model on the CPU.
@@ -126,6 +131,8 @@ class BoundPlan:
     formats: tuple[PageFormat, ...]
     tails: tuple[PageFormat, ...] = ()
     """Formats of the strip that is not full yet, where full ones are sealed; else empty."""
+    policy: TokenPolicy | None = None
+    """The plan's policy, fitted to the layers."""
 
     @property
     def block_bytes(self) -> int:
@@ -146,14 +153,21 @@ class BoundPlan:
     @property
     def chosen_layers(self) -> list[int]:
         """Layers that the policy chooses from; empty without one."""
-        if self.plan.policy is None:
+        if self.policy is None:
             return []
         return [index for index, layer in enumerate(self.layers) if _is_chosen(layer)]
 
     @property
     def defers(self) -> bool:
         """Whether a prompt's blocks wait for its end to be sealed: a policy chooses before the codec rounds."""
-        return bool(self.tails) and self.plan.policy is not None
+        return bool(self.tails) and self.policy is not None
+
+    @property
+    def cascade_layers(self) -> list[int]:
+        """Layers that a cascade goes through: of those chosen from, the ones that have a limit."""
+        if self.policy is None or not self.policy.cascades:
+            return []
+        return [layer for layer in self.chosen_layers if self.policy.limit(layer, ends_prompt=True) < NO_LIMIT]
 
     @property
     def has_windows(self) -> bool:
@@ -163,7 +177,7 @@ class BoundPlan:
     @property
     def shares_prefixes(self) -> bool:
         """Whether a prefix means the same to every sequence: no window expires it, no policy chose from it."""
-        return not self.has_windows and self.plan.policy is None
+        return not self.has_windows and self.policy is None
 
     @property
     def rollback_grain(self) -> int:
@@ -206,10 +220,10 @@ class BoundPlan:
 
         Layers from which nothing is chosen have a limit that no sequence reaches.
         """
-        policy = self.plan.policy
+        policy = self.policy
         return np.asarray(
             [
-                policy.limit(index, ends_prompt) if policy is not None and _is_chosen(layer) else _NO_LIMIT
+                policy.limit(index, ends_prompt) if policy is not None and _is_chosen(layer) else NO_LIMIT
                 for index, layer in enumerate(self.layers)
             ],
             dtype=np.int64,
@@ -225,7 +239,7 @@ class BoundPlan:
             num_tokens: tokens of the sequence behind it.
             ends_prompt: whether the step ends the prompt.
         """
-        if self.plan.policy is None:
+        if self.policy is None:
             return dropped
         above = num_tokens - STRIP_TOKENS * dropped - self.limits(ends_prompt=ends_prompt)
         gone: npt.NDArray[np.int64] = dropped + np.maximum(-(-above // STRIP_TOKENS), 0)
@@ -233,7 +247,7 @@ class BoundPlan:
 
     def _kept_tokens(self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the tokens that a layer holds at each of ``totals``: while a prompt is read and behind it."""
-        policy = self.plan.policy
+        policy = self.policy
         if policy is None or not _is_chosen(self.layers[index]):
             return totals
         end_limit = policy.limit(index, ends_prompt=True)
@@ -243,7 +257,7 @@ class BoundPlan:
 
     def _most_read(self, index: int, prompt_tokens: int) -> int:
         """Return the most tokens of a chosen layer while a prompt is read: what stays, and where it is written anew."""
-        policy = self.plan.policy
+        policy = self.policy
         assert policy is not None
         if prompt_tokens <= policy.limit(index, ends_prompt=True) and not self.defers:
             return prompt_tokens
@@ -253,22 +267,26 @@ class BoundPlan:
         """Return the most temporary bytes while a policy chooses in one layer behind a step of ``step_tokens``.
 
         Keys of a head in float32 and as they are stored, three times the scores of the window's queries, the strips'
-        bytes on their way, and attention, whose output then lies outside the workspace.
+        bytes on their way, and attention, whose output then lies outside the workspace. A cascade adds its books of
+        tokens; layers without a limit are moved strip by strip.
         """
-        policy = self.plan.policy
+        policy = self.policy
         if policy is None:
             return 0
         most = 0
         for index, layer in enumerate(self.layers):
-            tokens = policy.limit(index, ends_prompt=False) + step_tokens + STRIP_TOKENS
-            scores = (12 * layer.group_size + 1) * policy.window
+            limit = policy.limit(index, ends_prompt=False)
+            if limit >= NO_LIMIT:
+                continue
+            tokens = limit + step_tokens + STRIP_TOKENS
+            scores = (12 * layer.group_size + 1) * policy.window + CASCADE_BYTES * policy.cascades
             moved = 8 * (layer.head_dim + layer.v_head_dim) * (layer.num_kv_heads if self.defers else 1)
             most = max(most, tokens * (scores + 8 * layer.head_dim + moved))
         return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
 
     def _staging_bytes(self, step_tokens: int) -> int:
         """Return what a step holds on top: blocks that wait, in one layer a pool, to be sealed or chosen from."""
-        if self.plan.policy is not None:
+        if self.policy is not None:
             formats = self.tails or self.formats
             chosen = {fmt for layer, fmt in zip(self.layers, formats, strict=True) if layer.window is None}
             staging = (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)
@@ -286,7 +304,7 @@ class BoundPlan:
     def fingerprint(self) -> bytes:
         """Return 16 bytes that differ whenever stored strips would not be interchangeable."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"v1|{self.plan.text}|{self.formats}|{self.tails}|{self.layers}".encode())
+        digest.update(f"v1|{self.plan.text}|{self.policy}|{self.formats}|{self.tails}|{self.layers}".encode())
         return digest.digest()
 
 
@@ -314,6 +332,17 @@ def _check_choice(policy: TokenPolicy, layers: Sequence[LayerSpec]) -> None:
                 f"{index} reads",
                 "use a plan of a codec alone",
             )
+
+
+def _check_sealing(plan: BoundPlan) -> None:
+    """Blocks of earlier prompts that are sealed go or stay whole, and all that is sealed has waited for its prompt."""
+    policy, limits = plan.policy, plan.limits(ends_prompt=True)
+    if policy is not None and (policy.cascades or max(limits[plan.chosen_layers]) >= NO_LIMIT):
+        raise PlanError(
+            f"KV policy {policy.name!r} chooses single tokens of layers that depend on each other, or keeps layers whole; "
+            f"codec {plan.plan.codec.name!r} seals whole blocks of each",
+            "use a codec that writes tokens one by one: bfp, int8, fp8 or plain; or the policy snapkv",
+        )
 
 
 def _check_source(layers: Sequence[LayerSpec], index: int) -> None:
@@ -359,6 +388,6 @@ def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _
 
 def _canonical(part: Codec | TokenPolicy) -> str:
     """Return one spelling for equal parts."""
-    names: list[str] = [each.name for each in fields(part)] if is_dataclass(part) else []
+    names: list[str] = [each.name for each in fields(part) if each.init] if is_dataclass(part) else []
     inner = ",".join(f"{name}={getattr(part, name)}" for name in names)
     return f"{part.name}({inner})"

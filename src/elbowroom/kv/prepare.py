@@ -159,7 +159,7 @@ class Preparer:
     ) -> Compaction | None:
         """Return what a row drops of each layer, and seals at its prompt's end; None: nothing."""
         part = _part(step, row)
-        if part is PromptPart.NONE or not self._pools.staging or self._plan.plan.policy is None:
+        if part is PromptPart.NONE or not self._pools.staging or self._plan.policy is None:
             return None
         before, ends = sequence.expired_blocks[: len(self._plan.layers)], part is PromptPart.END
         dropped = self._plan.dropped_blocks(before, num_tokens, ends_prompt=ends)

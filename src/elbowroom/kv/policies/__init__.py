@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from elbowroom.kv.policies.base import LayerView, TokenPolicy
+from elbowroom.kv.policies.base import NO_LIMIT, Cascade, LayerView, TokenPolicy
 from elbowroom.registry import Registry
 
 POLICIES: Registry[Callable[..., TokenPolicy]] = Registry(
@@ -10,7 +10,8 @@ POLICIES: Registry[Callable[..., TokenPolicy]] = Registry(
     {
         "streaming": "elbowroom.kv.policies.streaming:StreamingPolicy",
         "snapkv": "elbowroom.kv.policies.snapkv:SnapKVPolicy",
+        "spatten": "elbowroom.kv.policies.spatten:SpattenPolicy",
     },
 )
 
-__all__ = ["POLICIES", "LayerView", "TokenPolicy"]
+__all__ = ["NO_LIMIT", "POLICIES", "Cascade", "LayerView", "TokenPolicy"]

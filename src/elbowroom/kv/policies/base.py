@@ -8,14 +8,46 @@ places and nothing that was rotated is rotated again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from elbowroom.core import LayerSpec
+
+NO_LIMIT = 2**40
+"""A limit that no sequence reaches: the layer drops nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cascade:
+    """What a layer of a cascade knows of its n tokens: from the layers before it, and what those behind it hold."""
+
+    importance: Tensor
+    """float32 ``[n]``: mean of ``received`` over the layers until now, this one included, and over earlier choices."""
+    alive: Tensor
+    """bool ``[n]``: whether the layer before keeps the token."""
+    floors: tuple[tuple[Tensor, int], ...]
+    """Of layers from the last one back to this one: which tokens it holds, bool ``[n]``, and how many of these stay.
+
+    Earlier choices left deeper layers fewer tokens to choose from, so some of them must stay here too.
+    """
+
+    def best(self, ranks: Tensor) -> Tensor:
+        """Return the best tokens by ``ranks [n]`` that leave every layer enough, ascending, int64 ``[m]``.
+
+        Deeper layers hold subsets, so taking what the last one needs first, then what the one before it needs on top,
+        and so on, gives the greatest sum.
+        """
+        chosen = torch.zeros_like(self.alive)
+        for held, count in self.floors:
+            missing = count - int(chosen.sum())
+            if missing > 0:
+                open_ranks = ranks.masked_fill(chosen | ~held | ~self.alive, -math.inf)
+                chosen[open_ranks.topk(missing).indices] = True
+        return chosen.nonzero()[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +62,13 @@ class LayerView:
     """Decodes the keys of a KV head, float32 ``[n, D]``: one head at a time, for the memory that it takes."""
     num_held: int
     """Tokens n that are held now."""
+    cascade: Cascade | None = None
+    """What a cascade knows; None where the policy is none."""
+
+    def received(self) -> Tensor:
+        """Return the attention that each token receives, float32 ``[n]``: of all heads, the mean over the queries."""
+        heads = [self.window_attention(head).sum((0, 1)) for head in range(self.spec.num_kv_heads)]
+        return torch.stack(heads).sum(0) / self.queries.shape[0]
 
     def window_attention(self, head: int) -> Tensor:
         """Return attention ``[G, W, n]`` of a KV head's newest queries, causal, with the layer's scale and softcap."""
@@ -52,6 +91,20 @@ class TokenPolicy(Protocol):
     @property
     def window(self) -> int:
         """Newest queries that ``select`` looks at; 0: none."""
+
+    @property
+    def cascades(self) -> bool:
+        """Whether a layer keeps only tokens that the layer before it keeps, of layers that have a limit.
+
+        Then ``select`` chooses for all heads alike and with ``LayerView.cascade``, and limits fall from layer to layer.
+        """
+
+    def fitted(self, layers: Sequence[LayerSpec]) -> Self:
+        """Return the policy for a model of ``layers``; itself where all models are alike to it.
+
+        Raises:
+            PlanError: it does not suit them.
+        """
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
         """Return the most tokens that ``layer`` holds behind a step which reads a prompt, or ends one."""

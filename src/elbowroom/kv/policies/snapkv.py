@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from elbowroom.core import LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kv.policies.base import LayerView
 from elbowroom.kv.policies.parameters import check_budget, whole
@@ -30,6 +32,7 @@ class SnapKVPolicy:
     w: int | str = 32
     kernel: int | str = 5
     name: ClassVar[str] = "snapkv"
+    cascades: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""
@@ -42,6 +45,10 @@ class SnapKVPolicy:
     def window(self) -> int:
         """Newest queries that choose."""
         return int(self.w)
+
+    def fitted(self, layers: Sequence[LayerSpec]) -> Self:
+        """Return itself."""
+        return self
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
         """Return the budget, twice of it within a prompt: its end may ask for something else."""

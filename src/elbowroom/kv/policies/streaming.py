@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from elbowroom.core import LayerSpec
 from elbowroom.kv.policies.base import LayerView
 from elbowroom.kv.policies.parameters import check_budget, whole
 
@@ -26,12 +28,17 @@ class StreamingPolicy:
     tokens: int | str = 512
     sinks: int | str = 4
     name: ClassVar[str] = "streaming"
+    cascades: ClassVar[bool] = False
     window: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""
         whole(self, "tokens", "sinks")
         check_budget(self.name, int(self.tokens), int(self.sinks) + 1)
+
+    def fitted(self, layers: Sequence[LayerSpec]) -> Self:
+        """Return itself."""
+        return self
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
         """Return the budget: what has left the window is not missed."""
