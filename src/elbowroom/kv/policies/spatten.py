@@ -8,13 +8,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kv.policies.base import NO_LIMIT, LayerView
 from elbowroom.kv.policies.parameters import check_budget, one_of, whole
 
-_ALIVE = ("cascade", "layer")
+_RANKS = ("cascade", "layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class SpattenPolicy:
 
     Deviations: tokens go at the end of a prompt and behind parts of long ones, not while one is generated; their
     queries are computed to the last layer; the last queries vote instead of all; layers that keep everything do not
-    vote; sinks and the newest tokens always stay. Heads are not pruned: strips hold all KV heads of a layer together.
+    vote; sinks and the newest tokens always stay; importance is smoothed along the prompt, without which half of a
+    fact stays (SnapKV, arXiv 2404.14469). Heads are not pruned: strips hold all KV heads of a layer together.
 
     Args:
         tokens: most tokens that a layer holds, as the mean of those that drop any.
@@ -36,6 +38,7 @@ class SpattenPolicy:
         keep: leading layers that drop nothing.
         w: newest tokens, which stay and whose queries vote.
         sinks: leading tokens that stay.
+        kernel: width of the average pooling of importance along the prompt; odd; 1: none, as in the paper.
         rank: ``cascade``, or ``layer``: each layer chooses by itself, with the same budgets (for comparison).
     """
 
@@ -44,6 +47,7 @@ class SpattenPolicy:
     keep: int | str = 0
     w: int | str = 32
     sinks: int | str = 4
+    kernel: int | str = 5
     rank: str = "cascade"
     budgets: tuple[int, ...] = field(default=(), init=False)
     """Of each layer, once fitted to a model."""
@@ -51,9 +55,13 @@ class SpattenPolicy:
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""
-        whole(self, "tokens", "w", "sinks")
+        whole(self, "tokens", "w", "sinks", "kernel")
         whole(self, "last", "keep", least=0)
-        one_of(self, "rank", _ALIVE)
+        one_of(self, "rank", _RANKS)
+        if int(self.kernel) % 2 == 0:
+            raise PlanError(
+                f"KV policy {self.name!r} cannot centre kernel={self.kernel} on a token", "give an odd kernel"
+            )
         tokens, always = int(self.tokens), int(self.w) + int(self.sinks)
         check_budget(self.name, tokens, always)
         last = int(self.last) or max(tokens // 2, always + STRIP_TOKENS)
@@ -110,9 +118,12 @@ class SpattenPolicy:
 
     def select(self, view: LayerView, count: int) -> Tensor:
         """Return the most important tokens that may stay, the same for all heads."""
-        ranks = (view.received() if view.cascade is None else view.cascade.importance).clone()
+        importance = view.received() if view.cascade is None else view.cascade.importance
+        older, width = max(view.num_held - int(self.w), 0), int(self.kernel)
+        ranks = torch.full((view.num_held,), torch.inf)
+        if older:
+            ranks[:older] = avg_pool1d(importance[None, :older], width, stride=1, padding=width // 2)[0]
         ranks[: int(self.sinks)] = torch.inf
-        ranks[-int(self.w) :] = torch.inf
         if view.cascade is None:
             return ranks.topk(count).indices.sort().values[None]
         return view.cascade.best(ranks)[None]
