@@ -90,6 +90,8 @@ def test_layers_that_drop_nothing_have_no_limit() -> None:
         ("spatten(200,kernel=2)", "kernel=2", "an odd kernel"),
         ("spatten(200,keep=3)", "drops nothing of a model with 3 such layers", "keep=2 or less"),
         ("spatten(200) | snapkv", "two policies", "parts joined"),
+        ("spatten(200) | kivi", "'kivi' seals whole blocks", "bfp, int8, fp8 or plain; or the policy snapkv"),
+        ("spatten(200,keep=1,rank=layer) | kivi", "keeps layers whole", "bfp, int8, fp8 or plain"),
     ],
 )
 def test_plans_that_cannot_work_name_the_way_out(text: str, found: str, fix: str) -> None:
@@ -347,9 +349,10 @@ def test_a_span_with_another_history_is_refused(change: Any) -> None:
     world = World(PLANS[0])
     handle = world.open()
     world.run((handle, 330, END))
-    _, _, dropped, noted, strips = unpack_span(world.store.export_span(handle, 0, 330), world.store.fingerprint)
+    span = world.store.export_span(handle, 0, 330)
+    _, extent, noted, strips = unpack_span(span, world.store.fingerprint, len(LAYERS))
     assert noted
-    other = pack_span(world.store.fingerprint, 0, 330, [np.frombuffer(strips, np.uint8)], dropped, change(noted))
+    other = pack_span(world.store.fingerprint, 0, extent, [np.frombuffer(strips, np.uint8)], change(noted))
     twin = world.store.open()
     before = world.store.report()
     with pytest.raises(IntegrityError, match="the history of"):
@@ -378,12 +381,14 @@ def test_what_is_no_cascade_is_refused() -> None:
         CascadeRun(None, [100, 100], [50, 60])
     run = CascadeRun(None, [5, 5], [4, 2])
     run.note(0, torch.ones(5))
-    run.keep(0, torch.tensor([0, 1, 2, 4]))
+    with pytest.raises(IntegrityError, match="other tokens for one KV head"):
+        run.keep(0, torch.tensor([[0, 1, 2, 4], [0, 1, 3, 4]]))
+    run.keep(0, torch.tensor([[0, 1, 2, 4]]))
     run.note(1, torch.ones(5))
     with pytest.raises(IntegrityError, match="keeps tokens that the layer before dropped"):
-        run.keep(1, torch.tensor([3, 4]))
+        run.keep(1, torch.tensor([[3, 4]]))
     narrow = CascadeRun(
         TokenHistory(torch.tensor([1, 1, 2], dtype=torch.int16), torch.ones(3), torch.ones(3)), [3, 1], [2, 1]
     )
     with pytest.raises(IntegrityError, match="leaves"):
-        narrow.keep(0, torch.tensor([0, 1]))
+        narrow.keep(0, torch.tensor([[0, 1]]))
