@@ -91,7 +91,7 @@ def test_layers_that_drop_nothing_have_no_limit() -> None:
         ("spatten(200,keep=3)", "drops nothing of a model with 3 such layers", "keep=2 or less"),
         ("spatten(200) | snapkv", "two policies", "parts joined"),
         ("spatten(200) | kivi", "'kivi' seals whole blocks", "bfp, int8, fp8 or plain; or the policy snapkv"),
-        ("spatten(200,keep=1,rank=layer) | kivi", "keeps layers whole", "bfp, int8, fp8 or plain"),
+        ("spatten(200,keep=1,rank=layer) | kivi", "layers whole", "bfp, int8, fp8 or plain"),
     ],
 )
 def test_plans_that_cannot_work_name_the_way_out(text: str, found: str, fix: str) -> None:

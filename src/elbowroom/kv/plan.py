@@ -339,8 +339,8 @@ def _check_sealing(plan: BoundPlan) -> None:
     policy, limits = plan.policy, plan.limits(ends_prompt=True)
     if policy is not None and (policy.cascades or max(limits[plan.chosen_layers]) >= NO_LIMIT):
         raise PlanError(
-            f"KV policy {policy.name!r} chooses single tokens of layers that depend on each other, or keeps layers whole; "
-            f"codec {plan.plan.codec.name!r} seals whole blocks of each",
+            f"KV policy {policy.name!r} chooses single tokens of layers that depend on each other, or keeps layers "
+            f"whole; codec {plan.plan.codec.name!r} seals whole blocks of each",
             "use a codec that writes tokens one by one: bfp, int8, fp8 or plain; or the policy snapkv",
         )
 
