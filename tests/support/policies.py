@@ -24,6 +24,7 @@ class TaperingPolicy:
     name: ClassVar[str] = "tapering"
     window: ClassVar[int] = 20
     needs_calibration: ClassVar[bool] = False
+    cascades: ClassVar[bool] = False
 
     def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> Self:
         """Return itself."""

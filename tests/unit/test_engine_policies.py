@@ -26,6 +26,7 @@ PLANS = (
     "snapkv(128) | kivi(2,2,32)",
     "streaming(128,sinks=4) | int8",
     "snapkv(tokens=200,w=16) | bfp(n=16)",
+    "spatten(150,w=16) | fp8",
     TAPERING,
     "compresskv(160) | int8",
 )
@@ -126,7 +127,16 @@ def test_a_session_is_compressed_before_its_questions_come(directory: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "kv", ["streaming(tokens=512)", "snapkv(512)", "kivi(k=2,v=2,g=64)", "snapkv(128) | kivi", TAPERING, "compresskv"]
+    "kv",
+    [
+        "streaming(tokens=512)",
+        "snapkv(512)",
+        "kivi(k=2,v=2,g=64)",
+        "snapkv(128) | kivi",
+        "spatten(200,keep=1)",
+        TAPERING,
+        "compresskv",
+    ],
 )
 @pytest.mark.parametrize("count", [64, 576, 600])
 def test_what_is_accepted_runs_without_a_shortfall(decoder: Decoder, kv: str | KVPlan, count: int) -> None:

@@ -35,7 +35,7 @@ def append(store: PagedStore, handle: KVHandle, count: int, part: PromptPart) ->
     store.end_step(step)
 
 
-@pytest.mark.parametrize("text", ["snapkv(96)", "streaming(96)"])
+@pytest.mark.parametrize("text", ["snapkv(96)", "streaming(96)", "spatten(140,last=110)"])
 @pytest.mark.parametrize("chunks", [[1000], [300, 150, 550]])
 @pytest.mark.parametrize("window", [70, 500])
 def test_a_window_beside_a_policy_is_priced_by_what_was_read(text: str, chunks: list[int], window: int) -> None:
@@ -95,6 +95,7 @@ print(json.dumps([growth, plan.choice_bytes(count)]))
     ("text", "dtype", "shape"),
     [
         ("snapkv(tokens=512,w=64)", "bfloat16", (1024, 8, 2, 64)),  # scores weigh most
+        ("spatten(tokens=512,w=64)", "bfloat16", (1024, 8, 2, 64)),  # and the books of tokens
         ("streaming(512)", "float32", (1024, 1, 8, 128)),  # keys, strips and the output of attention
     ],
 )

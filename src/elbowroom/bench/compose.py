@@ -28,7 +28,7 @@ from elbowroom.models.loader import load_model
 from elbowroom.models.path import ANY, ComputePath
 
 _PROMPT, _NEW = 700, 24
-_ARGUMENTS = {"compresskv": "(256,heads=2)", "snapkv": "(256)", "streaming": "(256)"}
+_ARGUMENTS = {"compresskv": "(256,heads=2)", "snapkv": "(256)", "spatten": "(256)", "streaming": "(256)"}
 
 
 def run(options: BenchOptions) -> BenchResult:

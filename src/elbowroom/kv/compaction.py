@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.errors import IntegrityError
+from elbowroom.kv.cascade import CascadeRun
 from elbowroom.kv.codecs import TokenCodec
 from elbowroom.kv.holding import blocks_of
 from elbowroom.kv.layout import Lane
@@ -41,6 +42,8 @@ class Compaction:
     """The same behind the step."""
     queries: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> the newest queries."""
+    cascade: CascadeRun | None = None
+    """Where the policy is a cascade: what it has chosen until now."""
 
     def note(self, layer: int, queries: Tensor, window: int) -> None:
         """Remember the newest ``window`` of a row's ``queries [n, Hq, D]`` of a layer."""
@@ -77,10 +80,11 @@ class Compactor:
     Args:
         policy: who chooses.
         codec: how tokens lie in strips.
+        cascade_layers: layers that a cascade goes through, in order; empty without one.
     """
 
-    def __init__(self, policy: TokenPolicy, codec: TokenCodec) -> None:
-        self._policy, self._codec = policy, codec
+    def __init__(self, policy: TokenPolicy, codec: TokenCodec, cascade_layers: Rows[int] = ()) -> None:
+        self._policy, self._codec, self._cascade_layers = policy, codec, cascade_layers
 
     def compact(
         self, compaction: Compaction, layer: int, spec: LayerSpec, lane: Lane, table: npt.NDArray[np.uint32]
@@ -102,7 +106,12 @@ class Compactor:
         chosen = self._choose(compaction, layer, spec, lane, strips, count)
         dropped = int(compaction.dropped_blocks[layer])
         targets = sequence.take_spare(layer, end - dropped)
-        self._move(lane, strips, [lane.pool.strip(int(entry)) for entry in targets], chosen)
+        places = [lane.pool.strip(int(entry)) for entry in targets]
+        if chosen.shape[1] < count:
+            self._move(lane, strips, places, chosen)
+        else:
+            for place, strip in zip(places, strips, strict=True):
+                place.copy_(strip)
         lane.pool.release(sequence.replace(layer, dropped, targets))
         compaction.queries.pop(layer, None)
 
@@ -117,9 +126,27 @@ class Compactor:
 
         held = compaction.held_tokens(layer)
         queries = compaction.newest(layer, spec, self._policy.window)
-        if held == count:  # other layers hold too many
-            return torch.arange(count).expand(spec.num_kv_heads, -1)
-        return checked_choice(self._policy, LayerView(layer, spec, queries, keys, count), held)
+        view = LayerView(layer, spec, queries, keys, count)
+        if layer not in self._cascade_layers:
+            return self._select(view, held)
+        number = self._cascade_layers.index(layer)
+        if compaction.cascade is None:
+            compaction.cascade = self._begin(compaction)
+        chosen = self._select(replace(view, cascade=compaction.cascade.note(number, view.received())), held)
+        compaction.cascade.keep(number, chosen)
+        return chosen
+
+    def _begin(self, compaction: Compaction) -> CascadeRun:
+        """Return a choice of a cascade, in which no layer has chosen yet."""
+        sequence, layers = compaction.sequence, self._cascade_layers
+        held = [compaction.num_tokens - int(sequence.expired_blocks[layer]) * STRIP_TOKENS for layer in layers]
+        return CascadeRun(sequence.history, held, [compaction.held_tokens(layer) for layer in layers])
+
+    def _select(self, view: LayerView, held: int) -> Tensor:
+        """Return the ``held`` tokens that stay, int64 ``[Hkv, held]``."""
+        if held == view.num_held:  # other layers hold too many
+            return torch.arange(held).expand(view.spec.num_kv_heads, -1)
+        return checked_choice(self._policy, view, held)
 
     def _move(self, lane: Lane, strips: Rows[Tensor], targets: Rows[Tensor], chosen: Tensor) -> None:
         """Copy the bytes of the ``chosen`` tokens from ``strips`` to ``targets``, field by field."""

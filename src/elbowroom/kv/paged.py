@@ -17,6 +17,7 @@ from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
 from elbowroom.kernels.base import LayerStrips, Tail
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
+from elbowroom.kv.cascade import check_history, read_history
 from elbowroom.kv.codecs import token_codec
 from elbowroom.kv.compaction import Compactor
 from elbowroom.kv.holding import NEVER, Blocks, Extent
@@ -52,7 +53,9 @@ class PagedStore:
         self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
         self._preparer = Preparer(self._pools, plan)
         policy = plan.policy
-        self._compactor = None if policy is None or plan.defers else Compactor(policy, self._open_codec)
+        self._compactor = None
+        if policy is not None and not plan.defers:
+            self._compactor = Compactor(policy, self._open_codec, plan.cascade_layers)
         self._sealer = Sealer(plan) if plan.defers else None
         self._last_reader = {source: layer for layer, source in enumerate(self._pools.source_of)}
         """For each layer with keys of its own the last one that reads them."""
@@ -250,6 +253,8 @@ class PagedStore:
             prepared.rows[row].open_from[:count] = NEVER if ends else open_from
         for each in prepared.compactions:
             each.sequence.chosen_tokens = each.num_tokens
+            if each.cascade is not None:
+                each.sequence.history = each.cascade.finish()
             if each.open_after is not None:
                 each.sequence.open_from[:count] = each.open_after
             self._pools.drop_spare(each.sequence)
@@ -373,7 +378,8 @@ class PagedStore:
             if stop < end * STRIP_TOKENS:
                 held[-1] = self._blanked(held[-1], pool, stop % STRIP_TOKENS)
             strips.extend(strip.numpy() for strip in held)
-        return pack_span(self.fingerprint, start, extent, strips)
+        noted = b"" if sequence.history is None else sequence.history.to_bytes()
+        return pack_span(self.fingerprint, start, extent, strips, noted)
 
     def _blanked(self, strip: Tensor, pool: StripPool, used: int) -> Tensor:
         """Return a copy without the slots from ``used`` on: they may hold what another sequence left there."""
@@ -389,14 +395,16 @@ class PagedStore:
             IntegrityError: damaged bytes, another model or plan, or a span that does not start where the sequence ends.
             OutOfBudget: the strips do not fit. In either case nothing changes.
         """
-        start, extent, payload = unpack_span(span, self.fingerprint, len(self.plan.layers))
+        start, extent, noted, payload = unpack_span(span, self.fingerprint, len(self.plan.layers))
         sequence = self._sequence(handle)
         if start != sequence.num_tokens or start % STRIP_TOKENS:
             raise IntegrityError(f"the span starts at token {start}, the sequence ends at {sequence.num_tokens}")
         pieces, count = self._pools.pieces(start, extent), extent.num_tokens - start
         if sum((end - first) * pool.strip_bytes for _, pool, first, end in pieces) != len(payload):
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {count} tokens")
+        history = read_history(noted, extent, self.plan.cascade_layers)
         self._extend(sequence, start, extent)
+        sequence.history = history
         offset = 0
         for row, pool, first, end in pieces:
             for entry in sequence.table[row, first:end].tolist():
@@ -453,8 +461,10 @@ class PagedStore:
             entries += [sequence.spare[rows].reshape(-1) for sequence in self._sequences.values()]
             pool.check(np.concatenate([np.empty(0, dtype=np.uint32), *entries]))
         for sequence in self._sequences.values():
-            for part in self._pools.parts(self._pools.extent(sequence, sequence.num_tokens)):
+            extent = self._pools.extent(sequence, sequence.num_tokens)
+            for part in self._pools.parts(extent):
                 _check_part(sequence, *part)
+            check_history(sequence.history, extent, self.plan.cascade_layers)
         if self._arena.ledger.held(OWNER, self._arena.tier.name) < self._pools.live_bytes:
             raise IntegrityError("the ledger charges fewer bytes than the pages that hold strips")
 

@@ -19,17 +19,17 @@ import numpy.typing as npt
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import ConfigError, PlanError
 from elbowroom.kv.calibration import Calibration
+from elbowroom.kv.cascade import CASCADE_BYTES
 from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.codecs.reduced import ReducedCodec
 from elbowroom.kv.holding import ROLLBACK_TOKENS
-from elbowroom.kv.policies import CHANNELS, POLICIES, ChannelPolicy, MergePolicy, TokenPolicy
+from elbowroom.kv.policies import CHANNELS, NO_LIMIT, POLICIES, ChannelPolicy, MergePolicy, TokenPolicy
 
 if TYPE_CHECKING:
     from elbowroom.kv.adapters.hf_cache import StoreCache
 
 _Part = TypeVar("_Part")
-_NO_LIMIT = 2**40
 _PART = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
 _HINT = 'a plan is parts joined by "|", e.g. "plain", "plain(bf16)" or "snapkv(tokens=512) | int8"'
 
@@ -149,7 +149,10 @@ class KVPlan:
             whole = isinstance(layout, ReducedCodec) and not _is_chosen(layer)
             formats.append((ReducedCodec(self.codec) if whole else layout).page_format(layer, dtype))
         policy = None if self.policy is None else self.policy.calibrated(layers, calibration)
-        return BoundPlan(self, tuple(layers), tuple(formats), tails, policy)
+        made = BoundPlan(self, tuple(layers), tuple(formats), tails, policy)
+        if made.defers:
+            _check_sealing(made)
+        return made
 
     def for_hf(self, model: Any, memory: str | int = "80%") -> StoreCache:
         """Return a cache for ``model.generate(..., past_key_values=cache)`` of a transformers model on the CPU.
@@ -220,6 +223,13 @@ class BoundPlan:
         return bool(self.tails) and self.chooses
 
     @property
+    def cascade_layers(self) -> list[int]:
+        """Layers that a cascade goes through: of those chosen from, the ones that have a limit."""
+        if self.policy is None or not self.policy.cascades:
+            return []
+        return [layer for layer in self.chosen_layers if self.policy.limit(layer, ends_prompt=True) < NO_LIMIT]
+
+    @property
     def has_windows(self) -> bool:
         """Whether some layer forgets tokens behind a sliding window."""
         return any(layer.window is not None for layer in self.layers)
@@ -277,7 +287,7 @@ class BoundPlan:
         """Return the same of one layer."""
         policy = self.policy
         if policy is None or not _is_chosen(self.layers[index]):
-            return _NO_LIMIT
+            return NO_LIMIT
         return policy.limit(index, ends_prompt)
 
     def dropped_blocks(
@@ -315,7 +325,8 @@ class BoundPlan:
         """Return the most temporary bytes while something is chosen in one layer of a prompt.
 
         Keys of a head in float32 and as they are stored, three times the scores of the window's queries, the strips'
-        bytes on their way, and attention, whose output then lies outside the workspace.
+        bytes on their way, and attention, whose output then lies outside the workspace. A cascade adds its books of
+        tokens; layers without a limit are moved strip by strip, unless they are sealed.
 
         Args:
             step_tokens: most tokens of a step.
@@ -323,10 +334,15 @@ class BoundPlan:
         """
         if not self.chooses:
             return 0
-        most = 0
+        policy, most = self.policy, 0
         for index, layer in enumerate(self.layers):
-            tokens = min(self.limit(index, ends_prompt=False), max_tokens) + step_tokens + STRIP_TOKENS
-            scores = 0 if self.policy is None else (12 * layer.group_size + 1) * self.policy.window
+            limit = self.limit(index, ends_prompt=False)
+            if limit >= NO_LIMIT and not self.defers:
+                continue
+            tokens = min(limit, max_tokens) + step_tokens + STRIP_TOKENS
+            scores = 0
+            if policy is not None:
+                scores = (12 * layer.group_size + 1) * policy.window + CASCADE_BYTES * policy.cascades
             moved = 8 * (layer.head_dim + layer.v_head_dim) * (layer.num_kv_heads if self.defers else 1)
             most = max(most, tokens * (scores + 8 * layer.head_dim + moved))
         return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
@@ -379,6 +395,17 @@ def _check_choice(policy: TokenPolicy | ChannelPolicy, layers: Sequence[LayerSpe
                 f"{index} reads",
                 "use a plan of a codec alone",
             )
+
+
+def _check_sealing(plan: BoundPlan) -> None:
+    """Blocks of earlier prompts that are sealed go or stay whole, and all that is sealed has waited for its prompt."""
+    policy, limits = plan.policy, plan.limits(ends_prompt=True)
+    if policy is not None and (policy.cascades or max(limits[plan.chosen_layers]) >= NO_LIMIT):
+        raise PlanError(
+            f"KV policy {policy.name!r} chooses single tokens of layers that depend on each other, or keeps layers "
+            f"whole; codec {plan.plan.codec.name!r} seals whole blocks of each",
+            "use a codec that writes tokens one by one: bfp, int8, fp8 or plain; or the policy snapkv",
+        )
 
 
 def _check_source(layers: Sequence[LayerSpec], index: int) -> None:

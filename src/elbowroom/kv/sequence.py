@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from elbowroom.kv.cascade import TokenHistory
 from elbowroom.kv.holding import NEVER, Blocks, blocks_of
 from elbowroom.kv.pool import ABSENT
 
@@ -34,6 +35,8 @@ class Sequence:
         """For each layer, the first block of a prompt that waits, unsealed, for its end; NEVER between prompts."""
         self.chosen_tokens = 0
         """Tokens when a policy chose the last time: what lies before cannot be gone back to."""
+        self.history: TokenHistory | None = None
+        """What a cascade knows of the tokens from that time."""
         self.writable: npt.NDArray[np.int64] | None = None
         """Stored positions that the next step may write again (repair)."""
         self.spare: Table = np.empty((num_rows, 0), dtype=np.uint32)
@@ -111,6 +114,7 @@ class Sequence:
         twin.expired_blocks = np.minimum(self.expired_blocks, twin.shared_blocks)
         twin.chosen_tokens, twin.open_from = self.chosen_tokens, self.open_from.copy()
         twin._close_behind(twin.shared_blocks)
+        twin.history = self.history
         self.shared_blocks = max(self.shared_blocks, twin.shared_blocks)
         return twin
 

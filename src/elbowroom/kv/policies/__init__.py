@@ -2,7 +2,15 @@
 
 from collections.abc import Callable
 
-from elbowroom.kv.policies.base import ChannelPolicy, LayerView, Merged, MergePolicy, TokenPolicy
+from elbowroom.kv.policies.base import (
+    NO_LIMIT,
+    Cascade,
+    ChannelPolicy,
+    LayerView,
+    Merged,
+    MergePolicy,
+    TokenPolicy,
+)
 from elbowroom.registry import Registry
 
 POLICIES: Registry[Callable[..., TokenPolicy]] = Registry(
@@ -12,6 +20,7 @@ POLICIES: Registry[Callable[..., TokenPolicy]] = Registry(
         "compresskv": "elbowroom.kv.policies.compresskv:CompressKVPolicy",
         "snapkv": "elbowroom.kv.policies.snapkv:SnapKVPolicy",
         "kvmerger": "elbowroom.kv.policies.kvmerger:KVMergerPolicy",
+        "spatten": "elbowroom.kv.policies.spatten:SpattenPolicy",
     },
 )
 
@@ -19,4 +28,14 @@ CHANNELS: Registry[Callable[..., ChannelPolicy]] = Registry(
     "KV channel policy", {"think": "elbowroom.kv.policies.think:ThinKPolicy"}
 )
 
-__all__ = ["CHANNELS", "POLICIES", "ChannelPolicy", "LayerView", "MergePolicy", "Merged", "TokenPolicy"]
+__all__ = [
+    "CHANNELS",
+    "NO_LIMIT",
+    "POLICIES",
+    "Cascade",
+    "ChannelPolicy",
+    "LayerView",
+    "MergePolicy",
+    "Merged",
+    "TokenPolicy",
+]

@@ -18,6 +18,38 @@ from torch import Tensor
 from elbowroom.core import LayerSpec
 from elbowroom.kv.calibration import Calibration
 
+NO_LIMIT = 2**40
+"""A limit that no sequence reaches: the layer drops nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cascade:
+    """What a layer of a cascade knows of its n tokens: from the layers before it, and what those behind it hold."""
+
+    importance: Tensor
+    """float32 ``[n]``: mean of ``received`` over the layers until now, this one included, and over earlier choices."""
+    alive: Tensor
+    """bool ``[n]``: whether the layer before keeps the token."""
+    floors: tuple[tuple[Tensor, int], ...]
+    """Of layers from the last one back to this one: which tokens it holds, bool ``[n]``, and how many of these stay.
+
+    Earlier choices left deeper layers fewer tokens to choose from, so some of them must stay here too.
+    """
+
+    def best(self, ranks: Tensor) -> Tensor:
+        """Return the best tokens by ``ranks [n]`` that leave every layer enough, ascending, int64 ``[m]``.
+
+        Deeper layers hold subsets, so taking what the last one needs first, then what the one before it needs on top,
+        and so on, gives the greatest sum.
+        """
+        chosen = torch.zeros_like(self.alive)
+        for held, count in self.floors:
+            missing = count - int(chosen.sum())
+            if missing > 0:
+                open_ranks = ranks.masked_fill(chosen | ~held | ~self.alive, -math.inf)
+                chosen[open_ranks.topk(missing).indices] = True
+        return chosen.nonzero()[:, 0]
+
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
@@ -31,6 +63,13 @@ class LayerView:
     """Decodes the keys of a KV head, float32 ``[n, D]``: one head at a time, for the memory that it takes."""
     num_held: int
     """Tokens n that are held now."""
+    cascade: Cascade | None = None
+    """What a cascade knows; None where the policy is none."""
+
+    def received(self) -> Tensor:
+        """Return the attention that each token receives, float32 ``[n]``: of all heads, the mean over the queries."""
+        heads = [self.window_attention(head).sum((0, 1)) for head in range(self.spec.num_kv_heads)]
+        return torch.stack(heads).sum(0) / self.queries.shape[0]
 
     def window_attention(self, head: int, members: Sequence[int] | None = None) -> Tensor:
         """Return attention ``[G, W, n]`` of a KV head's newest queries, causal, with the layer's scale and softcap.
@@ -75,11 +114,18 @@ class TokenPolicy(Protocol):
     def needs_calibration(self) -> bool:
         """Whether ``calibrated`` needs measurements of the model."""
 
+    @property
+    def cascades(self) -> bool:
+        """Whether a layer keeps only tokens that the layer before it keeps, of layers that have a limit.
+
+        Then ``select`` chooses for all heads alike and with ``LayerView.cascade``, and limits fall from layer to layer.
+        """
+
     def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> Self:
         """Return the policy for a model of ``layers``; itself where all models are alike to it.
 
         Raises:
-            PlanError: the measurements that it needs are missing, or of another model.
+            PlanError: it does not suit them, or the measurements that it needs are missing or of another model.
         """
 
     def limit(self, layer: int, ends_prompt: bool) -> int:

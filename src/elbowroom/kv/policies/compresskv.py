@@ -49,6 +49,7 @@ class CompressKVPolicy:
     limits: tuple[int, ...] = field(default=(), init=False)
     """Of each layer, once bound to a model: its budget."""
     name: ClassVar[str] = "compresskv"
+    cascades: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Read the parameters."""

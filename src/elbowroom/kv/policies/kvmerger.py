@@ -50,6 +50,7 @@ class KVMergerPolicy:
     bias: str = "on"
     name: ClassVar[str] = "kvmerger"
     needs_calibration: ClassVar[bool] = False
+    cascades: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""

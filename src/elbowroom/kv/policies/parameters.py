@@ -16,8 +16,8 @@ class _Named(Protocol):
     def name(self) -> str: ...
 
 
-def whole(policy: _Named, *names: str) -> None:
-    """Turn the fields ``names`` of a frozen dataclass into numbers of at least 1.
+def whole(policy: _Named, *names: str, least: int = 1) -> None:
+    """Turn the fields ``names`` of a frozen dataclass into numbers of at least ``least``.
 
     Raises:
         PlanError: one is not.
@@ -27,9 +27,11 @@ def whole(policy: _Named, *names: str) -> None:
         try:
             number = int(value)
         except ValueError:
-            number = 0
-        if not 1 <= number < _MOST:
-            raise PlanError(f"KV policy {policy.name!r} cannot take {name}={value}", f"give {name} as a number above 0")
+            number = -1
+        if not least <= number < _MOST:
+            raise PlanError(
+                f"KV policy {policy.name!r} cannot take {name}={value}", f"give {name} as a number above {least - 1}"
+            )
         object.__setattr__(policy, name, number)
 
 
@@ -44,7 +46,7 @@ def one_of(policy: _Named, name: str, choices: Sequence[str]) -> None:
         raise PlanError(f"KV policy {policy.name!r} cannot take {name}={value}", f"choose one of: {', '.join(choices)}")
 
 
-def check_budget(policy: str, tokens: int, always: int) -> None:
+def check_budget(policy: str, tokens: int, always: int, name: str = "tokens") -> None:
     """Refuse a budget that could not hold what always stays: blocks go whole, so up to a block less than it stays.
 
     Raises:
@@ -55,5 +57,5 @@ def check_budget(policy: str, tokens: int, always: int) -> None:
         raise PlanError(
             f"KV policy {policy!r} cannot keep {tokens} tokens of a prompt: {always} always stay, and tokens go in "
             f"blocks of {STRIP_TOKENS}",
-            f"give tokens={least} or more",
+            f"give {name}={least} or more",
         )

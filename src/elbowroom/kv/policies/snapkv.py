@@ -35,6 +35,7 @@ class SnapKVPolicy:
     kernel: int | str = 5
     name: ClassVar[str] = "snapkv"
     needs_calibration: ClassVar[bool] = False
+    cascades: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""

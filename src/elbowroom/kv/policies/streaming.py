@@ -30,6 +30,7 @@ class StreamingPolicy:
     sinks: int | str = 4
     name: ClassVar[str] = "streaming"
     needs_calibration: ClassVar[bool] = False
+    cascades: ClassVar[bool] = False
     window: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
