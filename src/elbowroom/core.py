@@ -90,9 +90,11 @@ class PageFormat:
     value_bits: int = 0
     block: int = 0
     """Elements that share a scale; 0: all of a head."""
+    digest_bytes: int = 0
+    """Bytes of bounds on the keys behind all that (``kernels.digest``); 0: there are none."""
 
     @property
     def strip_bytes(self) -> int:
         """Bytes of one strip, rounded up to the 64-byte unit of the strip tables."""
-        raw = self.payload_bytes + self.overhead_bytes
+        raw = self.payload_bytes + self.overhead_bytes + self.digest_bytes
         return -(-raw // 64) * 64

@@ -7,6 +7,8 @@ allocates nothing).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,6 +18,7 @@ from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
 from elbowroom.kernels.base import LayerStrips, Tail
+from elbowroom.kernels.digest import write_digest
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
 from elbowroom.kv.codecs import token_codec
 from elbowroom.kv.compaction import Compactor
@@ -56,6 +59,7 @@ class PagedStore:
         self._sealer = None if policy is None or not plan.defers else Sealer(policy, self._codec)
         self._last_reader = {source: layer for layer, source in enumerate(self._pools.source_of)}
         """For each layer with keys of its own the last one that reads them."""
+        self._selects = [plan.selects(layer) for layer in range(len(plan.layers))]
         self._sequences: dict[int, Sequence] = {}
         self._next_id = 0
 
@@ -173,6 +177,8 @@ class PagedStore:
                 each.note(layer, q[rows], policy.window)
         if spec.kv_source is None:
             attention.append(strips, k, v)
+        if want.colsum or want.pmax:
+            strips = replace(strips, selection=None)  # statistics are of everything
         result = AttnOut(*attention.attend(strips, spec, q))
         if want.colsum or want.pmax:
             column_statistics(result, want, q, spec, strips)
@@ -191,8 +197,9 @@ class PagedStore:
         prepared, number = self._prepared(step), self._pools.number_of[layer]
         pool, source = self._pools.main[number].pool, self._pools.source_of[layer]
         table, tails = prepared.tables[source], prepared.tails
+        selection = prepared.selection if self._selects[layer] else None
         if tails is None:
-            return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec)
+            return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, None, selection)
         open_pool = self._pools.tails[number].pool
         tail = Tail(
             table=tails.tables[source],
@@ -203,7 +210,7 @@ class PagedStore:
             sealed=tails.sealed[source],
             open_from=tails.open_in(source),
         )
-        return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, tail)
+        return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, tail, selection)
 
     def end_layer(self, layer: int, step: KVStep) -> None:
         """Let the policy choose among the tokens of rows that read prompts, and free what does not stay."""
@@ -315,6 +322,12 @@ class PagedStore:
                     )
                     for old, new in zip(read, write, strict=True):
                         new[:, write_slots] = old[:, read_slots]
+        for block in np.unique(targets // STRIP_TOKENS).tolist():
+            used = min(int(targets[-1]) + 1 - block * STRIP_TOKENS, STRIP_TOKENS)
+            for lane in self._pools.open:
+                for entry in sequence.table[lane.rows, block].tolist():
+                    if entry != ABSENT:
+                        self._digest(lane.pool.strip(entry), lane.pool, used)
 
     def _seal(self, sequence: Sequence, first: int, end: int) -> None:
         """Seal the blocks ``first .. end - 1`` again, from their tails."""
@@ -380,7 +393,13 @@ class PagedStore:
         copy = strip.clone()
         for part in self._open_codec.fields(copy, pool.fmt):
             part[:, used:] = 0
+        self._digest(copy, pool, used)
         return copy
+
+    def _digest(self, strip: Tensor, pool: StripPool, used: int) -> None:
+        """Make the bounds on the keys of a strip anew, from its first ``used`` tokens, if it has any."""
+        if pool.fmt.digest_bytes:
+            write_digest(strip, pool.fmt, self._open_codec.open(strip, pool.fmt)[0], 0, used, used)
 
     def import_span(self, handle: KVHandle, span: bytes) -> int:
         """Append an exported span; return the tokens added.

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,10 +18,12 @@ import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import ConfigError, PlanError
+from elbowroom.kernels.digest import digest_bytes
 from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.holding import ROLLBACK_TOKENS
 from elbowroom.kv.policies import POLICIES, TokenPolicy
+from elbowroom.kv.reads import READS, ReadPolicy
 
 if TYPE_CHECKING:
     from elbowroom.kv.adapters.hf_cache import StoreCache
@@ -49,11 +51,13 @@ class KVPlan:
     codec: Codec
     policy: TokenPolicy | None = None
     """Which tokens of a prompt stay; None: all."""
+    reads: ReadPolicy | None = None
+    """Which of those that stay a decoding token reads; None: all."""
 
     @property
     def text(self) -> str:
         """The plan as text, one spelling for equal plans; ``parse`` reads it back."""
-        return " | ".join(_canonical(part) for part in (self.policy, self.codec) if part is not None)
+        return " | ".join(_canonical(part) for part in (self.policy, self.reads, self.codec) if part is not None)
 
     def __str__(self) -> str:
         """Return ``text``."""
@@ -70,6 +74,7 @@ class KVPlan:
             return text
         codec: Codec | None = None
         policy: TokenPolicy | None = None
+        reads: ReadPolicy | None = None
         for part in (text or "plain").split("|"):
             match = _PART.fullmatch(part)
             if match is None:
@@ -79,11 +84,15 @@ class KVPlan:
                 if policy is not None:
                     raise PlanError(f"KV plan {text!r} names two policies", _HINT)
                 policy = _make("policy", POLICIES.get(name), name, arguments)
+            elif name in READS.names():
+                if reads is not None:
+                    raise PlanError(f"KV plan {text!r} names two read policies", _HINT)
+                reads = _make("read policy", READS.get(name), name, arguments)
             else:
                 if codec is not None:
                     raise PlanError(f"KV plan {text!r} names two codecs", _HINT)
                 codec = _make("codec", _codec_called(name), name, arguments)
-        return cls(codec or PlainCodec(), policy)
+        return cls(codec or PlainCodec(), policy, reads)
 
     def bind(self, layers: Sequence[LayerSpec], dtype: str) -> BoundPlan:
         """Fix the plan to a model's layers and activation dtype (``float32``, ``bfloat16``, ``float16``).
@@ -96,8 +105,35 @@ class KVPlan:
             _check_source(layers, index)
         if self.policy is not None:
             _check_choice(self.policy, layers)
+        formats = tuple(
+            self._with_digest(self.codec.page_format(layer, dtype), layers, index) for index, layer in enumerate(layers)
+        )
         tails = tuple(PlainCodec().page_format(layer, dtype) for layer in layers) if self.codec.seals else ()
-        return BoundPlan(self, tuple(layers), tuple(self.codec.page_format(layer, dtype) for layer in layers), tails)
+        plan = BoundPlan(self, tuple(layers), formats, tails)
+        if self.reads is not None and not any(map(plan.selects, range(len(layers)))):
+            raise PlanError(
+                f"KV read policy {self.reads.name!r} has nothing to choose from: each of {len(layers)} layers reads a "
+                "sliding window, or is one of the first that read everything",
+                "lower skip, or leave the read policy out",
+            )
+        return plan
+
+    def selects(self, layers: Sequence[LayerSpec], index: int) -> bool:
+        """Return whether decoding tokens choose what they read in layer ``index`` of ``layers``."""
+        if self.reads is None or not self.reads.selects(index):
+            return False
+        source = layers[index].kv_source
+        return layers[index].window is None and (source is None or layers[source].window is None)
+
+    def _with_digest(self, fmt: PageFormat, layers: Sequence[LayerSpec], index: int) -> PageFormat:
+        """Return ``fmt`` with room for the bounds on a layer's keys, if some layer chooses by them.
+
+        Sealed strips tell theirs without.
+        """
+        readers = [reader for reader, layer in enumerate(layers) if index in (reader, layer.kv_source)]
+        if self.reads is None or self.codec.seals or not any(self.selects(layers, reader) for reader in readers):
+            return fmt
+        return replace(fmt, digest_bytes=digest_bytes(fmt.num_kv_heads, fmt.head_dim, self.reads.run_tokens))
 
     def for_hf(self, model: Any, memory: str | int = "80%") -> StoreCache:
         """Return a cache for ``model.generate(..., past_key_values=cache)`` of a transformers model on the CPU.
@@ -126,6 +162,10 @@ class BoundPlan:
     formats: tuple[PageFormat, ...]
     tails: tuple[PageFormat, ...] = ()
     """Formats of the strip that is not full yet, where full ones are sealed; else empty."""
+
+    def selects(self, layer: int) -> bool:
+        """Return whether decoding tokens choose what they read in ``layer``."""
+        return self.plan.selects(self.layers, layer)
 
     @property
     def block_bytes(self) -> int:
@@ -337,7 +377,8 @@ def _codec_called(name: str) -> Callable[..., Codec]:
     try:
         return CODECS.get(name)
     except PlanError as error:
-        raise PlanError(error.message, f"{error.hint}; or a policy: {', '.join(POLICIES.names())}") from error
+        names = ", ".join([*POLICIES.names(), *READS.names()])
+        raise PlanError(error.message, f"{error.hint}; or a policy: {names}") from error
 
 
 def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _Part:
@@ -357,7 +398,7 @@ def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _
         raise PlanError(f"{kind} {name!r} does not take ({arguments})", _HINT) from error
 
 
-def _canonical(part: Codec | TokenPolicy) -> str:
+def _canonical(part: Codec | TokenPolicy | ReadPolicy) -> str:
     """Return one spelling for equal parts."""
     names: list[str] = [each.name for each in fields(part)] if is_dataclass(part) else []
     inner = ",".join(f"{name}={getattr(part, name)}" for name in names)
