@@ -124,7 +124,9 @@ def _digest(opened: _Part, step: StripStep) -> None:
 def _waits(strips: LayerStrips, sequence: int, high: Tensor) -> bool:
     """Return whether a sequence has full blocks that are not sealed yet, so that nothing bounds their keys."""
     tail = strips.tail
-    return tail is not None and tail.open_from is not None and int(tail.open_from[sequence]) < int(high[0]) // STRIP_TOKENS
+    return (
+        tail is not None and tail.open_from is not None and int(tail.open_from[sequence]) < int(high[0]) // STRIP_TOKENS
+    )
 
 
 def _selected(part: _Part, sequence: int, q_HD: Tensor, low: Tensor, high: Tensor, num_blocks: int) -> Tensor | None:
