@@ -13,6 +13,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "pool.h"
+#include "selection.h"
 
 namespace elbowroom {
 namespace {
@@ -23,18 +24,10 @@ constexpr int kFewRows = 8;           // query vectors up to which a sequence is
 constexpr int64_t kAppendRows = 32;   // rows of an append item
 
 void check_start(const Strips& strips, int64_t start) {
-    if (start + strips.strip_bytes() > strips.num_bytes) {
+    if (start + strips.strip_bytes() + strips.digest_bytes > strips.num_bytes) {
         throw std::invalid_argument("strip at byte " + std::to_string(start) + " ends after the " +
                                     std::to_string(strips.num_bytes) + " bytes of its range");
     }
-}
-
-void check_strip(const Strips& strips, int64_t sequence, int64_t block) {
-    const int64_t column = strips.column(sequence, block);
-    if (column < 0 || column >= strips.num_blocks) {
-        throw std::invalid_argument("block " + std::to_string(block) + " is not in the table of its strips");
-    }
-    check_start(strips, strips.start(sequence, block));
 }
 
 // Pieces of one (rows, head) that are merged by whoever finishes last.
@@ -46,8 +39,9 @@ struct Group {
 // The work items of a call; buffers live as long as the calling thread, so a steady state allocates nothing.
 class Plan {
    public:
-    void build(const AttendArgs& args, int num_threads) {
+    void build(const AttendArgs& args, const Selection& selection, int num_threads) {
         items_.clear(), splits_.clear();
+        selected_.build(args, selection);
         partial_vectors_ = 0;
         const int rows_per_item = std::max(1, kItemVectors / args.group_size());
         const int64_t heads = args.strips.num_kv_heads;
@@ -57,7 +51,11 @@ class Plan {
         for (int64_t s = 0; s < args.step.num_sequences; ++s) {
             const int32_t start = args.step.row_starts[s], end = args.step.row_starts[s + 1];
             for (int32_t row = start; row < end; row += rows_per_item) {
-                add_rows(args, int32_t(s), row, std::min(rows_per_item, end - row));
+                if (selected_.has(s)) {
+                    add_selected(args, int32_t(s), row);
+                } else {
+                    add_rows(args, int32_t(s), row, std::min(rows_per_item, end - row));
+                }
             }
         }
         make_groups();
@@ -83,15 +81,28 @@ class Plan {
                 check_strip(*args.tail, sequence, b);
             }
         }
-        const int64_t vectors = int64_t{num_rows} * args.group_size();
-        const bool cut = (vectors <= kFewRows || may_cut_) && end / kPieceStrips > first / kPieceStrips;
         for (int32_t head = 0; head < args.strips.num_kv_heads; ++head) {
-            Item item{sequence, head, row, num_rows, first, end, -1, -1};
-            if (cut) {
-                add_pieces(item, vectors);
-            } else {
-                items_.push_back(item);
-            }
+            add_item(args, {sequence, head, row, num_rows, first, end, -1, -1, nullptr, 0});
+        }
+    }
+
+    // A row that reads some blocks sees them as if there were no others.
+    void add_selected(const AttendArgs& args, int32_t sequence, int32_t row) {
+        const int64_t own = args.step.positions[row] / kStripTokens, count = selected_.num_blocks();
+        if (args.tail != nullptr) check_strip(*args.tail, sequence, own);
+        for (int32_t head = 0; head < args.strips.num_kv_heads; ++head) {
+            const uint32_t* entries = selected_.entries(sequence, head);
+            add_item(args, {sequence, head, row, 1, 0, count, -1, -1, entries, own + 1 - count});
+        }
+    }
+
+    void add_item(const AttendArgs& args, const Item& item) {
+        const int64_t vectors = int64_t{item.num_rows} * args.group_size();
+        const bool long_enough = item.end_block / kPieceStrips > item.first_block / kPieceStrips;
+        if ((vectors <= kFewRows || may_cut_) && long_enough) {
+            add_pieces(item, vectors);
+        } else {
+            items_.push_back(item);
         }
     }
 
@@ -129,6 +140,7 @@ class Plan {
     size_t num_groups_ = 0;
     std::unique_ptr<Group[]> groups_;
     std::vector<float> partials_;
+    Selected selected_;
 };
 
 struct AttendJob {
@@ -219,6 +231,27 @@ void check_seals(const LayerStrips& layer) {
     }
 }
 
+// Brings the digests of strips that rows were written to up to date. An item is a head of a sequence: nobody else writes
+// to its strips.
+void digest(const Step& step, const Strips& strips) {
+    const int64_t scratch_floats = 4 * padded(strips.head_dim);
+    parallel(step.num_sequences * strips.num_kv_heads, scratch_floats, [&](int64_t item, float* scratch) {
+        const int64_t s = item / strips.num_kv_heads, end = step.row_starts[s + 1];
+        const int head = int(item % strips.num_kv_heads);
+        for (int64_t row = step.row_starts[s]; row < end;) {
+            const int64_t block = step.positions[row] / kStripTokens;
+            int64_t least = kStripTokens, most = -1;
+            for (; row < end && step.positions[row] / kStripTokens == block; ++row) {
+                least = std::min(least, step.positions[row] % kStripTokens);
+                most = std::max(most, step.positions[row] % kStripTokens);
+            }
+            const int64_t held = std::min(step.lengths[s] - block * kStripTokens, int64_t{kStripTokens});
+            char* strip = strips.strip(s, block);
+            kernels().digest(strips, strip, head, least, most + 1, held, scratch);
+        }
+    });
+}
+
 // An item is a head of a full strip.
 void seal(const LayerStrips& layer) {
     const Strips &tail = layer.open(), &sealed = layer.strips;
@@ -234,6 +267,14 @@ void seal(const LayerStrips& layer) {
 
 }  // namespace
 
+void check_strip(const Strips& strips, int64_t sequence, int64_t block) {
+    const int64_t column = strips.column(sequence, block);
+    if (column < 0 || column >= strips.num_blocks) {
+        throw std::invalid_argument("block " + std::to_string(block) + " is not in the table of its strips");
+    }
+    check_start(strips, strips.start(sequence, block));
+}
+
 void append(const Step& step, const LayerStrips& layer, const Rows& k, const Rows& v) {
     const Strips& strips = layer.open();
     const int64_t rows = step.row_starts[step.num_sequences];
@@ -246,6 +287,7 @@ void append(const Step& step, const LayerStrips& layer, const Rows& k, const Row
     AppendJob job{step, strips, k, v, kernels(), rows};
     const int64_t scratch = strips.plain() ? 0 : padded(std::max(strips.head_dim, strips.v_head_dim));
     Pool::instance().run((rows + kAppendRows - 1) / kAppendRows, scratch, append_item, &job);
+    if (strips.digest_bytes > 0) digest(step, strips);
     if (layer.seals.count > 0) seal(layer);
 }
 
@@ -254,7 +296,7 @@ void attend(const Step& step, const LayerStrips& layer, const Spec& spec, const 
     Pool& pool = Pool::instance();
     const Strips* tail = layer.tail ? &*layer.tail : nullptr;
     AttendJob job{{step, layer.strips, tail, layer.open_from, spec, q, out, lse, nullptr}, kernels(), plan};
-    plan.build(job.args, pool.num_threads());
+    plan.build(job.args, layer.selection, pool.num_threads());
     job.args.partials = plan.partials();
     const int64_t vectors = std::max(kItemVectors, job.args.group_size());
     const int64_t scratch = scratch_floats(vectors, job.args);

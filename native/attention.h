@@ -13,6 +13,12 @@ struct Seals {
     const uint32_t *from, *to;
 };
 
+// Rows that read the blocks whose keys can score highest with their query (kernels/base.py: Selection).
+struct Selection {
+    int64_t num_blocks;   // 0: all rows read everything
+    const uint8_t* rows;  // [R]: 1 for sequences whose row, the only one, selects
+};
+
 // Where the tokens of a step lie in one layer. With `tail`, new tokens go there, full strips are sealed, and a row reads
 // the block of its own position there and earlier ones sealed; of sequence r, all blocks from open_from[r] on there.
 struct LayerStrips {
@@ -20,9 +26,13 @@ struct LayerStrips {
     std::optional<Strips> tail;
     const int64_t* open_from;  // [R]; null: nothing stays open
     Seals seals;
+    Selection selection;
 
     const Strips& open() const { return tail ? *tail : strips; }
 };
+
+// Throws std::invalid_argument when a block is not in its table or lies outside its range.
+void check_strip(const Strips& strips, int64_t sequence, int64_t block);
 
 // Both throw std::invalid_argument when a strip lies outside its range.
 void append(const Step& step, const LayerStrips& layer, const Rows& k, const Rows& v);

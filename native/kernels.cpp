@@ -5,6 +5,7 @@
 // and V are packed into panels and both products run in register tiles: the item is bound by arithmetic.
 // Legend: G query heads of a KV head, M = rows * G, W lanes of a vector, Dk/Dv widths.
 
+#include "digest_kernels.h"
 #include "kernels.h"
 #include "layer_kernels.h"
 #include "matmul_kernels.h"
@@ -84,7 +85,7 @@ class Attention {
    private:
     // Slots low .. high - 1 of a block whose tokens lie one by one.
     void read_open(int64_t block, int64_t low, int64_t high) {
-        char* strip = strips_.strip(item_.sequence, block);
+        char* strip = open_strip(block);
         const T* keys = reinterpret_cast<const T*>(strips_.keys(strip, item_.head));
         const T* values = reinterpret_cast<const T*>(strips_.values(strip, item_.head));
         const bool packed = std::is_same_v<T, float> && !strips_.plain();
@@ -98,7 +99,7 @@ class Attention {
         if (packed) values = opened(strip, strips_.value, false, low, high);
         if (M_ <= kFewVectors) {
             const bool last = block + 1 == item_.end_block;
-            weigh_few(values, last ? nullptr : strips_.keys(strips_.strip(item_.sequence, block + 1), item_.head), low, high);
+            weigh_few(values, last ? nullptr : strips_.keys(open_strip(block + 1), item_.head), low, high);
         } else {
             weigh_many(values, low, high);
         }
@@ -109,7 +110,7 @@ class Attention {
         const Strips& strips = args_.strips;
         const Gathered rows{Dk_, Dv_, ldk_, ldv_, q_, out_, max_, sum_};
         const int64_t head_bytes = strips.head().bytes();
-        const auto head = [&](int64_t block) { return strips.strip(item_.sequence, block) + item_.head * head_bytes; };
+        const auto head = [&](int64_t block) { return stored_strip(block) + item_.head * head_bytes; };
         const int64_t end = min(item_.end_block, args_.first_open(item_.sequence, high_));
         for (int64_t block = item_.first_block; block < end; ++block) {
             const char* next = block + 1 < end ? head(block + 1) : nullptr;
@@ -172,12 +173,25 @@ class Attention {
         }
     }
 
-    int64_t position(int r) const { return args_.step.positions[item_.first_row + r]; }
+    // A block in the strips of the layer, and one of those that take new tokens.
+    char* stored_strip(int64_t block) const {
+        const Strips& strips = args_.strips;
+        return item_.selected == nullptr ? strips.strip(item_.sequence, block)
+                                         : strips.base + item_.selected[block] * kUnitBytes;
+    }
+    char* open_strip(int64_t block) const {
+        return args_.tail == nullptr ? stored_strip(block) : strips_.strip(item_.sequence, block + item_.num_hidden);
+    }
+
+    // Slots are counted as if blocks that the item does not read were not there.
+    int64_t hidden() const { return item_.num_hidden * kStripTokens; }
+
+    int64_t position(int r) const { return args_.step.positions[item_.first_row + r] - hidden(); }
 
     int64_t first_open(int r) const { return args_.first_open(item_.sequence, position(r)); }
 
     int64_t in_window(int r) const {
-        const int64_t first = args_.step.first_slots[item_.sequence];
+        const int64_t first = item_.selected == nullptr ? args_.step.first_slots[item_.sequence] : 0;
         return args_.spec.window > 0 ? max(first, position(r) - args_.spec.window + 1) : first;
     }
 
@@ -186,7 +200,7 @@ class Attention {
         return args_.tail == nullptr ? in_window(r) : max(in_window(r), first_open(r) * kStripTokens);
     }
 
-    int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - 1); }
+    int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - hidden() - 1); }
 
     // Keys or values of a strip in float32, for the one tile that is being worked on.
     const T* opened(char* strip, const RowFormat& format, bool is_keys, int64_t low, int64_t high) const {
@@ -452,6 +466,8 @@ const KernelTable ELBOWROOM_TABLE = {
     .sampling = ELBOWROOM_SAMPLING,
     .attend = attend,
     .seal = seal,
+    .digest = digest,
+    .bound = bound,
     .encode = encode_row,
     .convert = convert,
     .widen = widen_row,

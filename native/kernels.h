@@ -14,6 +14,8 @@ struct Item {
     int64_t first_block, end_block;
     int64_t partial;  // index of the item's first query vector in `partials`; -1: the item is alone, write `out`
     int32_t group;    // pieces that are merged together; -1: alone
+    const uint32_t* selected;  // places of the blocks that the item reads in `strips`, counted from 0; null: all
+    int64_t num_hidden;        // blocks before the row's own one that are not counted then
 };
 
 struct AttendArgs {
@@ -58,6 +60,13 @@ struct KernelTable {
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
     // Keys [64][head_dim] and values [64][v_head_dim] -> a head of a sealed strip; scratch as `seal_floats` says.
     void (*seal)(const SealedHead& head, const char* keys, const char* values, DType dtype, char* target, float* scratch);
+    // Brings a head's digest up to date behind writing slots first .. stop - 1; `held` slots hold tokens. Scratch: 4 padded
+    // rows.
+    void (*digest)(const Strips& strips, char* strip, int head, int64_t first, int64_t stop, int64_t held, float* scratch);
+    // The greatest score that a key of each of the strips at `entries` can have with one of `group` queries, unscaled; of
+    // a query what is positive and what is negative, padded each: q [group][2][padded(Dk)].
+    void (*bound)(const Strips& strips, const uint32_t* entries, int64_t count, int head, const float* q, int64_t group,
+                  float* scores);
     // One vector x [width] -> its codes and scales.
     void (*encode)(const RowFormat& format, const float* x, int64_t width, char* codes, char* scales);
     void (*convert)(const char* source, DType from, char* target, DType to, int64_t count);

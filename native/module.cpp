@@ -29,14 +29,16 @@ namespace {
 using StepTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 using RowFormatTuple = std::tuple<int, int, int>;
 using StripsTuple =
-    std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple>;
+    std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple, int64_t>;
+using SelectionTuple = std::tuple<int64_t, uintptr_t>;
 using TailTuple = std::tuple<StripsTuple, uintptr_t, int64_t, uintptr_t, uintptr_t>;
 using SpecTuple = std::tuple<int, int64_t, float, float>;
 using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t>;
 using VectorTuple = std::tuple<uintptr_t, int64_t>;
 using HeadsTuple = std::tuple<int, int, int, int>;
-using LayerStepTuple = std::tuple<int64_t, StepTuple, StripsTuple, std::optional<TailTuple>, bool>;
+using LayerStepTuple =
+    std::tuple<int64_t, StepTuple, StripsTuple, std::optional<TailTuple>, std::optional<SelectionTuple>, bool>;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -55,14 +57,16 @@ RowFormat to_row_format(const RowFormatTuple& t) {
 }
 
 Strips to_strips(const StripsTuple& t) {
-    const auto [table, first_blocks, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim, key, value] =
-        t;
+    const auto [table, first_blocks, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim, key, value,
+                digest_bytes] = t;
     return {pointer<const uint32_t>(table), pointer<const int64_t>(first_blocks), num_blocks, pointer<char>(base),
-            num_bytes, DType(dtype), num_kv_heads, head_dim, v_head_dim, to_row_format(key), to_row_format(value)};
+            num_bytes, DType(dtype), num_kv_heads, head_dim, v_head_dim, to_row_format(key), to_row_format(value), digest_bytes};
 }
 
-LayerStrips to_layer_strips(const StripsTuple& strips, const std::optional<TailTuple>& tail) {
-    LayerStrips found{to_strips(strips), {}, nullptr, {}};
+LayerStrips to_layer_strips(const StripsTuple& strips, const std::optional<TailTuple>& tail,
+                            const std::optional<SelectionTuple>& selection) {
+    LayerStrips found{to_strips(strips), {}, nullptr, {}, {}};
+    if (selection) found.selection = {std::get<0>(*selection), pointer<const uint8_t>(std::get<1>(*selection))};
     if (tail) {
         const auto& [open, open_from, count, from, to] = *tail;
         found.tail = to_strips(open);
@@ -85,14 +89,14 @@ Spec to_spec(const SpecTuple& t) {
 void py_append(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips,
                const std::optional<TailTuple>& tail, const RowsTuple& k, const RowsTuple& v) {
     const nb::gil_scoped_release release;
-    append(to_step(num_sequences, step), to_layer_strips(strips, tail), to_rows(k), to_rows(v));
+    append(to_step(num_sequences, step), to_layer_strips(strips, tail, {}), to_rows(k), to_rows(v));
 }
 
 void py_attend(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips,
-               const std::optional<TailTuple>& tail, const SpecTuple& spec, const RowsTuple& q, const RowsTuple& out,
-               uintptr_t lse) {
+               const std::optional<TailTuple>& tail, const std::optional<SelectionTuple>& selection, const SpecTuple& spec,
+               const RowsTuple& q, const RowsTuple& out, uintptr_t lse) {
     const nb::gil_scoped_release release;
-    attend(to_step(num_sequences, step), to_layer_strips(strips, tail), to_spec(spec), to_rows(q), to_rows(out),
+    attend(to_step(num_sequences, step), to_layer_strips(strips, tail, selection), to_spec(spec), to_rows(q), to_rows(out),
            pointer<float>(lse));
 }
 
@@ -136,8 +140,8 @@ void begin(Decoder& decoder, uintptr_t tokens, uintptr_t positions, int64_t num_
 
 void layers(const Decoder& decoder, int64_t first, const std::vector<LayerStepTuple>& steps) {
     const nb::gil_scoped_release release;
-    for (const auto& [num_sequences, step, strips, tail, append_kv] : steps) {
-        decoder.layer(first++, to_step(num_sequences, step), to_layer_strips(strips, tail), append_kv);
+    for (const auto& [num_sequences, step, strips, tail, selection, append_kv] : steps) {
+        decoder.layer(first++, to_step(num_sequences, step), to_layer_strips(strips, tail, selection), append_kv);
     }
 }
 
@@ -170,7 +174,7 @@ NB_MODULE(_native, m) {
     m.def("append", &py_append, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"),
           nb::arg("tail").none(), nb::arg("k"), nb::arg("v"));
     m.def("attend", &py_attend, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"),
-          nb::arg("tail").none(), nb::arg("spec"), nb::arg("q"), nb::arg("out"), nb::arg("lse"));
+          nb::arg("tail").none(), nb::arg("selection").none(), nb::arg("spec"), nb::arg("q"), nb::arg("out"), nb::arg("lse"));
     m.def("multiply", &py_multiply, nb::arg("matrix"), nb::arg("x"), nb::arg("num_tokens"), nb::arg("y"));
     nb::class_<Decoder>(m, "Decoder")
         .def("__init__",

@@ -69,6 +69,7 @@ struct Strips {
     DType dtype;
     int num_kv_heads, head_dim, v_head_dim;
     RowFormat key, value;
+    int64_t digest_bytes;  // bounds on the keys [Hkv, runs, 2, Dk] behind all that, float16; 0: none
 
     bool plain() const { return key.kind == RowKind::plain; }
     bool sealed() const { return key.kind == RowKind::kivi; }
@@ -92,6 +93,8 @@ struct Strips {
     char* values(char* strip, int head) const {
         return strip + slots() * key.bytes(head_dim) + head * kStripTokens * value.code_bytes(v_head_dim);
     }
+    int64_t digest_runs() const { return digest_bytes / (4 * int64_t{num_kv_heads} * head_dim); }
+    char* digest(char* strip, int head) const { return strip + strip_bytes() + head * (digest_bytes / num_kv_heads); }
     char* value_scales(char* strip, int head) const {
         return strip + slots() * (key.bytes(head_dim) + value.code_bytes(v_head_dim)) +
                head * kStripTokens * value.scale_bytes(v_head_dim);

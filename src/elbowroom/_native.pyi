@@ -10,11 +10,14 @@ Step: TypeAlias = tuple[int, int, int, int]
 """Addresses of row_starts, positions, lengths, first_slots."""
 RowFormat: TypeAlias = tuple[int, int, int]
 """How heads become bytes: kind (0 plain, 1 int8, 2 fp8, 3 bfp, 4 kivi), bits of a code, codes of a scale."""
-Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, RowFormat, RowFormat]
-"""Addresses of table and first blocks (0: none), num_blocks, base, num_bytes, dtype, num_kv_heads, both head widths."""
+Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, RowFormat, RowFormat, int]
+"""Addresses of table and first blocks (0: none), num_blocks, base, num_bytes, dtype, num_kv_heads, both head widths;
+formats of keys and values; bytes of a digest."""
 Tail: TypeAlias = tuple[Strips, int, int, int, int]
 """Strips that take new tokens; address of the first open blocks (0: none); number of full strips, addresses of their
 places there and where they are sealed."""
+Selection: TypeAlias = tuple[int, int]
+"""Blocks that a row reads, address of a byte for each sequence: whether its row does."""
 Spec: TypeAlias = tuple[int, int, float, float]
 """num_q_heads, window (0: none), scale, softcap (0: none)."""
 Rows: TypeAlias = tuple[int, int, int, int]
@@ -23,7 +26,7 @@ Matrix: TypeAlias = tuple[int, int, int, int, int, int]
 """Address, rows, columns, bytes of a row, dtype, address of the float32 bias (0: none)."""
 Vector: TypeAlias = tuple[int, int]
 """Address and length of a float32 vector; copied."""
-LayerStep: TypeAlias = tuple[int, Step, Strips, Tail | None, bool]
+LayerStep: TypeAlias = tuple[int, Step, Strips, Tail | None, Selection | None, bool]
 """num_sequences, the step, a layer's strips, whether the layer writes keys and values of its own."""
 
 def multiply(matrix: Matrix, x: int, num_tokens: int, y: int) -> None:
@@ -70,7 +73,15 @@ def append(num_sequences: int, step: Step, strips: Strips, tail: Tail | None, k:
     """Write key and value rows to their strips and seal full ones; ValueError when a strip lies outside ``base``."""
 
 def attend(
-    num_sequences: int, step: Step, strips: Strips, tail: Tail | None, spec: Spec, q: Rows, out: Rows, lse: int
+    num_sequences: int,
+    step: Step,
+    strips: Strips,
+    tail: Tail | None,
+    selection: Selection | None,
+    spec: Spec,
+    q: Rows,
+    out: Rows,
+    lse: int,
 ) -> None:
     """Write attention to ``out`` and log-sum-exps to ``lse``; ValueError when a strip lies outside ``base``."""
 

@@ -96,9 +96,11 @@ class PageFormat:
     """Whether a slot may stand for several tokens, which the strip counts."""
     sealed: bool = False
     """Whether a strip is encoded whole, once it is full, so that new tokens need a plain one beside it."""
+    digest_bytes: int = 0
+    """Bytes of bounds on the keys behind all that (``kernels.digest``); 0: there are none."""
 
     @property
     def strip_bytes(self) -> int:
         """Bytes of one strip, rounded up to the 64-byte unit of the strip tables."""
-        raw = self.payload_bytes + self.overhead_bytes
+        raw = self.payload_bytes + self.overhead_bytes + self.digest_bytes
         return -(-raw // 64) * 64

@@ -16,8 +16,9 @@ from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.types import KVOp, Request, Row, SampledToken, SequenceUpdate, StepPlan, StepResult
 from elbowroom.kv.base import KVHandle, KVStep
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.paged import PagedStore
-from elbowroom.kv.plan import BoundPlan, KVPlan
+from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
 from elbowroom.memory.ledger import Budget, Ledger
 from elbowroom.memory.tiers import HostTier

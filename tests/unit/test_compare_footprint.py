@@ -17,8 +17,9 @@ from elbowroom.engine.llm import LLM
 from elbowroom.errors import RequestError
 from elbowroom.evals.comparison.perplexity import FILE, read_windows, score_windows, windows
 from elbowroom.evals.engine_target import PlainTokenizer
-from elbowroom.kernels.base import LayerStrips, StripStep
+from elbowroom.kernels.base import LayerStrips, Selection, StripStep, Tail
 from elbowroom.kv.codecs.plain import PlainCodec
+from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.tiers import HostTier
 from elbowroom.models.dense import DenseContext
 from elbowroom.models.loader import load_model
@@ -99,6 +100,24 @@ def test_a_window_reads_only_what_it_sees(window: int | None, blocks: int):
     step = StripStep.of_runs([(256 + 63, 1)])
     strips = LayerStrips(step, np.zeros((1, 5), dtype=np.uint32), torch.zeros(64, dtype=torch.uint8), fmt)
     assert strips_read_bytes(strips, layer) == blocks * fmt.strip_bytes
+
+
+@pytest.mark.parametrize(("codec", "bounds"), [("int8", 4 * 2 * 2 * 2 * 16), ("kivi(2,2,64)", 2 * 2 * 2 * 16)])
+@pytest.mark.parametrize(("blocks", "read"), [(5, 5), (6, 5), (30, 5)])
+def test_a_token_that_selects_reads_some_strips_and_bounds_of_all(codec: str, bounds: int, blocks: int, read: int):
+    layer = spec(num_q_heads=4, num_kv_heads=2, head_dim=16, v_head_dim=16)
+    plan = KVPlan.parse(f"quest(320,skip=0) | {codec}").bind([layer], "float32")
+    fmt, last = plan.formats[0], (plan.tails or plan.formats)[0]
+    step, none = StripStep.of_runs([(blocks * 64 - 1, 1)]), np.zeros(0, dtype=np.uint32)
+    table, base = np.zeros((1, blocks), dtype=np.uint32), torch.zeros(64, dtype=torch.uint8)
+    first = np.zeros(1, dtype=np.int64)
+    tail = Tail(table=table, first_blocks=first, base=base, fmt=last, full=none, sealed=none) if plan.tails else None
+    for rows, expected in ((1, read), (0, blocks)):
+        selection = Selection(5, np.array([rows], dtype=np.uint8))
+        strips = LayerStrips(step, table, base, fmt, plan.plan.codec, tail, selection)
+        others = (blocks - 2) * bounds if expected < blocks else 0
+        size = fmt.strip_bytes - fmt.digest_bytes
+        assert strips_read_bytes(strips, layer) == (expected - 1) * size + last.strip_bytes - last.digest_bytes + others
 
 
 def dense_nats(model: str, tokens: list[int], count: int) -> float:

@@ -19,21 +19,30 @@ from elbowroom.bench.machine import machine_info
 from elbowroom.bench.random_model import random_calibration, write_random_model
 from elbowroom.bench.schedules import Stepper, Subject
 from elbowroom.errors import ElbowroomError, PlanError
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.codecs import CODECS
-from elbowroom.kv.plan import BoundPlan, KVPlan
+from elbowroom.kv.plan import KVPlan
 from elbowroom.kv.policies import POLICIES
+from elbowroom.kv.reads import READS
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.loader import load_model
 from elbowroom.models.path import ANY, ComputePath
 
 _PROMPT, _NEW = 700, 24
-_ARGUMENTS = {"compresskv": "(256,heads=2)", "snapkv": "(256)", "spatten": "(256)", "streaming": "(256)"}
+_ARGUMENTS = {
+    "compresskv": "(256,heads=2)",
+    "kvmerger": "(256)",
+    "quest": "(256)",
+    "snapkv": "(256)",
+    "spatten": "(256)",
+    "streaming": "(256)",
+}
 
 
 def run(options: BenchOptions) -> BenchResult:
     """Try every ordered pair of parts (quick: unordered ones)."""
-    machine, names = machine_info(), sorted([*CODECS.names(), *POLICIES.names()])
+    machine, names = machine_info(), sorted([*CODECS.names(), *POLICIES.names(), *READS.names()])
     pairs = list(itertools.combinations(names, 2) if options.quick else itertools.permutations(names, 2))
     with tempfile.TemporaryDirectory() as scratch:
         decoder = load_model(write_random_model(Path(scratch) / "model", "20M", seed=options.seed), torch.bfloat16)

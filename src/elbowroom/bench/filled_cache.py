@@ -15,9 +15,10 @@ from elbowroom.engine.engine import Engine
 from elbowroom.engine.prefix import block_keys, root_key
 from elbowroom.engine.types import KVOp, StepPlan
 from elbowroom.errors import RequestError
+from elbowroom.kernels.digest import write_digest
 from elbowroom.kv.base import KVHandle, KVStore
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.holding import Extent
-from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.span import pack_span
 
 _SPAN_BLOCKS = 16
@@ -74,6 +75,8 @@ def import_random(
             )
             strip = torch.zeros(fmt.strip_bytes, dtype=torch.uint8)
             plan.plan.codec.store(strip, fmt, torch.arange(STRIP_TOKENS), k, v)
+            if fmt.digest_bytes:
+                write_digest(strip, fmt, plan.plan.codec.open(strip, fmt)[0], 0, STRIP_TOKENS, STRIP_TOKENS)
             layers.append(strip)
     for start in range(0, num_tokens, _SPAN_BLOCKS * STRIP_TOKENS):
         stop = min(start + _SPAN_BLOCKS * STRIP_TOKENS, num_tokens)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from elbowroom.bench.machine import ForeignCPU
 from elbowroom.bench.patching import replaced
-from elbowroom.core import STRIP_TOKENS, LayerSpec
+from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.engine.llm import LLM
 from elbowroom.engine.output import RequestOutput
 from elbowroom.engine.sampling_params import SamplingParams
@@ -85,13 +85,30 @@ def measure_footprint(llm: LLM, length: int, num_contexts: int, advance: Callabl
 def strips_read_bytes(strips: LayerStrips, layer: LayerSpec) -> int:
     """Return the bytes of all strips that the step's last token reads in ``layer``: formats times blocks.
 
-    A strip counts whole, with its scales, although of the newest one only the tokens so far are read.
+    A strip counts whole, with its scales, although of the newest one only the tokens so far are read. Where the token
+    selects, it reads the bounds on the keys of all others, and as many of those as it may.
     """
     position, first_slot = int(strips.step.positions[-1]), int(strips.step.first_slots[-1])
     if layer.window is not None:
         first_slot = max(first_slot, position - layer.window + 1)
-    before = position // STRIP_TOKENS - first_slot // STRIP_TOKENS
-    return before * strips.fmt.strip_bytes + strips.open_fmt.strip_bytes
+    before, selection, fmt = position // STRIP_TOKENS - first_slot // STRIP_TOKENS, strips.selection, strips.fmt
+    if selection is None or not selection.rows[-1] or before < selection.num_blocks:
+        return before * _content_bytes(fmt) + _content_bytes(strips.open_fmt)
+    return (
+        (selection.num_blocks - 1) * _content_bytes(fmt)
+        + _content_bytes(strips.open_fmt)
+        + (before - 1) * _bound_bytes(fmt)
+    )
+
+
+def _content_bytes(fmt: PageFormat) -> int:
+    """Return the bytes of keys and values of a strip, with what decodes them."""
+    return fmt.strip_bytes - fmt.digest_bytes
+
+
+def _bound_bytes(fmt: PageFormat) -> int:
+    """Return the bytes that bound the keys of a strip: its digest, or scales and minima where it is sealed."""
+    return fmt.digest_bytes or fmt.num_kv_heads * fmt.head_dim * 4 * STRIP_TOKENS // fmt.block
 
 
 def _tokens(llm: LLM, count: int) -> list[int]:

@@ -18,8 +18,9 @@ from elbowroom.bench.kv_shapes import equal_layers
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.kernels import attention
 from elbowroom.kv.base import KVStep, Want
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.paged import PagedStore
-from elbowroom.kv.plan import BoundPlan, KVPlan
+from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
 from elbowroom.memory.ledger import Budget, Ledger
 from elbowroom.memory.malloc import limit_malloc_caching, trim_malloc

@@ -21,8 +21,9 @@ from elbowroom.bench.pairs import Play, Run, take_turns
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.kernels import attention
 from elbowroom.kv.base import KVStep
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.paged import PagedStore
-from elbowroom.kv.plan import BoundPlan, KVPlan
+from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
 from elbowroom.memory.ledger import Budget, Ledger
 from elbowroom.memory.tiers import HostTier

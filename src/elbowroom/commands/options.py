@@ -20,7 +20,9 @@ Memory = Annotated[
 ]
 KV = Annotated[
     str,
-    typer.Option(metavar="PLAN", help='How keys and values are kept: plain, int8, bfp, kivi, "snapkv(512)|int8".'),
+    typer.Option(
+        metavar="PLAN", help='How keys and values are kept: plain, int8, kivi, "snapkv(512)|int8", "quest(1024)|int8".'
+    ),
 ]
 Dtype = Annotated[
     str, typer.Option(metavar="TYPE", help="Weights and KV cache: float32, bfloat16, float16; auto: the checkpoint's.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elbowroom.core import STRIP_TOKENS, PageFormat
-from elbowroom.kv.plan import BoundPlan
+from elbowroom.kv.bound import BoundPlan
 
 
 def num_blocks(num_tokens: int) -> int:

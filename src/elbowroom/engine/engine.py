@@ -22,7 +22,7 @@ from elbowroom.engine.sizing import MemoryPlan
 from elbowroom.engine.types import Request, SchedulerStats, SessionRef
 from elbowroom.errors import EngineClosed, Overloaded, TokenizerError
 from elbowroom.kv.base import KVReport, KVStore
-from elbowroom.kv.plan import BoundPlan
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.memory.ledger import Ledger, Usage
 from elbowroom.memory.meter import Meter
 from elbowroom.models.config import ModelConfig

@@ -9,7 +9,7 @@ import torch
 
 from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.errors import BudgetTooSmall
-from elbowroom.kv.plan import BoundPlan
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.memory.tiers import HostTier
 from elbowroom.models.buffers import decoder_buffers, native_buffers, native_scratch
 from elbowroom.models.config import ModelConfig

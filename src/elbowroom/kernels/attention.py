@@ -74,8 +74,9 @@ def attend(
 
     The row at position p reads the slots s with ``max(first_slot, p - window + 1) <= s <= p`` and ``s < length``;
     query head h reads KV head ``h // group_size``. With a tail, a row reads its own block there and earlier ones
-    sealed. The products with sealed codes are exact in integers and take queries and weights rounded to 8 bits for
-    each strip, whatever the step; reading back what was sealed in float32 is the other backend's way.
+    sealed. Rows of a ``Selection`` read some blocks of that; a layer with a window has none. The products with sealed
+    codes are exact in integers and take queries and weights rounded to 8 bits for each strip, whatever the step;
+    reading back what was sealed in float32 is the other backend's way.
 
     Args:
         strips: as in ``append``; the step's own tokens must have been appended.
@@ -93,6 +94,8 @@ def attend(
     check_strips(strips)
     rows, fmt = strips.step.num_rows, strips.open_fmt
     _check_spec(spec, fmt)
+    if strips.selection is not None and spec.window is not None:
+        raise ValueError(f"rows cannot select what they read of a layer with a window of {spec.window}")
     check_rows("q", q, (rows, spec.num_q_heads, fmt.head_dim))
     if out is None:
         out = torch.empty(rows, spec.num_q_heads, fmt.v_head_dim, dtype=q.dtype)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.core import DTYPE_BYTES, STRIP_TOKENS, LayerSpec, PageFormat
+from elbowroom.kernels.digest import read_digest
 
 StripTable = npt.NDArray[np.uint32]
 
@@ -122,6 +123,12 @@ class StripLayout(Protocol):
     def open(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
         """Return ``k [Hkv, 64, Dk]`` and ``v [Hkv, 64, Dv]`` of a strip; slots never written hold anything."""
 
+    def bounds(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return the least and the greatest that the keys of each run of a strip can be, float32 ``[Hkv, runs, Dk]``.
+
+        Only of formats with digests, or whose strips are sealed.
+        """
+
 
 class PlainLayout:
     """K then V as they are, in the dtype of the format."""
@@ -137,6 +144,10 @@ class PlainLayout:
         flat = strip[: fmt.num_kv_heads * STRIP_TOKENS * head_bytes(fmt)].view(dtype_of(fmt))
         k, v = flat[:split], flat[split:]
         return k.view(fmt.num_kv_heads, STRIP_TOKENS, -1), v.view(fmt.num_kv_heads, STRIP_TOKENS, -1)
+
+    def bounds(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return what the digest says."""
+        return read_digest(strip, fmt)
 
 
 PLAIN = PlainLayout()
@@ -172,6 +183,22 @@ class Tail:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """Rows that read a part of their sequence: the blocks whose keys can score highest with the query.
+
+    Each KV head of such a row reads ``num_blocks`` blocks, or all where there are no more: the first one that is
+    stored, the newest, and of the others those with the greatest ``max_hr sum_d max(q_hd * low_rd, q_hd * high_rd)``
+    over its query heads h and runs r, with the bounds of ``StripLayout.bounds``. Of equals the earlier is read.
+    Where full blocks wait to be sealed, everything is read.
+    """
+
+    num_blocks: int
+    """At least 2."""
+    rows: npt.NDArray[np.uint8]
+    """uint8 ``[R]``: 1 for sequences whose row, the only one, selects."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerStrips:
     """Where the tokens of a step lie in one layer: all that a backend needs to append them and to attend."""
 
@@ -183,6 +210,8 @@ class LayerStrips:
     """How tokens lie in strips of ``fmt``."""
     tail: Tail | None = None
     """Strips are sealed whole, and this is where new tokens go; None: they are written one by one."""
+    selection: Selection | None = None
+    """Rows that read the blocks which matter to them; None: all rows read everything."""
 
     @property
     def open_fmt(self) -> PageFormat:
@@ -230,6 +259,8 @@ def check_strips(strips: LayerStrips) -> None:
         ValueError: names the argument and what was expected.
     """
     step, tail = strips.step, strips.tail
+    if strips.selection is not None:
+        _check_selection(strips, strips.selection)
     _check_table(strips.table, strips.base, strips.fmt, step)
     if strips.fmt.sealed != (tail is not None):
         needs = "is sealed whole: its new tokens need a tail" if tail is None else "takes tokens itself: it has no tail"
@@ -245,6 +276,19 @@ def check_strips(strips: LayerStrips) -> None:
         raise ValueError("strips to be sealed need a place in the tail and a place where they are sealed, both uint32")
     if tail.open_from is not None and tail.open_from.shape != (step.num_sequences,):
         raise ValueError(f"a tail needs the first open block of {step.num_sequences} sequences")
+
+
+def _check_selection(strips: LayerStrips, selection: Selection) -> None:
+    rows, step = selection.rows, strips.step
+    if rows.dtype != np.uint8 or rows.shape != (step.num_sequences,) or selection.num_blocks < 2:
+        raise ValueError(
+            f"a selection has a flag uint8 for each of {step.num_sequences} sequences and 2 blocks or more"
+        )
+    counts = np.diff(step.row_starts.numpy())
+    if (counts[rows != 0] != 1).any():
+        raise ValueError("only sequences with one row in the step can select what it reads")
+    if strips.tail is None and not strips.fmt.digest_bytes:
+        raise ValueError(f"a row selects strips by their digests; those of format {strips.fmt.codec} have none")
 
 
 def _check_table(table: StripTable, base: Tensor, fmt: PageFormat, step: StripStep) -> None:

@@ -36,7 +36,7 @@ class NativeKernels:
             return reference.KERNELS.attend(strips, spec, q, out)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         count, addresses = strips.step.num_sequences, strips.step.addresses
-        where = strips_tuple(strips), tail_tuple(strips)
+        where = strips_tuple(strips), tail_tuple(strips), selection_tuple(strips)
         _native.attend(count, addresses, *where, spec_tuple(spec), _rows(q), _rows(out), lse.data_ptr())
         return lse
 
@@ -89,6 +89,12 @@ def tail_tuple(strips: LayerStrips) -> _native.Tail | None:
     return where, open_from, tail.seals, _address(tail.full), _address(tail.sealed)
 
 
+def selection_tuple(strips: LayerStrips) -> _native.Selection | None:
+    """Return which rows read a part of their sequence as C++ takes it; None where all read everything."""
+    selection = strips.selection
+    return None if selection is None else (selection.num_blocks, _address(selection.rows))
+
+
 def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat) -> _native.Strips:
     kind, plain_bits = FORMATS[fmt.codec], 8 * DTYPE_BYTES.get(fmt.dtype, 0)
     return (
@@ -103,6 +109,7 @@ def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat)
         fmt.v_head_dim,
         (kind, fmt.key_bits or plain_bits, fmt.block),
         (kind, fmt.value_bits or plain_bits, fmt.block),
+        fmt.digest_bytes,
     )
 
 

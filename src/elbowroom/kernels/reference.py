@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.kernels.base import PLAIN, LayerStrips, StripLayout, StripStep, StripTable, Tail, strip_at
+from elbowroom.kernels.digest import write_digest
 from elbowroom.kernels.extras import slot_bias
 
 TILE_STRIPS = 16
@@ -42,6 +43,8 @@ class ReferenceKernels:
                 rows = (x[row:stop].transpose(0, 1) for x in (k, v))
                 opened.layout.store(opened.strip(sequence, block), opened.fmt, slots, *rows)
                 row = stop
+        if opened.fmt.digest_bytes:
+            _digest(opened, step)
         if strips.tail is not None:
             _seal(strips, strips.tail)
 
@@ -52,13 +55,16 @@ class ReferenceKernels:
         for sequence, start, end in _row_blocks(step, TILE_ROWS):
             low, high = _visible(step, sequence, start, end, spec.window)
             merged = _Softmax(q[start:end], spec, strips.open_fmt)
+            read = None
+            if strips.selection is not None and strips.selection.rows[sequence] and not _waits(strips, sequence, high):
+                read = _selected(sealed or opened, sequence, q[start], low, high, strips.selection.num_blocks)
             if sealed is not None:
                 first = step.positions[start:end] // STRIP_TOKENS
                 if strips.tail is not None and strips.tail.open_from is not None:
                     first = first.clamp(max=int(strips.tail.open_from[sequence]))
-                _add_tiles(merged, sealed, sequence, low, torch.minimum(high, first * STRIP_TOKENS - 1))
+                _add_tiles(merged, sealed, sequence, low, torch.minimum(high, first * STRIP_TOKENS - 1), read)
                 low = torch.maximum(low, first * STRIP_TOKENS)
-            _add_tiles(merged, opened, sequence, low, high)
+            _add_tiles(merged, opened, sequence, low, high, read)
             merged.write(out[start:end], lse[start:end])
         return lse
 
@@ -106,9 +112,68 @@ def _seal(strips: LayerStrips, tail: Tail) -> None:
         strips.layout.store(strip_at(strips.base, strips.fmt, target), strips.fmt, slots, k, v)
 
 
-def _add_tiles(merged: _Softmax, part: _Part, sequence: int, low: Tensor, high: Tensor) -> None:
-    """Merge all slots of a part that any row of a block reads; row b reads ``low[b] .. high[b]``."""
+def _digest(opened: _Part, step: StripStep) -> None:
+    """Bring the digests of strips that were written up to date."""
+    for sequence, start, end in _row_blocks(step, max(step.num_rows, 1)):
+        positions = step.positions[start:end]
+        for block in sorted(set((positions // STRIP_TOKENS).tolist())):
+            slots = positions[positions // STRIP_TOKENS == block] % STRIP_TOKENS
+            held = min(int(step.lengths[sequence]) - block * STRIP_TOKENS, STRIP_TOKENS)
+            strip = opened.strip(sequence, block)
+            keys, _ = opened.layout.open(strip, opened.fmt)
+            write_digest(strip, opened.fmt, keys, int(slots.min()), int(slots.max()) + 1, held)
+
+
+def _waits(strips: LayerStrips, sequence: int, high: Tensor) -> bool:
+    """Return whether a sequence has full blocks that are not sealed yet, so that nothing bounds their keys."""
+    tail = strips.tail
+    return (
+        tail is not None and tail.open_from is not None and int(tail.open_from[sequence]) < int(high[0]) // STRIP_TOKENS
+    )
+
+
+def _selected(part: _Part, sequence: int, q_HD: Tensor, low: Tensor, high: Tensor, num_blocks: int) -> Tensor | None:
+    """Return which blocks each KV head of a row reads, bool ``[Hkv, blocks]``; None: all.
+
+    Args:
+        part: strips that tell the bounds of all blocks between the first and the newest.
+        sequence: whose row it is.
+        q_HD: its query.
+        low: first slot that it may read, ``[1]``.
+        high: the last one.
+        num_blocks: how many blocks are read.
+    """
+    first, own = int(low[0]) // STRIP_TOKENS, int(high[0]) // STRIP_TOKENS
+    if own - first < num_blocks:
+        return None
+    heads = part.fmt.num_kv_heads
+    queries = q_HD.float().view(heads, -1, 1, 1, part.fmt.head_dim)
+    bounds = [part.layout.bounds(part.strip(sequence, block), part.fmt) for block in range(first + 1, own)]
+    least, greatest = (torch.stack(each, dim=1)[:, None] for each in zip(*bounds, strict=True))
+    scores = torch.maximum(queries * least, queries * greatest).sum(-1)  # [Hkv, G, blocks, runs]
+    scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf).amax((1, 3))
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, : num_blocks - 2] + first + 1
+    read = torch.zeros(heads, own + 1, dtype=torch.bool)
+    read[:, [first, own]] = True
+    return read.scatter_(1, best, True)
+
+
+def _add_tiles(
+    merged: _Softmax, part: _Part, sequence: int, low: Tensor, high: Tensor, read: Tensor | None = None
+) -> None:
+    """Merge all slots of a part that any row of a block reads; row b reads ``low[b] .. high[b]``.
+
+    With ``read``, bool ``[Hkv, blocks]``, each KV head reads its own blocks of that.
+    """
     first, last = int(low.min()), int(high.max())
+    if read is not None:
+        for block in range(first // STRIP_TOKENS, last // STRIP_TOKENS + 1):
+            slot, stop = max(first, block * STRIP_TOKENS), min(last + 1, (block + 1) * STRIP_TOKENS)
+            if slot < stop and read[:, block].any():
+                keys, values, bias = part.tile(sequence, slot, stop)
+                k, v = (x.masked_fill(~read[:, block, None, None], 0.0) for x in (keys, values))
+                merged.add(k, v, bias, torch.arange(slot, stop), low, high, read[:, block])
+        return
     for block in range(first // STRIP_TOKENS, last // STRIP_TOKENS + 1, TILE_STRIPS):
         slot = max(first, block * STRIP_TOKENS)
         stop = min(last + 1, (block + TILE_STRIPS) * STRIP_TOKENS)
@@ -129,9 +194,16 @@ class _Softmax:
         self._out = torch.zeros(heads, rows * spec.group_size, fmt.v_head_dim)
 
     def add(
-        self, k_HSD: Tensor, v_HSD: Tensor, bias_HS: Tensor | None, slots_S: Tensor, low_B: Tensor, high_B: Tensor
+        self,
+        k_HSD: Tensor,
+        v_HSD: Tensor,
+        bias_HS: Tensor | None,
+        slots_S: Tensor,
+        low_B: Tensor,
+        high_B: Tensor,
+        readers_H: Tensor | None = None,
     ) -> None:
-        """Merge one tile of slots; row b reads the slots ``low[b] .. high[b]``."""
+        """Merge one tile of slots; row b reads the slots ``low[b] .. high[b]``, and only heads that are readers."""
         scores = self._q @ k_HSD.transpose(1, 2)
         if self._spec.softcap is not None:
             scores = torch.tanh(scores / self._spec.softcap) * self._spec.softcap
@@ -139,6 +211,8 @@ class _Softmax:
             scores += bias_HS[:, None]
         hidden = (slots_S < low_B[:, None]) | (slots_S > high_B[:, None])
         scores.masked_fill_(hidden.repeat_interleave(self._spec.group_size, dim=0), -math.inf)
+        if readers_H is not None:
+            scores.masked_fill_(~readers_H[:, None, None], -math.inf)
         # A row that has read nothing yet keeps maximum -inf; 0 stands in for it, so that exp(-inf - 0) is 0, not NaN.
         top = torch.maximum(self._max, scores.amax(dim=2, keepdim=True))
         finite = top.masked_fill(top == -math.inf, 0.0)

@@ -1,8 +1,9 @@
 """Keys and values: the plan, the store, its codecs."""
 
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, KVStore, Shortfall, Want
+from elbowroom.kv.bound import BoundPlan, KVCurve
 from elbowroom.kv.paged import PagedStore
-from elbowroom.kv.plan import BoundPlan, KVCurve, KVPlan
+from elbowroom.kv.plan import KVPlan
 
 __all__ = [
     "AttnOut",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.errors import IntegrityError
+from elbowroom.kernels.digest import write_digest
 from elbowroom.kv.cascade import CascadeRun
 from elbowroom.kv.codecs import TokenCodec
 from elbowroom.kv.holding import blocks_of
@@ -158,6 +159,9 @@ class Compactor:
             kept = torch.split(whole[chosen[head]], STRIP_TOKENS)
             for place, part in zip(places, kept, strict=True):
                 place[number][head, : part.shape[0]] = part
+        if fmt.digest_bytes:
+            for strip, part in zip(targets, torch.split(chosen, STRIP_TOKENS, dim=1), strict=True):
+                write_digest(strip, fmt, self._codec.open(strip, fmt)[0], 0, part.shape[1], part.shape[1])
 
 
 def checked_choice(policy: TokenPolicy, view: LayerView, count: int) -> Tensor:

@@ -11,8 +11,8 @@ import numpy as np
 from elbowroom.core import STRIP_TOKENS, PageFormat
 from elbowroom.errors import BudgetError, OutOfBudget
 from elbowroom.kv.base import Shortfall
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.holding import Extent, Holding
-from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.sequence import Rows, Sequence, Table
 from elbowroom.memory.arena import Arena

@@ -7,6 +7,8 @@ allocates nothing).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,13 +18,14 @@ from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
 from elbowroom.kernels.base import LayerStrips, Tail
+from elbowroom.kernels.digest import write_digest
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.cascade import check_history, read_history
 from elbowroom.kv.codecs import token_codec
 from elbowroom.kv.compaction import Compactor
 from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
-from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.prepare import Prepared, Preparer
 from elbowroom.kv.sealing import Sealer, open_layer
@@ -59,6 +62,7 @@ class PagedStore:
         self._sealer = Sealer(plan) if plan.defers else None
         self._last_reader = {source: layer for layer, source in enumerate(self._pools.source_of)}
         """For each layer with keys of its own the last one that reads them."""
+        self._selects = [plan.selects(layer) for layer in range(len(plan.layers))]
         self._sequences: dict[int, Sequence] = {}
         self._next_id = 0
 
@@ -176,6 +180,8 @@ class PagedStore:
                 each.note(layer, q[rows], window)
         if spec.kv_source is None:
             attention.append(strips, k, v)
+        if want.colsum or want.pmax:
+            strips = replace(strips, selection=None)  # statistics are of everything
         result = AttnOut(*attention.attend(strips, spec, q))
         if want.colsum or want.pmax:
             column_statistics(result, want, q, spec, strips)
@@ -194,8 +200,9 @@ class PagedStore:
         prepared, number = self._prepared(step), self._pools.number_of[layer]
         pool, source = self._pools.main[number].pool, self._pools.source_of[layer]
         table, tails = prepared.tables[source], prepared.tails
+        selection = prepared.selection if self._selects[layer] else None
         if tails is None:
-            return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec)
+            return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, None, selection)
         open_pool = self._pools.tails[number].pool
         tail = Tail(
             table=tails.tables[source],
@@ -206,7 +213,7 @@ class PagedStore:
             sealed=tails.sealed[source],
             open_from=tails.open_in(source),
         )
-        return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, tail)
+        return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, tail, selection)
 
     def end_layer(self, layer: int, step: KVStep) -> None:
         """Let the policy choose among the tokens of rows that read prompts, and free what does not stay."""
@@ -320,6 +327,12 @@ class PagedStore:
                     )
                     for old, new in zip(read, write, strict=True):
                         new[:, write_slots] = old[:, read_slots]
+        for block in np.unique(targets // STRIP_TOKENS).tolist():
+            used = min(int(targets[-1]) + 1 - block * STRIP_TOKENS, STRIP_TOKENS)
+            for lane in self._pools.open:
+                for entry in sequence.table[lane.rows, block].tolist():
+                    if entry != ABSENT:
+                        self._digest(lane.pool.strip(entry), lane.pool, used)
 
     def _seal(self, sequence: Sequence, first: int, end: int) -> None:
         """Seal the blocks ``first .. end - 1`` again, from their tails."""
@@ -386,7 +399,13 @@ class PagedStore:
         copy = strip.clone()
         for part in self._open_codec.fields(copy, pool.fmt):
             part[:, used:] = 0
+        self._digest(copy, pool, used)
         return copy
+
+    def _digest(self, strip: Tensor, pool: StripPool, used: int) -> None:
+        """Make the bounds on the keys of a strip anew, from its first ``used`` tokens, if it has any."""
+        if pool.fmt.digest_bytes:
+            write_digest(strip, pool.fmt, self._open_codec.open(strip, pool.fmt)[0], 0, used, used)
 
     def import_span(self, handle: KVHandle, span: bytes) -> int:
         """Append an exported span; return the tokens added.

@@ -1,4 +1,4 @@
-"""KVPlan: how a sequence's keys and values are kept, written as text and priced in bytes.
+"""KVPlan: how a sequence's keys and values are kept, written as text.
 
 ``KVPlan.parse("plain(bf16)")`` reads a plan; ``plan.bind(layers, dtype)`` fixes it to a model and gives ``curve``,
 the bytes that admission and planning count with.
@@ -6,42 +6,29 @@ the bytes that admission and planning count with.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
-from elbowroom.errors import ConfigError, PlanError
+from elbowroom.core import LayerSpec, PageFormat
+from elbowroom.errors import PlanError
+from elbowroom.kernels.digest import digest_bytes
+from elbowroom.kv.bound import BoundPlan, is_chosen
 from elbowroom.kv.calibration import Calibration
-from elbowroom.kv.cascade import CASCADE_BYTES
+from elbowroom.kv.capabilities import check_choice, check_reads, check_sealing, check_source
 from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.codecs.reduced import ReducedCodec
-from elbowroom.kv.holding import ROLLBACK_TOKENS
-from elbowroom.kv.policies import CHANNELS, NO_LIMIT, POLICIES, ChannelPolicy, MergePolicy, TokenPolicy
+from elbowroom.kv.policies import CHANNELS, POLICIES, ChannelPolicy, MergePolicy, TokenPolicy
+from elbowroom.kv.reads import READS, ReadPolicy
+from elbowroom.registry import Registry
 
 if TYPE_CHECKING:
     from elbowroom.kv.adapters.hf_cache import StoreCache
 
-_Part = TypeVar("_Part")
 _PART = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
 _HINT = 'a plan is parts joined by "|", e.g. "plain", "plain(bf16)" or "snapkv(tokens=512) | int8"'
-
-
-@dataclass(frozen=True, slots=True)
-class KVCurve:
-    """Bytes of one sequence: resident after each length, and on top while a step runs."""
-
-    resident_bytes: npt.NDArray[np.int64]
-    """One value for every asked length."""
-    transient_bytes: int
-    """Extra bytes while a step appends ``step_tokens``: windows expire, strips are sealed, tokens chosen behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +40,14 @@ class KVPlan:
     """Which tokens of a prompt stay; None: all."""
     channels: ChannelPolicy | None = None
     """Which channels of its keys stay; None: all."""
+    reads: ReadPolicy | None = None
+    """Which of those that stay a decoding token reads; None: all."""
 
     @property
     def text(self) -> str:
         """The plan as text, one spelling for equal plans; ``parse`` reads it back."""
-        return " | ".join(_canonical(part) for part in (self.policy, self.channels, self.codec) if part is not None)
+        parts = self.policy, self.channels, self.reads, self.codec
+        return " | ".join(_canonical(part) for part in parts if part is not None)
 
     def __str__(self) -> str:
         """Return ``text``."""
@@ -72,27 +62,16 @@ class KVPlan:
         """
         if isinstance(text, KVPlan):
             return text
-        codec: Codec | None = None
-        policy: TokenPolicy | None = None
-        channels: ChannelPolicy | None = None
+        found: dict[str, Any] = {}
         for part in (text or "plain").split("|"):
             match = _PART.fullmatch(part)
             if match is None:
                 raise PlanError(f"cannot read {part.strip()!r} in KV plan {text!r}", _HINT)
-            name, arguments = match[1], match[2] or ""
-            if name in POLICIES.names():
-                if policy is not None:
-                    raise PlanError(f"KV plan {text!r} names two policies", _HINT)
-                policy = _make("policy", POLICIES.get(name), name, arguments)
-            elif name in CHANNELS.names():
-                if channels is not None:
-                    raise PlanError(f"KV plan {text!r} names two channel policies", _HINT)
-                channels = _make("channel policy", CHANNELS.get(name), name, arguments)
-            else:
-                if codec is not None:
-                    raise PlanError(f"KV plan {text!r} names two codecs", _HINT)
-                codec = _make("codec", _codec_called(name), name, arguments)
-        plan = cls(codec or PlainCodec(), policy, channels)
+            kind = _kind_of(match[1])
+            if kind.field in found:
+                raise PlanError(f"KV plan {text!r} names two {kind.plural}", _HINT)
+            found[kind.field] = _make(kind, match[1], match[2] or "")
+        plan = cls(**{"codec": PlainCodec()} | found)
         plan.check()
         return plan
 
@@ -102,9 +81,16 @@ class KVPlan:
         Raises:
             PlanError: names both and the way out.
         """
-        if self.layout is not self.codec and self.codec.name == "fp8":
-            part = self.channels or self.policy
-            assert part is not None
+        if self.layout is self.codec:
+            return
+        part = self.channels or self.policy
+        assert part is not None
+        if self.reads is not None:
+            raise PlanError(
+                f"KV read policy {self.reads.name!r} has no bounds on keys that {part.name!r} has changed",
+                f"leave {self.reads.name} or {part.name} out",
+            )
+        if self.codec.name == "fp8":
             raise PlanError(
                 f"KV policy {part.name!r} seals blocks at a prompt's end, which codec 'fp8' does not know",
                 "use plain, int8, bfp or kivi with it",
@@ -137,22 +123,41 @@ class KVPlan:
             PlanError: codec or policy do not suit the layers, or need a calibration.
         """
         for index in range(len(layers)):
-            _check_source(layers, index)
+            check_source(layers, index)
         for part in (self.policy, self.channels):
             if part is not None:
-                _check_choice(part, layers)
+                check_choice(part, layers)
         layout = self.layout
         opened = self.codec if isinstance(self.codec, PlainCodec) else PlainCodec()
         tails = tuple(opened.page_format(layer, dtype) for layer in layers) if layout.seals else ()
         formats = []
         for layer in layers:
-            whole = isinstance(layout, ReducedCodec) and not _is_chosen(layer)
+            whole = isinstance(layout, ReducedCodec) and not is_chosen(layer)
             formats.append((ReducedCodec(self.codec) if whole else layout).page_format(layer, dtype))
+        formats = [self._with_digest(fmt, layers, index) for index, fmt in enumerate(formats)]
         policy = None if self.policy is None else self.policy.calibrated(layers, calibration)
         made = BoundPlan(self, tuple(layers), tuple(formats), tails, policy)
         if made.defers:
-            _check_sealing(made)
+            check_sealing(made)
+        check_reads(made)
         return made
+
+    def selects(self, layers: Sequence[LayerSpec], index: int) -> bool:
+        """Return whether decoding tokens choose what they read in layer ``index`` of ``layers``."""
+        if self.reads is None or not self.reads.selects(index):
+            return False
+        source = layers[index].kv_source
+        return layers[index].window is None and (source is None or layers[source].window is None)
+
+    def _with_digest(self, fmt: PageFormat, layers: Sequence[LayerSpec], index: int) -> PageFormat:
+        """Return ``fmt`` with room for the bounds on a layer's keys, if some layer chooses by them.
+
+        Sealed strips tell theirs without.
+        """
+        readers = [reader for reader, layer in enumerate(layers) if index in (reader, layer.kv_source)]
+        if self.reads is None or self.codec.seals or not any(self.selects(layers, reader) for reader in readers):
+            return fmt
+        return replace(fmt, digest_bytes=digest_bytes(fmt.num_kv_heads, fmt.head_dim, self.reads.run_tokens))
 
     def for_hf(self, model: Any, memory: str | int = "80%") -> StoreCache:
         """Return a cache for ``model.generate(..., past_key_values=cache)`` of a transformers model on the CPU.
@@ -173,274 +178,44 @@ class KVPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class BoundPlan:
-    """A plan and the model it is for."""
+class _Kind:
+    """Parts of which a plan names one at most."""
 
-    plan: KVPlan
-    layers: tuple[LayerSpec, ...]
-    formats: tuple[PageFormat, ...]
-    tails: tuple[PageFormat, ...] = ()
-    """Formats of the strip that is not full yet, where full ones are sealed; else empty."""
-    policy: TokenPolicy | None = None
-    """The plan's policy, calibrated for the model."""
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one token block (64 tokens) over all layers."""
-        return sum(fmt.strip_bytes for layer, fmt in zip(self.layers, self.formats, strict=True) if _owns(layer))
-
-    @property
-    def tail_bytes(self) -> int:
-        """Bytes of the one strip a layer of each sequence that is not sealed; 0 where tokens are written one by one."""
-        return sum(fmt.strip_bytes for layer, fmt in zip(self.layers, self.tails, strict=False) if _owns(layer))
-
-    @property
-    def chosen_bytes(self) -> int:
-        """Bytes of one token block over the layers that a policy chooses from."""
-        pairs = zip(self.layers, self.formats, strict=True)
-        return sum(fmt.strip_bytes for layer, fmt in pairs if _is_chosen(layer))
-
-    @property
-    def chooses(self) -> bool:
-        """Whether something is chosen when a prompt ends."""
-        return self.policy is not None or self.plan.channels is not None
-
-    @property
-    def window(self) -> int:
-        """Newest queries that are looked at then."""
-        return max([part.window for part in (self.policy, self.plan.channels) if part is not None], default=0)
-
-    @property
-    def chosen_layers(self) -> list[int]:
-        """Layers that policies choose from; empty without one."""
-        if not self.chooses:
-            return []
-        return [index for index, layer in enumerate(self.layers) if _is_chosen(layer)]
-
-    @property
-    def defers(self) -> bool:
-        """Whether a prompt's blocks wait for its end to be sealed: a policy chooses before the codec rounds."""
-        return bool(self.tails) and self.chooses
-
-    @property
-    def cascade_layers(self) -> list[int]:
-        """Layers that a cascade goes through: of those chosen from, the ones that have a limit."""
-        if self.policy is None or not self.policy.cascades:
-            return []
-        return [layer for layer in self.chosen_layers if self.policy.limit(layer, ends_prompt=True) < NO_LIMIT]
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether some layer forgets tokens behind a sliding window."""
-        return any(layer.window is not None for layer in self.layers)
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether a prefix means the same to every sequence: no window expires it, no policy chose from it."""
-        return not self.has_windows and not self.chooses
-
-    @property
-    def rollback_grain(self) -> int:
-        """A sequence can always go back to multiples of so many tokens; 0: only to its beginning."""
-        if not self.shares_prefixes:
-            return 0
-        return STRIP_TOKENS if self.tails else 1
-
-    def curve(self, prompt_tokens: int, total_tokens: npt.NDArray[np.int64], step_tokens: int = 1) -> KVCurve:
-        """Return the bytes of a sequence at each of ``total_tokens``.
-
-        Args:
-            prompt_tokens: length of its prompt (plans that compress at the prompt's end depend on it).
-            total_tokens: int64 ``[n]``, prompt and generated tokens.
-            step_tokens: most tokens that one step appends.
-        """
-        totals = np.asarray(total_tokens, dtype=np.int64)
-        resident = (totals % STRIP_TOKENS > 0) * self.tail_bytes
-        transient = self._staging_bytes(step_tokens)
-        for index, (layer, fmt) in enumerate(zip(self.layers, self.formats, strict=True)):
-            if not _owns(layer):
-                continue
-            kept = self._kept_tokens(index, prompt_tokens, totals)
-            if self.defers and _is_chosen(layer):
-                waiting = np.minimum(totals, self._most_read(index, prompt_tokens))
-                strips = -(-waiting // STRIP_TOKENS) * self.tails[index].strip_bytes
-                sealed = kept // STRIP_TOKENS * fmt.strip_bytes
-                resident = resident + np.where(totals > prompt_tokens, sealed, strips)
-                continue
-            blocks = kept // STRIP_TOKENS if self.tails else -(-kept // STRIP_TOKENS)
-            if layer.window is not None:
-                # A step that ends at n leaves blocks from (n - ROLLBACK_TOKENS - window + 1) // 64 on.
-                blocks = np.minimum(blocks, (layer.window + ROLLBACK_TOKENS + STRIP_TOKENS - 3) // STRIP_TOKENS + 1)
-                transient += fmt.strip_bytes * -(-step_tokens // STRIP_TOKENS)
-            resident = resident + blocks * fmt.strip_bytes
-        return KVCurve(resident, transient)
-
-    def limits(self, *, ends_prompt: bool) -> npt.NDArray[np.int64]:
-        """Return the most tokens that each layer holds behind a step which reads a prompt, or ends one.
-
-        Layers from which nothing is chosen have a limit that no sequence reaches.
-        """
-        count = len(self.layers)
-        return np.asarray([self.limit(index, ends_prompt=ends_prompt) for index in range(count)], dtype=np.int64)
-
-    def limit(self, index: int, *, ends_prompt: bool) -> int:
-        """Return the same of one layer."""
-        policy = self.policy
-        if policy is None or not _is_chosen(self.layers[index]):
-            return NO_LIMIT
-        return policy.limit(index, ends_prompt)
-
-    def dropped_blocks(
-        self, dropped: npt.NDArray[np.int64], num_tokens: int, *, ends_prompt: bool
-    ) -> npt.NDArray[np.int64]:
-        """Return the blocks' worth of tokens that each layer has given up behind a step that reads a prompt.
-
-        Args:
-            dropped: int64 ``[num_layers]``, those before the step.
-            num_tokens: tokens of the sequence behind it.
-            ends_prompt: whether the step ends the prompt.
-        """
-        if self.policy is None:
-            return dropped
-        above = num_tokens - STRIP_TOKENS * dropped - self.limits(ends_prompt=ends_prompt)
-        gone: npt.NDArray[np.int64] = dropped + np.maximum(-(-above // STRIP_TOKENS), 0)
-        return gone
-
-    def _kept_tokens(self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the tokens that a layer holds at each of ``totals``: while a prompt is read and behind it."""
-        if not self.chooses or not _is_chosen(self.layers[index]):
-            return totals
-        end_limit = self.limit(index, ends_prompt=True)
-        dropped = max(-(-(prompt_tokens - end_limit) // STRIP_TOKENS), 0)
-        most = self._most_read(index, prompt_tokens)
-        return np.where(totals > prompt_tokens, totals - dropped * STRIP_TOKENS, np.minimum(totals, most))
-
-    def _most_read(self, index: int, prompt_tokens: int) -> int:
-        """Return the most tokens of a chosen layer while a prompt is read: what stays, and where it is written anew."""
-        if prompt_tokens <= self.limit(index, ends_prompt=True) and not self.defers:
-            return prompt_tokens
-        return 2 * min(prompt_tokens, self.limit(index, ends_prompt=False) + STRIP_TOKENS)
-
-    def choice_bytes(self, step_tokens: int, max_tokens: int) -> int:
-        """Return the most temporary bytes while something is chosen in one layer of a prompt.
-
-        Keys of a head in float32 and as they are stored, three times the scores of the window's queries, the strips'
-        bytes on their way, and attention, whose output then lies outside the workspace. A cascade adds its books of
-        tokens; layers without a limit are moved strip by strip, unless they are sealed.
-
-        Args:
-            step_tokens: most tokens of a step.
-            max_tokens: most tokens of a sequence.
-        """
-        if not self.chooses:
-            return 0
-        policy, most = self.policy, 0
-        for index, layer in enumerate(self.layers):
-            limit = self.limit(index, ends_prompt=False)
-            if limit >= NO_LIMIT and not self.defers:
-                continue
-            tokens = min(limit, max_tokens) + step_tokens + STRIP_TOKENS
-            scores = 0
-            if policy is not None:
-                scores = (12 * layer.group_size + 1) * policy.window + CASCADE_BYTES * policy.cascades
-            moved = 8 * (layer.head_dim + layer.v_head_dim) * (layer.num_kv_heads if self.defers else 1)
-            most = max(most, tokens * (scores + 8 * layer.head_dim + moved))
-        return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
-
-    def _staging_bytes(self, step_tokens: int) -> int:
-        """Return what a step holds on top: blocks that wait, in one layer a pool, to be sealed or chosen from."""
-        if self.chooses:
-            formats = self.tails or self.formats
-            chosen = {fmt for layer, fmt in zip(self.layers, formats, strict=True) if layer.window is None}
-            staging = (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)
-            return staging + self._passing_bytes(step_tokens)
-        return self._passing_bytes(step_tokens)
-
-    def _passing_bytes(self, step_tokens: int) -> int:
-        """Return the bytes of blocks that a step fills and seals at once, in one layer a pool."""
-        staged = {
-            (fmt, layer.window, tail) for layer, fmt, tail in zip(self.layers, self.formats, self.tails, strict=False)
-        }
-        passing = step_tokens // STRIP_TOKENS if step_tokens > ROLLBACK_TOKENS else 0
-        return passing * sum(tail.strip_bytes for *_, tail in staged)
-
-    def fingerprint(self) -> bytes:
-        """Return 16 bytes that differ whenever stored strips would not be interchangeable."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"v1|{self.plan.text}|{self.policy}|{self.formats}|{self.tails}|{self.layers}".encode())
-        return digest.digest()
+    field: str
+    """Of ``KVPlan``."""
+    name: str
+    plural: str
+    parts: Registry[Callable[..., Any]]
 
 
-def _owns(layer: LayerSpec) -> bool:
-    """Whether ``layer`` stores keys and values of its own."""
-    return layer.kv_source is None
+_CODEC = _Kind("codec", "codec", "codecs", CODECS)
+_KINDS = (
+    _Kind("policy", "policy", "policies", POLICIES),
+    _Kind("channels", "channel policy", "channel policies", CHANNELS),
+    _Kind("reads", "read policy", "read policies", READS),
+)
 
 
-def _is_chosen(layer: LayerSpec) -> bool:
-    """Whether a policy chooses among the tokens of ``layer``."""
-    return _owns(layer) and layer.window is None
+def _kind_of(name: str) -> _Kind:
+    return next((kind for kind in _KINDS if name in kind.parts.names()), _CODEC)
 
 
-def _check_choice(policy: TokenPolicy | ChannelPolicy, layers: Sequence[LayerSpec]) -> None:
-    """A policy needs a layer that reads everything; what a window reads must not have been chosen from."""
-    if all(layer.window is not None for layer in layers):
-        raise PlanError(
-            f"KV policy {policy.name!r} has nothing to choose: every layer reads a sliding window only",
-            "leave the policy out: windows drop their tokens by themselves",
-        )
-    for index, layer in enumerate(layers):
-        if layer.window is not None and layer.kv_source is not None and layers[layer.kv_source].window is None:
-            raise PlanError(
-                f"KV policy {policy.name!r} would drop keys of layer {layer.kv_source} that the window of layer "
-                f"{index} reads",
-                "use a plan of a codec alone",
-            )
-
-
-def _check_sealing(plan: BoundPlan) -> None:
-    """Blocks of earlier prompts that are sealed go or stay whole, and all that is sealed has waited for its prompt."""
-    policy, limits = plan.policy, plan.limits(ends_prompt=True)
-    if policy is not None and (policy.cascades or max(limits[plan.chosen_layers]) >= NO_LIMIT):
-        raise PlanError(
-            f"KV policy {policy.name!r} chooses single tokens of layers that depend on each other, or keeps layers "
-            f"whole; codec {plan.plan.codec.name!r} seals whole blocks of each",
-            "use a codec that writes tokens one by one: bfp, int8, fp8 or plain; or the policy snapkv",
-        )
-
-
-def _check_source(layers: Sequence[LayerSpec], index: int) -> None:
-    """A layer that shares KV must read an earlier owner of the same shape, whose window keeps all that it reads."""
-    layer, number = layers[index], layers[index].kv_source
-    if number is None:
-        return
-    source = layers[number] if 0 <= number < index else None
-    if source is None or not _owns(source):
-        raise ConfigError(f"layer {index} reads the keys of layer {number}, which is no earlier layer with its own")
-    shapes = [(each.num_kv_heads, each.head_dim, each.v_head_dim) for each in (layer, source)]
-    windows = [math.inf if each.window is None else each.window for each in (layer, source)]
-    if shapes[0] != shapes[1] or windows[0] > windows[1]:
-        raise ConfigError(
-            f"layer {index} (KV heads, head_dim, v_head_dim, window) {(*shapes[0], layer.window)} cannot read the keys "
-            f"of layer {number} {(*shapes[1], source.window)}"
-        )
-
-
-def _codec_called(name: str) -> Callable[..., Codec]:
+def _part_called(kind: _Kind, name: str) -> Callable[..., Any]:
     try:
-        return CODECS.get(name)
+        return kind.parts.get(name)
     except PlanError as error:
-        raise PlanError(
-            error.message, f"{error.hint}; or a policy: {', '.join([*POLICIES.names(), *CHANNELS.names()])}"
-        ) from error
+        names = ", ".join([each for other in _KINDS for each in other.parts.names()])
+        raise PlanError(error.message, f"{error.hint}; or a policy: {names}") from error
 
 
-def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _Part:
+def _make(kind: _Kind, name: str, arguments: str) -> Any:
+    make = _part_called(kind, name)
     positional: list[str] = []
     named: dict[str, str] = {}
     for argument in filter(None, (each.strip() for each in arguments.split(","))):
         key, equals, value = argument.partition("=")
         if equals and key.strip() in named:
-            raise PlanError(f"{kind} {name!r} is given {key.strip()!r} twice", _HINT)
+            raise PlanError(f"{kind.name} {name!r} is given {key.strip()!r} twice", _HINT)
         if equals:
             named[key.strip()] = value.strip()
         else:
@@ -448,10 +223,10 @@ def _make(kind: str, make: Callable[..., _Part], name: str, arguments: str) -> _
     try:
         return make(*positional, **named)
     except TypeError as error:
-        raise PlanError(f"{kind} {name!r} does not take ({arguments})", _HINT) from error
+        raise PlanError(f"{kind.name} {name!r} does not take ({arguments})", _HINT) from error
 
 
-def _canonical(part: Codec | TokenPolicy | ChannelPolicy) -> str:
+def _canonical(part: Codec | TokenPolicy | ChannelPolicy | ReadPolicy) -> str:
     """Return one spelling for equal parts."""
     names: list[str] = [each.name for each in fields(part) if each.init] if is_dataclass(part) else []
     inner = ",".join(f"{name}={getattr(part, name)}" for name in names)

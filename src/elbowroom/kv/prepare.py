@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -12,13 +13,13 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
-from elbowroom.kernels.base import PLAIN, StripStep
+from elbowroom.kernels.base import PLAIN, Selection, StripStep
 from elbowroom.kernels.extras import key_channels, slot_tokens
 from elbowroom.kv.base import KVStep, Positions, PromptPart, Shortfall
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.compaction import Compaction
 from elbowroom.kv.holding import NEVER, Blocks, blocks_of
 from elbowroom.kv.layout import Lane, PoolSet
-from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.pool import ABSENT
 from elbowroom.kv.sequence import Sequence, Table
 from elbowroom.kv.tables import TableCache, TailCache, Tails
@@ -42,6 +43,8 @@ class Prepared:
     """Rows behind which a policy chooses."""
     waiting: dict[int, npt.NDArray[np.int64]]
     """Rows whose prompt waits, unsealed, for its end -> first open block ``[num_layers]``."""
+    selection: Selection | None = None
+    """Rows that read a part of their sequence, in layers that let them."""
 
 
 @dataclass(slots=True)
@@ -109,7 +112,8 @@ class Preparer:
             tails = self._tails.update(rows, step, lengths, waiting)
         compactions = [need.compaction for need in needs if need.compaction is not None]
         tables = self._tables.update(rows)
-        return Prepared(rows, lengths, steps, self._staged(tables, compactions), tails, compactions, waiting)
+        staged, selection = self._staged(tables, compactions), self._selection(step, waiting)
+        return Prepared(rows, lengths, steps, staged, tails, compactions, waiting, selection)
 
     def _waiting(self, step: KVStep, rows: Rows[Sequence]) -> dict[int, npt.NDArray[np.int64]]:
         """Return the rows whose full blocks are not sealed in this step, and from which block on."""
@@ -123,6 +127,17 @@ class Preparer:
                 found[row] = np.full(count, NEVER, dtype=np.int64)
                 found[row][self._plan.chosen_layers] = sequence.num_tokens // STRIP_TOKENS
         return found
+
+    def _selection(self, step: KVStep, waiting: Collection[int]) -> Selection | None:
+        """Return which rows choose what they read: those that decode."""
+        reads = self._plan.plan.reads
+        if reads is None:
+            return None
+        decodes = np.diff(step.row_starts) == 1
+        if step.prompts is not None:
+            decodes &= step.prompts == PromptPart.NONE
+        decodes[list(waiting)] = False
+        return Selection(reads.num_blocks, decodes.astype(np.uint8)) if decodes.any() else None
 
     def _staged(self, tables: Table, compactions: Rows[Compaction]) -> Table:
         """Return tables in which the blocks that are staged stand where layers look for them."""

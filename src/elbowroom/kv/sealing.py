@@ -18,11 +18,11 @@ from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.kernels import StripStep, attention
 from elbowroom.kernels.base import PLAIN, UNIT_BYTES, LayerStrips, Tail
 from elbowroom.kernels.extras import key_channels, slot_tokens
+from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.codecs import Codec
 from elbowroom.kv.compaction import Compaction, checked_choice
 from elbowroom.kv.holding import blocks_of
 from elbowroom.kv.layout import Lane
-from elbowroom.kv.plan import BoundPlan
 from elbowroom.kv.policies import LayerView, Merged, MergePolicy
 from elbowroom.kv.sequence import Table
 from elbowroom.kv.tables import Tails

@@ -15,7 +15,7 @@ from torch import Tensor
 from elbowroom import _native
 from elbowroom.core import LayerSpec, RopeSpec
 from elbowroom.kernels import LayerStrips
-from elbowroom.kernels.native import DTYPE_CODES, is_native, spec_tuple, strips_tuple, tail_tuple
+from elbowroom.kernels.native import DTYPE_CODES, is_native, selection_tuple, spec_tuple, strips_tuple, tail_tuple
 from elbowroom.models.base import AttentionContext, Scratch
 from elbowroom.models.buffers import native_buffers
 from elbowroom.models.config import ModelConfig
@@ -92,7 +92,8 @@ class NativeDecoder:
 
     def _layer_step(self, layer: int, found: LayerStrips) -> _native.LayerStep:
         owns_kv = self.config.layers[layer].kv_source is None
-        return found.step.num_sequences, found.step.addresses, strips_tuple(found), tail_tuple(found), owns_kv
+        where = strips_tuple(found), tail_tuple(found), selection_tuple(found)
+        return found.step.num_sequences, found.step.addresses, *where, owns_kv
 
     def _layer(self, layer: int, context: AttentionContext, buffers: list[Tensor], n: int) -> None:
         """Run one layer whose attention is not ours."""

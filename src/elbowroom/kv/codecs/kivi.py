@@ -85,6 +85,12 @@ class KiviCodec:
         heads = [self._open_head(strip, fmt, number) for number in range(fmt.num_kv_heads)]
         return torch.stack([keys for keys, _ in heads]), torch.stack([values for _, values in heads])
 
+    def bounds(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return the keys of the least and the greatest codes of each group: minima, and scales above them."""
+        parts = [self._parts(strip, fmt, number) for number in range(fmt.num_kv_heads)]
+        scale, low = (torch.stack([head[index].float() for head in parts])[..., : fmt.head_dim] for index in (1, 2))
+        return low, low + (2 ** int(self.k) - 1) * scale
+
     def _open_head(self, strip: Tensor, fmt: PageFormat, number: int) -> tuple[Tensor, Tensor]:
         packed_k, scale_k, low_k, packed_v, scale_v, low_v = self._parts(strip, fmt, number)
         codes = torch.unflatten(_unpack(packed_k, STRIP_TOKENS, int(self.k)).float(), 1, (scale_k.shape[0], -1))

@@ -69,6 +69,10 @@ class PlainCodec:
         """Return views of the strip's keys and values."""
         return PLAIN.open(strip, fmt)
 
+    def bounds(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return what the digest says."""
+        return PLAIN.bounds(strip, fmt)
+
     def fields(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, ...]:
         """Return the bytes of keys and of values."""
         return tuple(part.view(torch.uint8) for part in PLAIN.open(strip, fmt))

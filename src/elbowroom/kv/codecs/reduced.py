@@ -87,6 +87,11 @@ class ReducedCodec:
         index = key_channels(strip, fmt).long()[:, None].expand(-1, k.shape[1], -1)
         return wide.scatter_(2, index, k), v
 
+    def bounds(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return the least and the greatest of each channel in the strip, as one run."""
+        keys = self.open(strip, fmt)[0].float()
+        return keys.amin(1, keepdim=True), keys.amax(1, keepdim=True)
+
 
 def inner_format(fmt: PageFormat) -> PageFormat:
     """Return the format that the inner codec knows."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import PlanError
+from elbowroom.kernels.digest import read_digest
 
 
 class RowFormat(Protocol):
@@ -94,6 +95,10 @@ class RowCodec(ABC):
         keys, values = self.formats()
         fields, split = self.fields(strip, fmt), len(keys.num_bytes(fmt.head_dim))
         return keys.decode(fields[:split]), values.decode(fields[split:])
+
+    def bounds(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return what the digest says."""
+        return read_digest(strip, fmt)
 
 
 def whole_number(codec: str, name: str, value: str | int, allowed: range) -> int:
