@@ -84,7 +84,7 @@ def test_snapkv_agrees_with_a_loop(kernel: int) -> None:
         ("snapkv(tokens=80)", "cannot keep 80 tokens", "tokens=96"),
         ("streaming(tokens=none)", "tokens=none", "a number above 0"),
         ("snapkv | streaming", "two policies", "parts joined"),
-        ("snapkv(256) | zip", "unknown KV codec 'zip'", "or a policy: compresskv, snapkv, streaming"),
+        ("snapkv(256) | zip", "unknown KV codec 'zip'", "or a policy: compresskv, kvmerger, snapkv, spatten"),
         ("snapkv(256,kernel=4)", "kernel=4", "an odd kernel"),
         ("snapkv(window=3)", "policy 'snapkv' does not take", "parts joined"),
     ],

@@ -23,7 +23,7 @@ from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.codecs import CODECS
 from elbowroom.kv.plan import KVPlan
-from elbowroom.kv.policies import POLICIES
+from elbowroom.kv.policies import CHANNELS, POLICIES
 from elbowroom.kv.reads import READS
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.loader import load_model
@@ -42,7 +42,7 @@ _ARGUMENTS = {
 
 def run(options: BenchOptions) -> BenchResult:
     """Try every ordered pair of parts (quick: unordered ones)."""
-    machine, names = machine_info(), sorted([*CODECS.names(), *POLICIES.names(), *READS.names()])
+    machine, names = machine_info(), sorted([*CODECS.names(), *POLICIES.names(), *CHANNELS.names(), *READS.names()])
     pairs = list(itertools.combinations(names, 2) if options.quick else itertools.permutations(names, 2))
     with tempfile.TemporaryDirectory() as scratch:
         decoder = load_model(write_random_model(Path(scratch) / "model", "20M", seed=options.seed), torch.bfloat16)
@@ -79,7 +79,9 @@ def _row(decoder: Decoder, first: str, second: str, seed: int) -> Row:
 
 def _run(decoder: Decoder, bound: BoundPlan, calibration: Calibration, seed: int) -> dict[str, object]:
     """Run two requests; return the bytes held while both decode, and what a plain plan would hold."""
-    stepper = Stepper(Subject(decoder, ComputePath(ANY), bound.plan, calibration), 4 * _PROMPT, dtype="bfloat16")
+    # Sealed strips are small beside those of two prompts that are being read.
+    subject = Subject(decoder, ComputePath(ANY), bound.plan, calibration)
+    stepper = Stepper(subject, 24 * _PROMPT, dtype="bfloat16")
     generator = torch.Generator().manual_seed(seed)
     for number in range(2):
         prompt = torch.randint(decoder.config.vocab_size, (_PROMPT,), generator=generator).tolist()

@@ -11,14 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
 from elbowroom.kernels.base import LayerStrips, Tail
-from elbowroom.kernels.digest import write_digest
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.cascade import check_history, read_history
@@ -26,10 +24,11 @@ from elbowroom.kv.codecs import token_codec
 from elbowroom.kv.compaction import Compactor
 from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
-from elbowroom.kv.pool import ABSENT, StripPool
+from elbowroom.kv.pool import ABSENT
 from elbowroom.kv.prepare import Prepared, Preparer
 from elbowroom.kv.sealing import Sealer, open_layer
 from elbowroom.kv.sequence import Rows, Sequence
+from elbowroom.kv.slots import Slots
 from elbowroom.kv.span import pack_span, unpack_span
 from elbowroom.kv.statistics import column_statistics
 from elbowroom.memory.arena import Arena
@@ -55,6 +54,7 @@ class PagedStore:
         self._open_codec = token_codec(self._codec)
         self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
         self._preparer = Preparer(self._pools, plan)
+        self._slots = Slots(self._pools, self._codec, self._open_codec)
         policy = plan.policy
         self._compactor = None
         if policy is not None and not plan.defers:
@@ -295,8 +295,8 @@ class PagedStore:
         if moved.any():
             self._check_open(sequence, int(targets[moved][0]) // STRIP_TOKENS, "cannot move accepted tokens")
             self._unshare(sequence, np.unique(targets[moved] // STRIP_TOKENS), count)
-            self._move(sequence, kept[moved], targets[moved])
-            self._seal(sequence, int(targets[moved][0]) // STRIP_TOKENS, count // STRIP_TOKENS)
+            self._slots.move(sequence, kept[moved], targets[moved])
+            self._slots.seal(sequence, int(targets[moved][0]) // STRIP_TOKENS, count // STRIP_TOKENS)
         self._pools.cut(sequence, count)
 
     def _unshare(self, sequence: Sequence, written: Blocks, num_tokens: int) -> None:
@@ -310,39 +310,6 @@ class PagedStore:
         for lane, blocks, entries in zip(self._pools, copies, taken, strict=True):
             self._preparer.replace(sequence, lane, blocks, entries)
         sequence.own(written)
-
-    def _move(self, sequence: Sequence, sources: Positions, targets: Positions) -> None:
-        """Copy tokens to lower slots, one run of equal (source block, target block) at a time."""
-        pairs = sources // STRIP_TOKENS * sequence.num_blocks + targets // STRIP_TOKENS
-        for run in np.split(np.arange(pairs.size), np.flatnonzero(np.diff(pairs)) + 1):
-            blocks = int(sources[run[0]]) // STRIP_TOKENS, int(targets[run[0]]) // STRIP_TOKENS
-            read_slots, write_slots = sources[run] % STRIP_TOKENS, targets[run] % STRIP_TOKENS
-            for lane in self._pools.open:
-                for row in lane.rows.tolist():
-                    source, target = (int(sequence.table[row, block]) for block in blocks)
-                    if target == ABSENT:  # the window has passed: nobody will read it
-                        continue
-                    read, write = (
-                        self._open_codec.fields(lane.pool.strip(entry), lane.pool.fmt) for entry in (source, target)
-                    )
-                    for old, new in zip(read, write, strict=True):
-                        new[:, write_slots] = old[:, read_slots]
-        for block in np.unique(targets // STRIP_TOKENS).tolist():
-            used = min(int(targets[-1]) + 1 - block * STRIP_TOKENS, STRIP_TOKENS)
-            for lane in self._pools.open:
-                for entry in sequence.table[lane.rows, block].tolist():
-                    if entry != ABSENT:
-                        self._digest(lane.pool.strip(entry), lane.pool, used)
-
-    def _seal(self, sequence: Sequence, first: int, end: int) -> None:
-        """Seal the blocks ``first .. end - 1`` again, from their tails."""
-        slots = torch.arange(STRIP_TOKENS)
-        for lane, tail in zip(self._pools.main, self._pools.tails, strict=False):
-            for row, open_row in zip(lane.rows.tolist(), tail.rows.tolist(), strict=True):
-                for block in range(first, end):
-                    source, target = int(sequence.table[open_row, block]), int(sequence.table[row, block])
-                    k, v = self._open_codec.open(tail.pool.strip(source), tail.pool.fmt)
-                    self._codec.store(lane.pool.strip(target), lane.pool.fmt, slots, k, v)
 
     def overwrite(self, handle: KVHandle, positions: Positions) -> None:
         """Allow the next step to write ``positions`` again.
@@ -389,23 +356,10 @@ class PagedStore:
         for row, pool, first, end in self._pools.pieces(start, extent):
             held = [pool.strip(entry) for entry in sequence.table[row, first:end].tolist()]
             if stop < end * STRIP_TOKENS:
-                held[-1] = self._blanked(held[-1], pool, stop % STRIP_TOKENS)
+                held[-1] = self._slots.blanked(held[-1], pool, stop % STRIP_TOKENS)
             strips.extend(strip.numpy() for strip in held)
         noted = b"" if sequence.history is None else sequence.history.to_bytes()
         return pack_span(self.fingerprint, start, extent, strips, noted)
-
-    def _blanked(self, strip: Tensor, pool: StripPool, used: int) -> Tensor:
-        """Return a copy without the slots from ``used`` on: they may hold what another sequence left there."""
-        copy = strip.clone()
-        for part in self._open_codec.fields(copy, pool.fmt):
-            part[:, used:] = 0
-        self._digest(copy, pool, used)
-        return copy
-
-    def _digest(self, strip: Tensor, pool: StripPool, used: int) -> None:
-        """Make the bounds on the keys of a strip anew, from its first ``used`` tokens, if it has any."""
-        if pool.fmt.digest_bytes:
-            write_digest(strip, pool.fmt, self._open_codec.open(strip, pool.fmt)[0], 0, used, used)
 
     def import_span(self, handle: KVHandle, span: bytes) -> int:
         """Append an exported span; return the tokens added.

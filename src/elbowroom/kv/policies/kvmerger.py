@@ -17,6 +17,8 @@ from elbowroom.kv.policies.parameters import check_budget, whole
 from elbowroom.kv.policies.snapkv import SnapKVPolicy
 
 _LEAST_SIMILAR = 0.6
+_KERNEL = 5
+"""Width of the average pooling of attention along the prompt, as in snapkv: what is read lies behind what is found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,10 @@ class KVMergerPolicy:
     distance of the others over the root of 2. A slot of n tokens gets log n on its scores (``bias=on``), so that n
     equal tokens weigh what they weighed.
 
-    Deviations: the threshold follows from the budget; sets are cut at ``longest``; attention is that of the newest
-    queries; keys are compared and merged after their rotation (the paper's way); between parts of a long prompt tokens
-    are dropped as by snapkv, and merged at the end only. Formulas of the weights are those that secondary summaries
-    agree on: the paper has no public code.
+    Deviations: attention is that of the newest queries, smoothed over 5 neighbours as in snapkv; the threshold follows
+    from the budget; sets are cut at ``longest``; keys are compared and merged after their rotation (the paper's way);
+    between parts of a long prompt tokens are dropped as by snapkv, and merged at the end only. Formulas of the weights
+    are those that secondary summaries agree on: the paper has no public code.
 
     Args:
         tokens: most slots that a layer holds when a prompt has been read.
@@ -88,7 +90,7 @@ class KVMergerPolicy:
         return Merged(torch.stack([slots for slots, _ in heads]), torch.stack([weights for _, weights in heads]))
 
     def _merge_head(self, view: LayerView, head: int, count: int) -> tuple[Tensor, Tensor]:
-        keys, mass = view.keys(head), view.window_attention(head).sum((0, 1))
+        keys, mass = view.keys(head), smoothed(view.window_attention(head).sum((0, 1)))
         newest = torch.arange(view.num_held) >= view.num_held - int(self.w)
         alone = newest.clone()
         protected = min(count * int(self.protect) // 100, count - int(self.w))
@@ -102,6 +104,11 @@ class KVMergerPolicy:
         weights = torch.zeros_like(mass)
         weights[stays] = gaussian_weights(keys[stays], mass[stays], slots[stays])
         return slots, weights
+
+
+def smoothed(mass: Tensor) -> Tensor:
+    """Return the mean of each token's attention ``[n]`` and its neighbours'."""
+    return torch.nn.functional.avg_pool1d(mass[None], _KERNEL, stride=1, padding=_KERNEL // 2)[0]
 
 
 def join_neighbours(keys: Tensor, alone: Tensor, wanted: int, longest: int) -> Tensor:
