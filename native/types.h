@@ -73,6 +73,8 @@ struct Strips {
 
     bool plain() const { return key.kind == RowKind::plain; }
     bool sealed() const { return key.kind == RowKind::kivi; }
+    bool coded() const { return key.kind == RowKind::int8 || key.kind == RowKind::bfp; }  // integers, token by token
+    bool decoded() const { return key.kind == RowKind::fp8; }  // read as floats
     SealedHead head() const { return {head_dim, v_head_dim, key.block, key.bits, value.bits}; }
     int64_t slots() const { return int64_t{num_kv_heads} * kStripTokens; }
     int64_t strip_bytes() const {
