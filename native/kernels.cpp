@@ -165,7 +165,9 @@ class Attention {
             high_ = max(high_, last_visible(r));
             for (int g = 0; g < group_; ++g) {
                 const char* row = args_.q.at(item_.first_row + r, int64_t{item_.head} * group_ + g);
-                load_query(row, q_ + (r * group_ + g) * ldk_);
+                float* target = q_ + (r * group_ + g) * ldk_;
+                load_query(row, target);
+                if (strips_.order != nullptr) order_channels(strips_.order_of(item_.head), target);
             }
         }
         for (int64_t i = 0; i < M_ * ldv_; ++i) out_[i] = 0;
@@ -185,6 +187,12 @@ class Attention {
             store(rows + i, first);
             store(rows + i + W, second);
         }
+    }
+
+    // A query in the order in which the channels of keys lie.
+    void order_channels(const int16_t* order, float* query) const {
+        for (int64_t d = 0; d < Dk_; ++d) keys_[d] = query[order[d]];
+        __builtin_memcpy(query, keys_, Dk_ * sizeof(float));
     }
 
     void load_query(const char* row, float* target) const {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from elbowroom.bench.random_model import random_calibration
 from elbowroom.core import LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kernels import attention, reference
@@ -21,6 +21,7 @@ from elbowroom.kernels.base import LayerStrips, StripStep
 from elbowroom.kv.codecs.bfp import BfpRows
 from elbowroom.kv.codecs.fp8 import Fp8Rows
 from elbowroom.kv.codecs.int8 import Int8Rows
+from elbowroom.kv.codecs.ordered import in_order
 from elbowroom.kv.codecs.rows import RowFormat
 from elbowroom.kv.plan import KVPlan
 
@@ -114,6 +115,7 @@ TOLERANCE = {
     "fp8": 1e-5,
     "bfp": 0.02,
     "bfp(n=16)": 0.02,
+    "bfp(n=16,sort=on)": 0.02,
     "bfp(k=8,v=4)": 0.02,
     "bfp(4,8)": 0.01,
     "bfp(8,8,64)": 0.002,
@@ -132,8 +134,8 @@ class Strips:
     """Two sequences in strips of one layer, with everything twice: for native code and for the readable path."""
 
     def __init__(self, plan: str, spec: LayerSpec) -> None:
-        bound = KVPlan.parse(plan).bind([spec], "float32")
-        self.spec, self.fmt, self.codec = spec, bound.formats[0], bound.plan.codec
+        bound = KVPlan.parse(plan).bind([spec], "float32", random_calibration([spec]))
+        self.spec, self.fmt, self.codec = spec, bound.formats[0], in_order(bound.plan.codec, bound.orders, 0)
         self.lengths = [0, 0]
         units = self.fmt.strip_bytes // 64
         self.table = (np.arange(12, dtype=np.uint32).reshape(2, 6) * units).astype(np.uint32)
@@ -191,10 +193,10 @@ def test_widths_that_fill_no_vectors_work(plan: str, dim: int, v_dim: int) -> No
 
 @native
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("plan", ["int8", "bfp(n=16)", "bfp(k=8,v=4)"])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 def test_what_is_not_finite_is_not_hidden_by_integer_products(plan: str, bad: float) -> None:
-    """Rows that read it show it, rows before it and heads beside it do not; fp8 saturates what is infinite."""
+    """Rows that read it show it, rows before it and heads beside it do not."""
     for part in range(2):
         strips = Strips(plan, SPEC)
         rows = [values(1, 70, 2, 64), values(2, 70, 2, 64)]
@@ -205,18 +207,15 @@ def test_what_is_not_finite_is_not_hidden_by_integer_products(plan: str, bad: fl
         out, _ = attention.attend(where, SPEC, values(3, 70, 4, 64))
         assert out[:, :2].isfinite().all()
         assert out[:40].isfinite().all()
-        if plan != "fp8" or bad != bad:
-            assert not out[40:, 2:, 4].isfinite().any()
+        assert not out[40:, 2:, 4].isfinite().any()
 
 
 @native
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["int8", "bfp", "bfp(k=8,v=4)"])
 @pytest.mark.parametrize("group", [4, 7])
 def test_a_row_gives_the_same_bits_beside_any_others(plan: str, group: int) -> None:
     """Alone, in a chunk and behind a prompt: integers are exact, and factors are rounded for each row by itself."""
-    if plan == "fp8":
-        pytest.skip("decoded: many rows take other arithmetic than few")
     strips = Strips(plan, dataclasses.replace(SPEC, num_q_heads=2 * group))
     q, k, v = values(1, 300, 2 * group, 64), values(2, 300, 2, 64), values(3, 300, 2, 64)
     outs = []
