@@ -47,6 +47,11 @@ inline void widen_scales(const RowFormat& format, const char* source, int64_t bl
     }
 }
 
+// Slots low .. high - 1; those outside the strip do not count.
+struct Slots {
+    int64_t low, high;
+};
+
 // Query vectors of an item against one strip after the other.
 class CodedStrips {
    public:
@@ -91,18 +96,32 @@ class CodedStrips {
         }
     }
 
-    // Vectors first .. first + count - 1, at most kSealedRows; vector m reads the slots low[m] .. high[m] - 1.
-    void attend(int64_t first, int64_t count, const int64_t* low, const int64_t* high) {
+    // All vectors; vector m reads the slots seen(m) of the strip.
+    template <class F>
+    void attend(int64_t vectors, F&& seen) {
+        for (int64_t first = 0; first < vectors; first += kSealedRows) {
+            const int64_t count = min(kSealedRows, vectors - first);
+            Slots slots[kSealedRows];
+            bool any = false;
+            for (int64_t m = 0; m < count; ++m) {
+                slots[m] = seen(first + m);
+                any |= slots[m].low < kStripTokens && slots[m].high > max(0, slots[m].low);
+            }
+            if (any) attend_few(first, count, slots);
+        }
+    }
+
+   private:
+    void attend_few(int64_t first, int64_t count, const Slots* slots) {
         with_bits(strips_.key.bits, [&](auto bits) { score<bits>(first, count); });
         float share[kSealedRows];
         for (int64_t m = 0; m < count; ++m) {
-            const StripSum sum = weigh_strip(scores_ + m * kStripTokens, low[m], high[m], softcap_);
+            const StripSum sum = weigh_strip(scores_ + m * kStripTokens, slots[m].low, slots[m].high, softcap_);
             share[m] = merge_strip(rows_, first + m, sum);
         }
         with_bits(strips_.value.bits, [&](auto bits) { gather<bits>(first, count, share); });
     }
 
-   private:
     template <class F>
     static void with_bits(int bits, F&& f) {
         bits == 8 ? f(std::integral_constant<int, 8>{}) : f(std::integral_constant<int, 4>{});

@@ -81,13 +81,7 @@ class Attention {
     }
 
    private:
-    void write() const {
-        if (item_.partial >= 0) {
-            write_partials();
-        } else {
-            write_rows();
-        }
-    }
+    void write() const { return item_.partial >= 0 ? write_partials() : write_rows(); }
 
     // Strips of integer codes, which are multiplied as such.
     void read_coded() {
@@ -97,17 +91,10 @@ class Attention {
         for (int64_t block = max(item_.first_block, low_ / kStripTokens); block < end; ++block) {
             const int64_t start = block * kStripTokens;
             strips.open(open_strip(block), block + 1 < end ? open_strip(block + 1) : nullptr);
-            for (int64_t first = 0; first < M_; first += kSealedRows) {
-                const int64_t count = min(kSealedRows, M_ - first);
-                int64_t low[kSealedRows], high[kSealedRows], most = 0;
-                for (int64_t m = 0; m < count; ++m) {
-                    const int r = int((first + m) / group_);
-                    low[m] = min(max(0, first_visible(r) - start), kStripTokens);
-                    high[m] = max(0, min(last_visible(r) + 1 - start, kStripTokens));
-                    most = max(most, high[m] - low[m]);
-                }
-                if (most > 0) strips.attend(first, count, low, high);
-            }
+            strips.attend(M_, [&](int64_t m) {
+                const int r = int(m / group_);
+                return Slots{first_visible(r) - start, last_visible(r) + 1 - start};
+            });
         }
         strips.finish(M_);
     }
