@@ -239,7 +239,7 @@ void check_seals(const LayerStrips& layer) {
 // Brings the digests of strips that rows were written to up to date. An item is a head of a sequence: nobody else writes
 // to its strips.
 void digest(const Step& step, const Strips& strips) {
-    const int64_t scratch_floats = 4 * padded(strips.head_dim);
+    const int64_t scratch_floats = 5 * padded(strips.head_dim);
     parallel(step.num_sequences * strips.num_kv_heads, scratch_floats, [&](int64_t item, float* scratch) {
         const int64_t s = item / strips.num_kv_heads, end = step.row_starts[s + 1];
         const int head = int(item % strips.num_kv_heads);

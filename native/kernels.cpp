@@ -235,7 +235,7 @@ class Attention {
         const int64_t width = is_keys ? Dk_ : Dv_, first = low / kPanel * kPanel, count = round_up(high, kPanel) - first;
         const char* codes = is_keys ? strips.keys(strip, item_.head) : strips.values(strip, item_.head);
         f16* rows = reinterpret_cast<f16*>(is_keys ? open_keys_ : open_values_);
-        decode_fp8(codes + first * width, count * width, rows + first * width);
+        fp8_to_halves(codes + first * width, count * width, rows + first * width);
         return reinterpret_cast<const T*>(rows);
     }
 

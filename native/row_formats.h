@@ -11,8 +11,19 @@ using elbowroom::RowKind;
 
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef int16_t vw __attribute__((vector_size(W * 4)));
+typedef uint8_t vub __attribute__((vector_size(W)));
 typedef int8_t vsb __attribute__((vector_size(W)));
 typedef int8_t vsb2 __attribute__((vector_size(W * 2)));
+
+inline vi widen_bytes(const uint8_t* p) {
+#if defined(__AVX512F__) && ELBOWROOM_WIDTH == 16
+    return bit_cast<vi>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && ELBOWROOM_WIDTH == 8
+    return bit_cast<vi>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    return __builtin_convertvector(load<vub>(p), vi);
+#endif
+}
 
 inline vi widen_bytes(const int8_t* p) {
 #if defined(__AVX512F__) && ELBOWROOM_WIDTH == 16
@@ -33,13 +44,87 @@ inline float power_of_two(int exponent) {
     return bit_cast<float>(uint32_t(half + 127) << 23) * bit_cast<float>(uint32_t(exponent - half + 127) << 23);
 }
 
+// Codes 0x7f and 0xff are NaN; a shifted code lacks 120 in its exponent, subnormals included.
+inline vf fp8_to_float(vi code) {
+    const vi magnitude = code & 0x7f;
+    const vf x = bit_cast<vf>(((code & 0x80) << 24) | (magnitude << 20)) * 0x1p120f;
+    return magnitude == 0x7f ? splat(__builtin_nanf("")) : x;
+}
+
 // --- reading -----------------------------------------------------------------------------------------------------------
+
+// Calls out(i, codes i .. i + W - 1, how many of them there are).
+template <class Byte, class F>
+inline void each_byte(const char* codes, int64_t count, F&& out) {
+    const Byte* bytes = reinterpret_cast<const Byte*>(codes);
+    int64_t i = 0;
+    for (; i + W <= count; i += W) out(i, widen_bytes(bytes + i), int64_t{W});
+    if (i == count) return;
+    Byte tail[W] = {};
+    __builtin_memcpy(tail, bytes + i, count - i);
+    out(i, widen_bytes(tail), count - i);
+}
+
+inline void put(float* target, vf x, int64_t count) {
+    if (count == W) {
+        store(target, x);
+    } else {
+        for (int64_t i = 0; i < count; ++i) target[i] = x[i];
+    }
+}
+
+inline void decode_int8(const char* codes, const char* scales, int64_t width, float* out) {
+    bf16 stored;
+    __builtin_memcpy(&stored, scales, sizeof stored);
+    const float scale = widen_one(stored);
+    each_byte<int8_t>(codes, width, [&](int64_t i, vi code, int64_t count) { put(out + i, to_float(code) * scale, count); });
+}
+
+inline void decode_fp8(const char* codes, int64_t width, float* out) {
+    each_byte<uint8_t>(codes, width, [&](int64_t i, vi code, int64_t count) { put(out + i, fp8_to_float(code), count); });
+}
+
+template <int Bits>
+inline void decode_bfp(const char* codes, const char* exponents, int64_t width, int64_t block, float* out) {
+    for (int64_t first = 0; first < width; first += block, out += block, codes += block * Bits / 8) {
+        const int exponent = *reinterpret_cast<const int8_t*>(exponents++);
+        const float scale = exponent == -128 ? __builtin_nanf("") : power_of_two(exponent - (Bits - 2));
+        if constexpr (Bits == 8) {
+            each_byte<int8_t>(codes, block, [&](int64_t i, vi code, int64_t count) {
+                put(out + i, to_float(code) * scale, count);
+            });
+        } else {
+            const int64_t half = block / 2;
+            each_byte<uint8_t>(codes, half, [&](int64_t i, vi code, int64_t count) {
+                put(out + i, to_float((code & 15) - 8) * scale, count);
+                put(out + half + i, to_float((code >> 4) - 8) * scale, count);
+            });
+        }
+    }
+}
+
+// `count` vectors that lie one behind the other -> rows of `stride` floats.
+void decode_rows(const RowFormat& format, const char* codes, const char* scales, int64_t width, int64_t count, float* out,
+                 int64_t stride) {
+    const int64_t code_bytes = format.code_bytes(width), scale_bytes = format.scale_bytes(width);
+    for (int64_t r = 0; r < count; ++r, codes += code_bytes, scales += scale_bytes, out += stride) {
+        switch (format.kind) {
+            case RowKind::int8: decode_int8(codes, scales, width, out); break;
+            case RowKind::fp8: decode_fp8(codes, width, out); break;
+            case RowKind::bfp:
+                format.bits == 8 ? decode_bfp<8>(codes, scales, width, format.block, out)
+                                 : decode_bfp<4>(codes, scales, width, format.block, out);
+                break;
+            default: break;
+        }
+    }
+}
 
 constexpr float kFp8Unit = 256.0f;
 
 // Codes -> numbers of float16 that are kFp8Unit times too small, 2 * W at a time: only the bits move, and one behind the
 // largest number (code 0x7f: NaN) the carry fills the exponent. `out` takes whole vectors.
-inline void decode_fp8(const char* codes, int64_t count, f16* out) {
+inline void fp8_to_halves(const char* codes, int64_t count, f16* out) {
     const auto halves = [](vsb2 code) {
         const vw number = __builtin_convertvector(code, vw) << 7 & int16_t(0xbf80);
         return number | ((number + 0x80) & 0x4000);

@@ -134,7 +134,7 @@ class Strips:
     """Two sequences in strips of one layer, with everything twice: for native code and for the readable path."""
 
     def __init__(self, plan: str, spec: LayerSpec) -> None:
-        bound = KVPlan.parse(plan).bind([spec], "float32", random_calibration([spec]))
+        bound = KVPlan.parse(plan).bind([spec], "float32", random_calibration([dataclasses.replace(spec, window=None)]))
         self.spec, self.fmt, self.codec = spec, bound.formats[0], in_order(bound.plan.codec, bound.orders, 0)
         self.lengths = [0, 0]
         units = self.fmt.strip_bytes // 64

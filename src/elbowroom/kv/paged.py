@@ -206,7 +206,9 @@ class PagedStore:
         table, tails = prepared.tables[source], prepared.tails
         selection = prepared.selection if self._selects[layer] else None
         if tails is None:
-            return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codecs[source], None, selection)
+            return LayerStrips(
+                prepared.steps[source], table, pool.base, pool.fmt, self._codecs[source], None, selection
+            )
         open_pool = self._pools.tails[number].pool
         tail = Tail(
             table=tails.tables[source],
