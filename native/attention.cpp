@@ -193,12 +193,17 @@ struct AppendJob {
     int64_t num_rows;
 };
 
-// Writes a vector to its slot of the arrays that begin at codes and scales.
+// Writes a vector, in the given order of its elements, to its slot of the arrays that begin at codes and scales.
 void append_vector(const AppendJob& job, const RowFormat& format, const char* source, DType dtype, int64_t width,
-                   int64_t slot, char* codes, char* scales, float* scratch) {
+                   const int16_t* order, int64_t slot, char* codes, char* scales, float* scratch) {
     codes += slot * format.code_bytes(width);
     if (format.kind == RowKind::plain) return job.kernels.convert(source, dtype, codes, job.strips.dtype, width);
     job.kernels.widen(source, dtype, scratch, width);
+    if (order != nullptr) {
+        float* ordered = scratch + width;
+        for (int64_t i = 0; i < width; ++i) ordered[i] = scratch[order[i]];
+        scratch = ordered;
+    }
     job.kernels.encode(format, scratch, width, codes, scales + slot * format.scale_bytes(width));
 }
 
@@ -207,10 +212,10 @@ void append_row(const AppendJob& job, int64_t sequence, int64_t row, float* scra
     const int64_t position = job.step.positions[row], slot = position % kStripTokens;
     char* strip = strips.strip(sequence, position / kStripTokens);
     for (int head = 0; head < strips.num_kv_heads; ++head) {
-        append_vector(job, strips.key, job.k.at(row, head), job.k.dtype, strips.head_dim, slot, strips.keys(strip, head),
-                      strips.key_scales(strip, head), scratch);
-        append_vector(job, strips.value, job.v.at(row, head), job.v.dtype, strips.v_head_dim, slot,
-                      strips.values(strip, head), strips.value_scales(strip, head), scratch);
+        append_vector(job, strips.key, job.k.at(row, head), job.k.dtype, strips.head_dim,
+                      strips.order_of(head), slot, strips.keys(strip, head), strips.key_scales(strip, head), scratch);
+        append_vector(job, strips.value, job.v.at(row, head), job.v.dtype, strips.v_head_dim, nullptr,
+                      slot, strips.values(strip, head), strips.value_scales(strip, head), scratch);
     }
 }
 
@@ -234,7 +239,7 @@ void check_seals(const LayerStrips& layer) {
 // Brings the digests of strips that rows were written to up to date. An item is a head of a sequence: nobody else writes
 // to its strips.
 void digest(const Step& step, const Strips& strips) {
-    const int64_t scratch_floats = 4 * padded(strips.head_dim);
+    const int64_t scratch_floats = 5 * padded(strips.head_dim);
     parallel(step.num_sequences * strips.num_kv_heads, scratch_floats, [&](int64_t item, float* scratch) {
         const int64_t s = item / strips.num_kv_heads, end = step.row_starts[s + 1];
         const int head = int(item % strips.num_kv_heads);
@@ -285,7 +290,7 @@ void append(const Step& step, const LayerStrips& layer, const Rows& k, const Row
     }
     check_seals(layer);
     AppendJob job{step, strips, k, v, kernels(), rows};
-    const int64_t scratch = strips.plain() ? 0 : padded(std::max(strips.head_dim, strips.v_head_dim));
+    const int64_t scratch = strips.plain() ? 0 : 2 * padded(std::max(strips.head_dim, strips.v_head_dim));
     Pool::instance().run((rows + kAppendRows - 1) / kAppendRows, scratch, append_item, &job);
     if (strips.digest_bytes > 0) digest(step, strips);
     if (layer.seals.count > 0) seal(layer);

@@ -30,11 +30,12 @@ inline f16 round_down(float x) {
 }
 
 // The least and the greatest key of the slots first .. end - 1 of a head, on top of those in low and high; infinite where
-// one is not finite. Scratch: 2 rows.
+// one is not finite; channels as the model has them. Scratch: 3 rows.
 void widen_bounds(const Strips& strips, char* strip, int head, int64_t first, int64_t end, float* low, float* high,
                   float* scratch) {
     const int64_t width = strips.head_dim;
-    float *poison = scratch, *row = scratch + elbowroom::padded(width);
+    float *poison = scratch, *row = scratch + elbowroom::padded(width), *stored = row + elbowroom::padded(width);
+    const int16_t* order = strips.order_of(head);
     for (int64_t d = 0; d < width; ++d) poison[d] = 0;
     for (int64_t slot = first; slot < end; ++slot) {
         const char* codes = strips.keys(strip, head) + slot * strips.key.code_bytes(width);
@@ -42,7 +43,8 @@ void widen_bounds(const Strips& strips, char* strip, int head, int64_t first, in
             widen_row(codes, strips.dtype, row, width);
         } else {
             decode_rows(strips.key, codes, strips.key_scales(strip, head) + slot * strips.key.scale_bytes(width), width, 1,
-                        row, width);
+                        stored, width);
+            for (int64_t d = 0; d < width; ++d) row[order == nullptr ? d : order[d]] = stored[d];
         }
         for (int64_t d = 0; d < width; ++d) {
             low[d] = row[d] < low[d] ? row[d] : low[d];
@@ -58,7 +60,7 @@ void widen_bounds(const Strips& strips, char* strip, int head, int64_t first, in
 }
 
 // Brings a head's digest up to date behind writing slots first .. stop - 1 of a strip that holds `held`: runs of which the
-// first slot was written get bounds of their own, others are widened. Scratch: 4 rows.
+// first slot was written get bounds of their own, others are widened. Scratch: 5 rows.
 void digest(const Strips& strips, char* strip, int head, int64_t first, int64_t stop, int64_t held, float* scratch) {
     const int64_t width = strips.head_dim, runs = strips.digest_runs(), size = kStripTokens / runs;
     float *low = scratch, *high = low + elbowroom::padded(width), *rest = high + elbowroom::padded(width);

@@ -5,6 +5,7 @@
 // and V are packed into panels and both products run in register tiles: the item is bound by arithmetic.
 // Legend: G query heads of a KV head, M = rows * G, W lanes of a vector, Dk/Dv widths.
 
+#include "coded_kernels.h"
 #include "digest_kernels.h"
 #include "kernels.h"
 #include "layer_kernels.h"
@@ -60,12 +61,13 @@ class Attention {
         sum_ = max_ + M_;
         open_keys_ = sum_ + M_;
         open_values_ = open_keys_ + kStripTokens * Dk_;
-        sealed_scratch_ = strips_.plain() ? open_keys_ : open_values_ + kStripTokens * Dv_;
+        integer_scratch_ = strips_.decoded() ? open_values_ + kStripTokens * Dv_ : open_keys_;
     }
 
     void run() {
         begin();
         if (args_.tail != nullptr) read_sealed();
+        if (strips_.coded()) return read_coded(), write();
         if constexpr (std::is_same_v<T, bf16>) {
             if (M_ <= kFewVectors) arrange_few();
         }
@@ -75,28 +77,42 @@ class Attention {
             if (low < high) read_open(block, low, high);
         }
         if (M_ <= kFewVectors) finish_few();
-        if (item_.partial >= 0) {
-            write_partials();
-        } else {
-            write_rows();
-        }
+        write();
     }
 
    private:
+    void write() const { return item_.partial >= 0 ? write_partials() : write_rows(); }
+
+    // Strips of integer codes, which are multiplied as such.
+    void read_coded() {
+        const Gathered rows{Dk_, Dv_, ldk_, ldv_, q_, out_, max_, sum_};
+        CodedStrips strips(strips_, item_.head, args_.spec.softcap, rows, M_, integer_scratch_);
+        const int64_t end = min(item_.end_block, high_ / kStripTokens + 1);
+        for (int64_t block = max(item_.first_block, low_ / kStripTokens); block < end; ++block) {
+            const int64_t start = block * kStripTokens;
+            strips.open(open_strip(block), block + 1 < end ? open_strip(block + 1) : nullptr);
+            strips.attend(M_, [&](int64_t m) {
+                const int r = int(m / group_);
+                return Slots{first_visible(r) - start, last_visible(r) + 1 - start};
+            });
+        }
+        strips.finish(M_);
+    }
+
     // Slots low .. high - 1 of a block whose tokens lie one by one.
     void read_open(int64_t block, int64_t low, int64_t high) {
         char* strip = open_strip(block);
         const T* keys = reinterpret_cast<const T*>(strips_.keys(strip, item_.head));
         const T* values = reinterpret_cast<const T*>(strips_.values(strip, item_.head));
-        const bool packed = std::is_same_v<T, float> && !strips_.plain();
-        if (packed) keys = opened(strip, strips_.key, true, low, high);
+        const bool packed = std::is_same_v<T, f16> && strips_.decoded();
+        if (packed) keys = opened(strip, true, low, high);
         if (M_ <= kFewVectors) {
             score_few(keys, strips_.values(strip, item_.head), low, high);
         } else {
             score_many(keys, low, high);
         }
         softmax(block * kStripTokens);
-        if (packed) values = opened(strip, strips_.value, false, low, high);
+        if (packed) values = opened(strip, false, low, high);
         if (M_ <= kFewVectors) {
             const bool last = block + 1 == item_.end_block;
             weigh_few(values, last ? nullptr : strips_.keys(open_strip(block + 1), item_.head), low, high);
@@ -123,7 +139,7 @@ class Attention {
                     low[m] = min(max(0, in_window(r) - block * kStripTokens), kStripTokens);
                     high[m] = block < first_open(r) ? kStripTokens : 0;
                 }
-                strip.attend(rows, first, count, low, high, sealed_scratch_);
+                strip.attend(rows, first, count, low, high, integer_scratch_);
             }
         }
     }
@@ -136,7 +152,9 @@ class Attention {
             high_ = max(high_, last_visible(r));
             for (int g = 0; g < group_; ++g) {
                 const char* row = args_.q.at(item_.first_row + r, int64_t{item_.head} * group_ + g);
-                load_query(row, q_ + (r * group_ + g) * ldk_);
+                float* target = q_ + (r * group_ + g) * ldk_;
+                load_query(row, target);
+                if (strips_.order != nullptr) order_channels(strips_.order_of(item_.head), target);
             }
         }
         for (int64_t i = 0; i < M_ * ldv_; ++i) out_[i] = 0;
@@ -158,6 +176,12 @@ class Attention {
         }
     }
 
+    // A query in the order in which the channels of keys lie.
+    void order_channels(const int16_t* order, float* query) const {
+        for (int64_t d = 0; d < Dk_; ++d) keys_[d] = query[order[d]];
+        __builtin_memcpy(query, keys_, Dk_ * sizeof(float));
+    }
+
     void load_query(const char* row, float* target) const {
         switch (args_.q.dtype) {
             case DType::float32: return load_query_of<float>(row, target);
@@ -169,7 +193,7 @@ class Attention {
     template <class Q>
     void load_query_of(const char* row, float* target) const {
         for (int64_t d = 0; d < ldk_; d += W) {
-            store(target + d, widen_padded(reinterpret_cast<const Q*>(row), d, Dk_) * args_.spec.scale);
+            store(target + d, widen_padded(reinterpret_cast<const Q*>(row), d, Dk_) * (args_.spec.scale * unit()));
         }
     }
 
@@ -202,15 +226,16 @@ class Attention {
 
     int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - hidden() - 1); }
 
-    // Keys or values of a strip in float32, for the one tile that is being worked on.
-    const T* opened(char* strip, const RowFormat& format, bool is_keys, int64_t low, int64_t high) const {
+    // What stored numbers must be multiplied with.
+    float unit() const { return strips_.decoded() ? kFp8Unit : 1.0f; }
+
+    // Keys or values of a strip in float16, for the one tile that is being worked on.
+    const T* opened(char* strip, bool is_keys, int64_t low, int64_t high) const {
         const Strips& strips = strips_;
         const int64_t width = is_keys ? Dk_ : Dv_, first = low / kPanel * kPanel, count = round_up(high, kPanel) - first;
         const char* codes = is_keys ? strips.keys(strip, item_.head) : strips.values(strip, item_.head);
-        const char* scales = is_keys ? strips.key_scales(strip, item_.head) : strips.value_scales(strip, item_.head);
-        float* rows = is_keys ? open_keys_ : open_values_;
-        decode_rows(format, codes + first * format.code_bytes(width), scales + first * format.scale_bytes(width), width,
-                    count, rows + first * width, width);
+        f16* rows = reinterpret_cast<f16*>(is_keys ? open_keys_ : open_values_);
+        fp8_to_halves(codes + first * width, count * width, rows + first * width);
         return reinterpret_cast<const T*>(rows);
     }
 
@@ -410,7 +435,7 @@ class Attention {
     void write_partials() const {
         for (int64_t m = 0; m < M_; ++m) {
             float* target = args_.partials + (item_.partial + m) * (Dv_ + 2);
-            for (int64_t d = 0; d < Dv_; ++d) target[d] = out_[m * ldv_ + d];
+            for (int64_t d = 0; d < Dv_; ++d) target[d] = out_[m * ldv_ + d] * unit();
             target[Dv_] = max_[m];
             target[Dv_ + 1] = sum_[m];
         }
@@ -419,7 +444,7 @@ class Attention {
     void write_rows() const {
         for (int64_t m = 0; m < M_; ++m) {
             const int64_t row = item_.first_row + m / group_, head = int64_t{item_.head} * group_ + m % group_;
-            const float inverse = sum_[m] > 0 ? 1.0f / sum_[m] : sum_[m];
+            const float inverse = sum_[m] > 0 ? unit() / sum_[m] : sum_[m];
             float* result = out_ + m * ldv_;
             for (int64_t d = 0; d < ldv_; d += W) store(result + d, load<vf>(result + d) * inverse);
             store_row(result, args_.out.at(row, head));
@@ -440,11 +465,12 @@ class Attention {
     const Strips& strips_;
     const int64_t Dk_, Dv_, ldk_, ldv_;
     int64_t low_, high_;
-    float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_, *open_keys_, *open_values_, *sealed_scratch_;
+    float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_, *open_keys_, *open_values_, *integer_scratch_;
 };
 
 void attend(const AttendArgs& args, const Item& item, float* scratch) {
-    if (!args.open_strips().plain()) return Attention<float>(args, item, scratch).run();
+    if (args.open_strips().coded()) return Attention<float>(args, item, scratch).run();
+    if (args.open_strips().decoded()) return Attention<f16>(args, item, scratch).run();
     switch (args.open_strips().dtype) {
         case DType::float32: return Attention<float>(args, item, scratch).run();
         case DType::bfloat16: return Attention<bf16>(args, item, scratch).run();

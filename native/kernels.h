@@ -103,14 +103,40 @@ inline int64_t sealed_floats(const Strips& strips) {
 }
 inline int64_t seal_floats(const Strips& strips) { return (kStripTokens + 4) * sealed_width(strips); }
 
+// 32-bit words of scratch for strips of codes that lie token by token: see coded_kernels.h.
+struct CodedSizes {
+    int64_t key_blocks, value_blocks;  // that share a scale
+    int64_t key_quads, value_quads, value_stride;
+    int64_t query_words, weight_words;  // of a query vector
+
+    explicit CodedSizes(const Strips& strips)
+        : key_blocks(strips.key.block > 0 ? strips.head_dim / strips.key.block : 1),
+          value_blocks(strips.value.block > 0 ? strips.v_head_dim / strips.value.block : 1),
+          key_quads((strips.head_dim + 127) / 128 * 32 * kStripTokens),
+          value_quads(kStripTokens / 4 * padded(strips.v_head_dim)),
+          value_stride(padded(strips.v_head_dim)),
+          query_words(padded(strips.head_dim) / 2),
+          weight_words(kStripTokens / 2) {}
+
+    int64_t floats(int64_t vectors) const {
+        const int64_t scales = (key_blocks + value_blocks) * kStripTokens;
+        return key_quads + value_quads + scales + vectors * (query_words + 2 * key_blocks) +
+               kSealedRows * (weight_words + kStripTokens);
+    }
+};
+
+inline int64_t coded_floats(int64_t vectors, const Strips& strips) {
+    return strips.coded() ? CodedSizes(strips).floats(vectors) : 0;
+}
+
 // Floats of scratch that an item of `vectors` query vectors needs: q, out, scores, statistics, one strip of K and V, that
 // strip once more where it must be decoded, and what sealed strips take.
 inline int64_t scratch_floats(int64_t vectors, const AttendArgs& args) {
     const Strips& strips = args.open_strips();
     const int64_t widths = padded(strips.head_dim) + padded(strips.v_head_dim);
-    const int64_t decoded = strips.plain() ? 0 : kStripTokens * widths;
+    const int64_t decoded = strips.decoded() ? kStripTokens * widths : 0;
     const int64_t open = vectors * (widths + kStripTokens) + padded(2 * vectors) + kStripTokens * widths + decoded;
-    return open + sealed_floats(args.strips);
+    return open + coded_floats(vectors, strips) + sealed_floats(args.strips);
 }
 
 extern const KernelTable kernels_baseline;

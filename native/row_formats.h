@@ -10,8 +10,10 @@ using elbowroom::RowFormat;
 using elbowroom::RowKind;
 
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef int16_t vw __attribute__((vector_size(W * 4)));
 typedef uint8_t vub __attribute__((vector_size(W)));
 typedef int8_t vsb __attribute__((vector_size(W)));
+typedef int8_t vsb2 __attribute__((vector_size(W * 2)));
 
 inline vi widen_bytes(const uint8_t* p) {
 #if defined(__AVX512F__) && ELBOWROOM_WIDTH == 16
@@ -118,13 +120,30 @@ void decode_rows(const RowFormat& format, const char* codes, const char* scales,
     }
 }
 
+constexpr float kFp8Unit = 256.0f;
+
+// Codes -> numbers of float16 that are kFp8Unit times too small, 2 * W at a time: only the bits move, and one behind the
+// largest number (code 0x7f: NaN) the carry fills the exponent. `out` takes whole vectors.
+inline void fp8_to_halves(const char* codes, int64_t count, f16* out) {
+    const auto halves = [](vsb2 code) {
+        const vw number = __builtin_convertvector(code, vw) << 7 & int16_t(0xbf80);
+        return number | ((number + 0x80) & 0x4000);
+    };
+    int64_t i = 0;
+    for (; i + 2 * W <= count; i += 2 * W) store(out + i, halves(load<vsb2>(codes + i)));
+    if (i == count) return;
+    vsb2 rest{};
+    __builtin_memcpy(&rest, codes + i, count - i);
+    store(out + i, halves(rest));
+}
+
 // --- writing: a token at a time, so nothing here is worth vectors ------------------------------------------------------
 
 inline float largest(const float* x, int64_t count) {
     float most = 0;
     for (int64_t i = 0; i < count; ++i) {
         const float magnitude = __builtin_fabsf(x[i]);
-        most = magnitude <= most ? most : magnitude;  // NaN becomes the largest
+        most = magnitude <= most || most != most ? most : magnitude;  // NaN is the largest
     }
     return most;
 }

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "quad_kernels.h"
 #include "simd.h"
+#include "strip_softmax.h"
 
 namespace {
 
@@ -15,12 +16,6 @@ using elbowroom::kSealedRows;
 using elbowroom::kStripTokens;
 using elbowroom::SealedHead;
 using elbowroom::Strips;
-
-// Query vectors of an item and what they have gathered; rows of q and out are padded to whole vectors.
-struct Gathered {
-    int64_t Dk, Dv, ldk, ldv;
-    float *q, *out, *max, *sum;
-};
 
 struct Rounded {
     float scale, rest;
@@ -70,8 +65,10 @@ class SealedStrip {
         products_ = reinterpret_cast<int32_t*>(scores_ + kSealedRows * kStripTokens);
         quads_ = products_ + kSealedRows * width_;
         score(rows, first, count);
-        for (int64_t m = 0; m < count; ++m) top_[m] = weigh(scores_ + m * kStripTokens, low[m], high[m], &sum_[m]);
-        for (int64_t m = 0; m < count; ++m) merge(rows, first + m, m);
+        for (int64_t m = 0; m < count; ++m) {
+            const StripSum sum = weigh_strip(scores_ + m * kStripTokens, low[m], high[m], softcap_);
+            share_[m] = merge_strip(rows, first + m, sum);
+        }
         gather(rows, first, count);
     }
 
@@ -124,45 +121,6 @@ class SealedStrip {
         }
     }
 
-    // Scores become exp(score - greatest), 0 where not seen; returns the greatest score and the sum.
-    float weigh(float* scores, int64_t low, int64_t high, float* sum) const {
-        for (int64_t i = 0; i < min(low, kStripTokens); ++i) scores[i] = -__builtin_inff();
-        for (int64_t i = max(high, 0); i < kStripTokens; ++i) scores[i] = -__builtin_inff();
-        vf tops = splat(-__builtin_inff());
-        for (int i = 0; i < kStripTokens; i += W) {
-            vf x = load<vf>(scores + i);
-            if (softcap_ > 0) {
-                x = x == -__builtin_inff() ? x : vtanh(x / softcap_) * softcap_;
-                store(scores + i, x);
-            }
-            tops = (x <= tops) | (tops != tops) ? tops : x;  // NaN is the greatest: it must not be hidden
-        }
-        const float top = max_lane(tops);
-        vf sums{};
-        for (int i = 0; i < kStripTokens; i += W) {
-            const vf x = top == -__builtin_inff() ? vf{} : vexp_coarse(load<vf>(scores + i) - top);
-            sums += x;
-            store(scores + i, x);
-        }
-        *sum = sum_lanes(sums);
-        return top;
-    }
-
-    // Joins a strip's maximum and denominator to those of a vector; share_ is what the strip's weights are worth then.
-    void merge(const Gathered& rows, int64_t row, int64_t m) {
-        share_[m] = 0;
-        if (top_[m] == -__builtin_inff()) return;
-        if (!(top_[m] <= rows.max[row])) {
-            const float rescale = exp_one(rows.max[row] - top_[m]);
-            float* out = rows.out + row * rows.ldv;
-            for (int64_t d = 0; d < rows.ldv; d += W) store(out + d, load<vf>(out + d) * rescale);
-            rows.sum[row] *= rescale;
-            rows.max[row] = top_[m];
-        }
-        share_[m] = exp_one(top_[m] - rows.max[row]);
-        rows.sum[row] += share_[m] * sum_[m];
-    }
-
     // out += weights . values, one group of channels after the other.
     void gather(const Gathered& rows, int64_t first, int64_t count) {
         const int64_t ldq = width_ / 4, ldp = width_;
@@ -206,7 +164,7 @@ class SealedStrip {
     float softcap_;
     float *scales_, *minima_, *folded_, *scores_;
     int32_t *products_, *quads_;
-    float top_[kSealedRows], sum_[kSealedRows], share_[kSealedRows];
+    float share_[kSealedRows];
 };
 
 // --- sealing -----------------------------------------------------------------------------------------------------------

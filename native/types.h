@@ -70,9 +70,13 @@ struct Strips {
     int num_kv_heads, head_dim, v_head_dim;
     RowFormat key, value;
     int64_t digest_bytes;  // bounds on the keys [Hkv, runs, 2, Dk] behind all that, float16; 0: none
+    const int16_t* order;  // [Hkv, Dk]: the channel at each place of an encoded key; null: as they come
 
+    const int16_t* order_of(int head) const { return order == nullptr ? nullptr : order + head * int64_t{head_dim}; }
     bool plain() const { return key.kind == RowKind::plain; }
     bool sealed() const { return key.kind == RowKind::kivi; }
+    bool coded() const { return key.kind == RowKind::int8 || key.kind == RowKind::bfp; }  // integers, token by token
+    bool decoded() const { return key.kind == RowKind::fp8; }  // read as floats
     SealedHead head() const { return {head_dim, v_head_dim, key.block, key.bits, value.bits}; }
     int64_t slots() const { return int64_t{num_kv_heads} * kStripTokens; }
     int64_t strip_bytes() const {

@@ -93,8 +93,8 @@ def assert_close(made: Tensor, expected: Tensor) -> None:
 
 
 def assert_nearly(made: Tensor, expected: Tensor) -> None:
-    """Products with sealed codes take queries and weights of 8 bits."""
-    assert float((made - expected).norm()) < 0.03 * float(expected.norm())
+    """Products with integer codes take queries and weights of 8 or 16 bits; a lone log-sum-exp may lie near 0."""
+    assert float((made - expected).norm()) < 0.03 * float(expected.norm()) + 0.01
 
 
 class World:
@@ -237,7 +237,7 @@ class World:
             ref, positions = self.refs[handle], torch.from_numpy(step.positions[rows])
             sealed = self.sealed(source, ref)
             out, lse, probs = dense(spec, q[rows], ref.k[source], ref.v[source], positions, sealed)
-            close = assert_close if sealed is None else assert_nearly
+            close = assert_nearly if self.store._codec.name in ("int8", "bfp", "kivi") else assert_close
             close(got.out[rows], out)
             close(got.lse[rows], lse)
             if got.colsum is not None:

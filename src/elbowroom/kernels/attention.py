@@ -74,9 +74,10 @@ def attend(
 
     The row at position p reads the slots s with ``max(first_slot, p - window + 1) <= s <= p`` and ``s < length``;
     query head h reads KV head ``h // group_size``. With a tail, a row reads its own block there and earlier ones
-    sealed. Rows of a ``Selection`` read some blocks of that; a layer with a window has none. The products with sealed
-    codes are exact in integers and take queries and weights rounded to 8 bits for each strip, whatever the step;
-    reading back what was sealed in float32 is the other backend's way.
+    sealed. Rows of a ``Selection`` read some blocks of that; a layer with a window has none. Products with integer
+    codes (int8, bfp and what is sealed) are exact in integers and take queries and weights rounded to 16 bits where
+    codes have 8, to 8 bits where they have fewer, each row by itself whatever the step; reading back what was encoded
+    in float32 is the other backend's way.
 
     Args:
         strips: as in ``append``; the step's own tokens must have been appended.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,13 @@ class StripStep:
 class StripLayout(Protocol):
     """How tokens lie in the strips of a format: the readable path, and the oracle of backends that know the format."""
 
+    @property
+    def order(self) -> Tensor | None:
+        """Channel that lies at each place of an encoded key, int16 ``[Hkv, Dk]``; None: as they come.
+
+        ``store`` and ``open`` follow it; a backend gathers keys before it encodes them, and queries once a step.
+        """
+
     def store(self, strip: Tensor, fmt: PageFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write ``k [Hkv, n, Dk]`` and ``v [Hkv, n, Dv]`` to ``slots``, int64 ``[n]``, of a strip (uint8).
 
@@ -132,6 +139,8 @@ class StripLayout(Protocol):
 
 class PlainLayout:
     """K then V as they are, in the dtype of the format."""
+
+    order: ClassVar[None] = None
 
     def store(self, strip: Tensor, fmt: PageFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Copy rows to their slots, rounded to the dtype of the format."""

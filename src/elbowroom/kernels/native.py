@@ -76,7 +76,8 @@ def spec_tuple(spec: LayerSpec) -> _native.Spec:
 
 def strips_tuple(strips: LayerStrips) -> _native.Strips:
     """Return the place of a layer's strips as C++ takes it."""
-    return _strips(strips.table, 0, strips.base, strips.fmt)
+    order = strips.layout.order
+    return _strips(strips.table, 0, strips.base, strips.fmt, 0 if order is None else order.data_ptr())
 
 
 def tail_tuple(strips: LayerStrips) -> _native.Tail | None:
@@ -95,7 +96,7 @@ def selection_tuple(strips: LayerStrips) -> _native.Selection | None:
     return None if selection is None else (selection.num_blocks, _address(selection.rows))
 
 
-def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat) -> _native.Strips:
+def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat, order: int = 0) -> _native.Strips:
     kind, plain_bits = FORMATS[fmt.codec], 8 * DTYPE_BYTES.get(fmt.dtype, 0)
     return (
         _address(table),
@@ -110,6 +111,7 @@ def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat)
         (kind, fmt.key_bits or plain_bits, fmt.block),
         (kind, fmt.value_bits or plain_bits, fmt.block),
         fmt.digest_bytes,
+        order,
     )
 
 

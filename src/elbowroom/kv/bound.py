@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.kv.cascade import CASCADE_BYTES
+from elbowroom.kv.codecs.ordered import Order
 from elbowroom.kv.holding import ROLLBACK_TOKENS
 from elbowroom.kv.policies import NO_LIMIT, TokenPolicy
 
@@ -39,6 +40,8 @@ class BoundPlan:
     """Formats of the strip that is not full yet, where full ones are sealed; else empty."""
     policy: TokenPolicy | None = None
     """The plan's policy, calibrated for the model."""
+    orders: tuple[Order, ...] = ()
+    """Order of the channels of keys in each layer; empty where they lie as they come."""
 
     def selects(self, layer: int) -> bool:
         """Return whether decoding tokens choose what they read in ``layer``."""
@@ -227,7 +230,8 @@ class BoundPlan:
     def fingerprint(self) -> bytes:
         """Return 16 bytes that differ whenever stored strips would not be interchangeable."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"v1|{self.plan.text}|{self.policy}|{self.formats}|{self.tails}|{self.layers}".encode())
+        kept = f"{self.formats}|{self.tails}|{self.layers}|{self.orders}"
+        digest.update(f"v1|{self.plan.text}|{self.policy}|{kept}".encode())
         return digest.digest()
 
 

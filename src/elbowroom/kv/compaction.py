@@ -80,12 +80,12 @@ class Compactor:
 
     Args:
         policy: who chooses.
-        codec: how tokens lie in strips.
+        codecs: how tokens lie in strips of each layer.
         cascade_layers: layers that a cascade goes through, in order; empty without one.
     """
 
-    def __init__(self, policy: TokenPolicy, codec: TokenCodec, cascade_layers: Rows[int] = ()) -> None:
-        self._policy, self._codec, self._cascade_layers = policy, codec, cascade_layers
+    def __init__(self, policy: TokenPolicy, codecs: Rows[TokenCodec], cascade_layers: Rows[int] = ()) -> None:
+        self._policy, self._codecs, self._cascade_layers = policy, codecs, cascade_layers
 
     def compact(
         self, compaction: Compaction, layer: int, spec: LayerSpec, lane: Lane, table: npt.NDArray[np.uint32]
@@ -109,7 +109,7 @@ class Compactor:
         targets = sequence.take_spare(layer, end - dropped)
         places = [lane.pool.strip(int(entry)) for entry in targets]
         if chosen.shape[1] < count:
-            self._move(lane, strips, places, chosen)
+            self._move(layer, lane, strips, places, chosen)
         else:
             for place, strip in zip(places, strips, strict=True):
                 place.copy_(strip)
@@ -122,7 +122,7 @@ class Compactor:
         """Return the tokens that stay of ``count``, int64 ``[Hkv, m]``, checked."""
 
         def keys(head: int) -> Tensor:
-            parts = [self._codec.open(strip, lane.pool.fmt)[0][head] for strip in strips]
+            parts = [self._codecs[layer].open(strip, lane.pool.fmt)[0][head] for strip in strips]
             return torch.cat(parts)[:count].float()
 
         held = compaction.held_tokens(layer)
@@ -149,11 +149,11 @@ class Compactor:
             return torch.arange(held).expand(view.spec.num_kv_heads, -1)
         return checked_choice(self._policy, view, held)
 
-    def _move(self, lane: Lane, strips: Rows[Tensor], targets: Rows[Tensor], chosen: Tensor) -> None:
+    def _move(self, layer: int, lane: Lane, strips: Rows[Tensor], targets: Rows[Tensor], chosen: Tensor) -> None:
         """Copy the bytes of the ``chosen`` tokens from ``strips`` to ``targets``, field by field."""
-        fmt = lane.pool.fmt
-        sources = [self._codec.fields(strip, fmt) for strip in strips]
-        places = [self._codec.fields(strip, fmt) for strip in targets]
+        fmt, codec = lane.pool.fmt, self._codecs[layer]
+        sources = [codec.fields(strip, fmt) for strip in strips]
+        places = [codec.fields(strip, fmt) for strip in targets]
         for number, head in itertools.product(range(len(sources[0])), range(fmt.num_kv_heads)):
             whole = torch.cat([fields[number][head] for fields in sources])
             kept = torch.split(whole[chosen[head]], STRIP_TOKENS)

@@ -21,6 +21,7 @@ from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Pr
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.cascade import check_history, read_history
 from elbowroom.kv.codecs import token_codec
+from elbowroom.kv.codecs.ordered import in_order
 from elbowroom.kv.compaction import Compactor
 from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
@@ -52,13 +53,16 @@ class PagedStore:
         self._arena = arena
         self._codec = plan.plan.layout
         self._open_codec = token_codec(self._codec)
+        self._codecs = [in_order(self._codec, plan.orders, layer) for layer in range(len(plan.layers))]
+        """For each layer the codec, behind the order of its channels where it has one."""
         self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
         self._preparer = Preparer(self._pools, plan)
         self._slots = Slots(self._pools, self._codec, self._open_codec)
         policy = plan.policy
         self._compactor = None
         if policy is not None and not plan.defers:
-            self._compactor = Compactor(policy, self._open_codec, plan.cascade_layers)
+            codecs = [token_codec(each) for each in self._codecs]
+            self._compactor = Compactor(policy, codecs, plan.cascade_layers)
         self._sealer = Sealer(plan) if plan.defers else None
         self._last_reader = {source: layer for layer, source in enumerate(self._pools.source_of)}
         """For each layer with keys of its own the last one that reads them."""
@@ -202,7 +206,9 @@ class PagedStore:
         table, tails = prepared.tables[source], prepared.tails
         selection = prepared.selection if self._selects[layer] else None
         if tails is None:
-            return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, None, selection)
+            return LayerStrips(
+                prepared.steps[source], table, pool.base, pool.fmt, self._codecs[source], None, selection
+            )
         open_pool = self._pools.tails[number].pool
         tail = Tail(
             table=tails.tables[source],

@@ -18,6 +18,7 @@ from elbowroom.kv.bound import BoundPlan, is_chosen
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.capabilities import check_choice, check_reads, check_sealing, check_source
 from elbowroom.kv.codecs import CODECS, Codec
+from elbowroom.kv.codecs.ordered import channel_orders
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.codecs.reduced import ReducedCodec
 from elbowroom.kv.policies import CHANNELS, POLICIES, ChannelPolicy, MergePolicy, TokenPolicy
@@ -96,6 +97,12 @@ class KVPlan:
                 "use plain, int8, bfp or kivi with it",
             )
 
+        if self.layout is not self.codec and self.codec.sorts:
+            raise PlanError(
+                f"codec {self.codec.name!r} cannot sort channels of keys in strips that a policy reduces",
+                "leave out sort=on",
+            )
+
     @property
     def layout(self) -> Codec:
         """How tokens lie in strips: those of the codec, and what policies have left of them."""
@@ -108,7 +115,7 @@ class KVPlan:
     @property
     def needs_calibration(self) -> bool:
         """Whether ``bind`` needs measurements of the model."""
-        return self.policy is not None and self.policy.needs_calibration
+        return self.codec.sorts or (self.policy is not None and self.policy.needs_calibration)
 
     def bind(self, layers: Sequence[LayerSpec], dtype: str, calibration: Calibration | None = None) -> BoundPlan:
         """Fix the plan to a model's layers and activation dtype (``float32``, ``bfloat16``, ``float16``).
@@ -136,7 +143,8 @@ class KVPlan:
             formats.append((ReducedCodec(self.codec) if whole else layout).page_format(layer, dtype))
         formats = [self._with_digest(fmt, layers, index) for index, fmt in enumerate(formats)]
         policy = None if self.policy is None else self.policy.calibrated(layers, calibration)
-        made = BoundPlan(self, tuple(layers), tuple(formats), tails, policy)
+        orders = channel_orders(self.codec, layers, calibration)
+        made = BoundPlan(self, tuple(layers), tuple(formats), tails, policy, orders)
         if made.defers:
             check_sealing(made)
         check_reads(made)

@@ -28,6 +28,10 @@ class Codec(StripLayout, Protocol):
         Otherwise a token can be written, moved and dropped alone.
         """
 
+    @property
+    def sorts(self) -> bool:
+        """Whether the channels of keys are to be sorted by magnitude (see ``OrderedCodec``)."""
+
     def page_format(self, layer: LayerSpec, dtype: str) -> PageFormat:
         """Return the strip layout for ``layer`` of a model whose activations are ``dtype``.
 

@@ -13,6 +13,7 @@ from elbowroom.kv.codecs.rows import RowCodec, RowFormat, whole_number
 
 _BITS = range(4, 9, 4)
 _BLOCKS = range(16, 129, 16)
+_SWITCH = ("on", "off")
 _POISON = -128
 """Exponent of a block with a value that is not finite: it reads back as NaN, so that the error is not hidden."""
 
@@ -78,17 +79,27 @@ class BfpCodec(RowCodec):
         k: bits of a key's mantissa, 4 or 8.
         v: bits of a value's mantissa, 4 or 8.
         n: channels that share an exponent.
+        sort: ``on``: keys lie with their channels sorted by magnitude, so that large ones share blocks with each other
+            (K-sort of the same paper); needs the magnitudes that calibration measures. No gain where n is the head.
     """
 
     k: int | str = 4
     v: int | str = 4
     n: int | str = 32
+    sort: str = "off"
     name: ClassVar[str] = "bfp"
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""
         for field, allowed in (("k", _BITS), ("v", _BITS), ("n", _BLOCKS)):
             object.__setattr__(self, field, whole_number(self.name, field, getattr(self, field), allowed))
+        if self.sort not in _SWITCH:
+            raise PlanError(f"codec 'bfp' cannot take sort={self.sort}", "give sort=on or sort=off")
+
+    @property
+    def sorts(self) -> bool:
+        """Whether the channels of keys are sorted by magnitude."""
+        return self.sort == "on"
 
     def formats(self) -> tuple[RowFormat, RowFormat]:
         """Return the formats of keys and values."""

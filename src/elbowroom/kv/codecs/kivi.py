@@ -41,6 +41,8 @@ class KiviCodec:
     name: ClassVar[str] = "kivi"
     lossless: ClassVar[bool] = False
     seals: ClassVar[bool] = True
+    sorts: ClassVar[bool] = False
+    order: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""

@@ -28,6 +28,8 @@ class PlainCodec:
     dtype: str = "auto"
     name: ClassVar[str] = "plain"
     seals: ClassVar[bool] = False
+    sorts: ClassVar[bool] = False
+    order: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         """Take one spelling of the dtype, and refuse one that no kernel reads."""

@@ -34,6 +34,8 @@ class ReducedCodec:
     share: float | None = None
     counts: bool = False
     lossless: ClassVar[bool] = False
+    sorts: ClassVar[bool] = False
+    order: ClassVar[None] = None
     seals: ClassVar[bool] = True
 
     @property

@@ -47,7 +47,13 @@ class RowCodec(ABC):
 
     lossless: ClassVar[bool] = False
     seals: ClassVar[bool] = False
+    order: ClassVar[None] = None
     name: ClassVar[str]
+
+    @property
+    def sorts(self) -> bool:
+        """Whether the channels of keys lie in an order of their own."""
+        return False
 
     @abstractmethod
     def formats(self) -> tuple[RowFormat, RowFormat]:
