@@ -24,7 +24,7 @@ constexpr int kFewRows = 8;           // query vectors up to which a sequence is
 constexpr int64_t kAppendRows = 32;   // rows of an append item
 
 void check_start(const Strips& strips, int64_t start) {
-    if (start + strips.strip_bytes() + strips.digest_bytes > strips.num_bytes) {
+    if (start + strips.whole_bytes() > strips.num_bytes) {
         throw std::invalid_argument("strip at byte " + std::to_string(start) + " ends after the " +
                                     std::to_string(strips.num_bytes) + " bytes of its range");
     }
@@ -189,22 +189,21 @@ struct AppendJob {
     const Step& step;
     const Strips& strips;
     const Rows &k, &v;
-    const KernelTable& kernels;
     int64_t num_rows;
 };
 
 // Writes a vector, in the given order of its elements, to its slot of the arrays that begin at codes and scales.
-void append_vector(const AppendJob& job, const RowFormat& format, const char* source, DType dtype, int64_t width,
+void append_vector(const Strips& strips, const RowFormat& format, const char* source, DType dtype, int64_t width,
                    const int16_t* order, int64_t slot, char* codes, char* scales, float* scratch) {
     codes += slot * format.code_bytes(width);
-    if (format.kind == RowKind::plain) return job.kernels.convert(source, dtype, codes, job.strips.dtype, width);
-    job.kernels.widen(source, dtype, scratch, width);
+    if (format.kind == RowKind::plain) return kernels().convert(source, dtype, codes, strips.dtype, width);
+    kernels().widen(source, dtype, scratch, width);
     if (order != nullptr) {
         float* ordered = scratch + width;
         for (int64_t i = 0; i < width; ++i) ordered[i] = scratch[order[i]];
         scratch = ordered;
     }
-    job.kernels.encode(format, scratch, width, codes, scales + slot * format.scale_bytes(width));
+    kernels().encode(format, scratch, width, codes, scales + slot * format.scale_bytes(width));
 }
 
 void append_row(const AppendJob& job, int64_t sequence, int64_t row, float* scratch) {
@@ -212,9 +211,9 @@ void append_row(const AppendJob& job, int64_t sequence, int64_t row, float* scra
     const int64_t position = job.step.positions[row], slot = position % kStripTokens;
     char* strip = strips.strip(sequence, position / kStripTokens);
     for (int head = 0; head < strips.num_kv_heads; ++head) {
-        append_vector(job, strips.key, job.k.at(row, head), job.k.dtype, strips.head_dim,
+        append_vector(strips, strips.key, job.k.at(row, head), job.k.dtype, strips.head_dim,
                       strips.order_of(head), slot, strips.keys(strip, head), strips.key_scales(strip, head), scratch);
-        append_vector(job, strips.value, job.v.at(row, head), job.v.dtype, strips.v_head_dim, nullptr,
+        append_vector(strips, strips.value, job.v.at(row, head), job.v.dtype, strips.v_head_dim, nullptr,
                       slot, strips.values(strip, head), strips.value_scales(strip, head), scratch);
     }
 }
@@ -257,16 +256,58 @@ void digest(const Step& step, const Strips& strips) {
     });
 }
 
-// An item is a head of a full strip.
+// The channels of keys [64][width] that a strip will have, one token behind the other.
+template <class T>
+void pick_channels(const char* keys, int64_t width, const uint8_t* channels, int64_t count, char* target) {
+    const T* source = reinterpret_cast<const T*>(keys);
+    T* out = reinterpret_cast<T*>(target);
+    for (int64_t t = 0; t < kStripTokens; ++t, source += width) {
+        for (int64_t i = 0; i < count; ++i) *out++ = source[channels[i]];
+    }
+}
+
+// Seals a head of a full strip; scratch holds its keys and what encoding takes.
+void seal_head(const Strips& tail, const Strips& sealed, char* strip, char* target, int head, float* scratch) {
+    const char *keys = tail.keys(strip, head), *values = tail.values(strip, head);
+    if (const uint8_t* channels = sealed.channels(target, head)) {
+        char* picked = reinterpret_cast<char*>(scratch);
+        if (size_of(tail.dtype) == 4) {
+            pick_channels<uint32_t>(keys, tail.head_dim, channels, sealed.head_dim, picked);
+        } else {
+            pick_channels<uint16_t>(keys, tail.head_dim, channels, sealed.head_dim, picked);
+        }
+        keys = picked;
+    }
+    scratch += kStripTokens * padded(tail.head_dim);
+    if (sealed.sealed()) {
+        const SealedHead format = sealed.head();
+        kernels().seal(format, keys, values, tail.dtype, target + head * format.bytes(), scratch);
+        return;
+    }
+    const int64_t key_bytes = sealed.head_dim * size_of(tail.dtype), value_bytes = tail.v_head_dim * size_of(tail.dtype);
+    for (int64_t slot = 0; slot < kStripTokens; ++slot) {
+        append_vector(sealed, sealed.key, keys + slot * key_bytes, tail.dtype, sealed.head_dim, nullptr, slot,
+                      sealed.keys(target, head), sealed.key_scales(target, head), scratch);
+        append_vector(sealed, sealed.value, values + slot * value_bytes, tail.dtype, sealed.v_head_dim, nullptr, slot,
+                      sealed.values(target, head), sealed.value_scales(target, head), scratch);
+    }
+}
+
 void seal(const LayerStrips& layer) {
     const Strips &tail = layer.open(), &sealed = layer.strips;
-    const SealedHead format = sealed.head();
-    parallel(layer.seals.count * tail.num_kv_heads, seal_floats(sealed), [&](int64_t item, float* scratch) {
+    const int64_t scratch_floats = seal_floats(sealed) + kStripTokens * padded(tail.head_dim);
+    for (int64_t i = 0; i < layer.seals.count * sealed.num_kv_heads; ++i) {
+        const uint8_t* channels = sealed.channels(sealed.base + layer.seals.to[i / sealed.num_kv_heads] * kUnitBytes,
+                                                  int(i % sealed.num_kv_heads));
+        for (int64_t c = 0; channels != nullptr && c < sealed.head_dim; ++c) {
+            if (channels[c] >= tail.head_dim) throw std::invalid_argument("a strip names a channel that keys do not have");
+        }
+    }
+    parallel(layer.seals.count * tail.num_kv_heads, scratch_floats, [&](int64_t item, float* scratch) {
         const int64_t i = item / tail.num_kv_heads;
-        const int head = int(item % tail.num_kv_heads);
         char* strip = tail.base + layer.seals.from[i] * kUnitBytes;
-        char* target = sealed.base + layer.seals.to[i] * kUnitBytes + head * format.bytes();
-        kernels().seal(format, tail.keys(strip, head), tail.values(strip, head), tail.dtype, target, scratch);
+        char* target = sealed.base + layer.seals.to[i] * kUnitBytes;
+        seal_head(tail, sealed, strip, target, int(item % tail.num_kv_heads), scratch);
     });
 }
 
@@ -289,7 +330,7 @@ void append(const Step& step, const LayerStrips& layer, const Rows& k, const Row
         }
     }
     check_seals(layer);
-    AppendJob job{step, strips, k, v, kernels(), rows};
+    AppendJob job{step, strips, k, v, rows};
     const int64_t scratch = strips.plain() ? 0 : 2 * padded(std::max(strips.head_dim, strips.v_head_dim));
     Pool::instance().run((rows + kAppendRows - 1) / kAppendRows, scratch, append_item, &job);
     if (strips.digest_bytes > 0) digest(step, strips);

@@ -66,7 +66,12 @@ class CodedStrips {
         value_scales_ = key_scales_ + sizes_.key_blocks * kStripTokens;
         query_factors_ = reinterpret_cast<Factor*>(value_scales_ + sizes_.value_blocks * kStripTokens);
         scores_ = reinterpret_cast<float*>(query_factors_ + vectors * sizes_.key_blocks);
-        with_bits(strips.key.bits, [&](auto bits) {
+        load_queries(vectors);
+    }
+
+    // Rounds what stands in the rows of queries now.
+    void load_queries(int64_t vectors) {
+        with_bits(strips_.key.bits, [&](auto bits) {
             for (int64_t m = 0; m < vectors; ++m) load_query<bits>(m);
         });
     }
@@ -82,6 +87,7 @@ class CodedStrips {
         });
         widen_scales(strips_.key, strips_.key_scales(strip, head_), sizes_.key_blocks, key_scales_);
         widen_scales(strips_.value, strips_.value_scales(strip, head_), sizes_.value_blocks, value_scales_);
+        counts_ = strips_.counts(strip, head_);
         next_ = next;
         begin_ahead(next == nullptr ? 4 : 0);
     }
@@ -116,7 +122,7 @@ class CodedStrips {
         with_bits(strips_.key.bits, [&](auto bits) { score<bits>(first, count); });
         float share[kSealedRows];
         for (int64_t m = 0; m < count; ++m) {
-            const StripSum sum = weigh_strip(scores_ + m * kStripTokens, slots[m].low, slots[m].high, softcap_);
+            const StripSum sum = weigh_strip(scores_ + m * kStripTokens, slots[m].low, slots[m].high, softcap_, counts_);
             share[m] = merge_strip(rows_, first + m, sum);
         }
         with_bits(strips_.value.bits, [&](auto bits) { gather<bits>(first, count, share); });
@@ -227,6 +233,7 @@ class CodedStrips {
     int32_t *key_quads_, *value_quads_, *queries_, *weights_;
     float *key_scales_, *value_scales_, *scores_;
     Factor* query_factors_;
+    const uint8_t* counts_ = nullptr;
     char *next_ = nullptr, *ahead_ = nullptr, *ahead_end_ = nullptr;
     int part_ = 0;
 };

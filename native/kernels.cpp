@@ -62,14 +62,21 @@ class Attention {
         open_keys_ = sum_ + M_;
         open_values_ = open_keys_ + kStripTokens * Dk_;
         integer_scratch_ = strips_.decoded() ? open_values_ + kStripTokens * Dv_ : open_keys_;
+        whole_q_ = integer_scratch_ + integer_floats(M_, args);
+        picked_q_ = whole_q_ + M_ * padded(Dk_);
     }
 
     void run() {
         begin();
-        if (args_.tail != nullptr) read_sealed();
+        if (args_.tail != nullptr && args_.strips.sealed()) read_sealed();
+        if (args_.tail != nullptr && args_.strips.coded()) read_sealed_codes();
         if (strips_.coded()) return read_coded(), write();
+        if (args_.strips.channels_at != 0) __builtin_memcpy(whole_q_, q_, M_ * ldk_ * sizeof(float));
         if constexpr (std::is_same_v<T, bf16>) {
             if (M_ <= kFewVectors) arrange_few();
+        }
+        if (args_.tail != nullptr && args_.strips.plain()) {
+            Attention(*this, args_.strips.channels_at != 0 ? picked_q_ : q_).read_sealed_rows(*this);
         }
         for (int64_t block = max(item_.first_block, low_ / kStripTokens); block < item_.end_block; ++block) {
             const int64_t start = block * kStripTokens;
@@ -81,6 +88,88 @@ class Attention {
     }
 
    private:
+    // The sealed strips of an item whose new tokens lie in others of the same type.
+    Attention(const Attention& whole, float* q)
+        : args_(whole.args_),
+          item_(whole.item_),
+          group_(whole.group_),
+          M_(whole.M_),
+          strips_(whole.args_.strips),
+          Dk_(strips_.head_dim),
+          Dv_(strips_.v_head_dim),
+          ldk_(round_up(Dk_, kPanel)),
+          ldv_(whole.ldv_),
+          is_sealed_(true) {
+        q_ = q, out_ = whole.out_, scores_ = whole.scores_, keys_ = whole.keys_, values_ = whole.values_;
+        max_ = whole.max_, sum_ = whole.sum_, open_keys_ = whole.open_keys_, open_values_ = whole.open_values_;
+    }
+
+    // The block behind the sealed ones that any row reads.
+    int64_t sealed_end() const { return min(item_.end_block, args_.first_open(item_.sequence, last_position())); }
+    int64_t last_position() const {
+        int64_t last = 0;
+        for (int r = 0; r < item_.num_rows; ++r) last = max(last, position(r));
+        return last;
+    }
+
+    // Queries with the channels that the keys of a strip have; returns whether they are others than before.
+    bool pick_channels(const char* strip, int64_t stride) {
+        const uint8_t* channels = args_.strips.channels(strip, item_.head);
+        const int64_t count = args_.strips.head_dim, width = round_up(count, kPanel);
+        if (channels == nullptr) return false;
+        if (channels_ != nullptr && __builtin_memcmp(channels_, channels, count) == 0) return false;
+        channels_ = channels;
+        for (int64_t m = 0; m < M_; ++m) {
+            for (int64_t i = 0; i < count; ++i) picked_q_[m * width + i] = whole_q_[m * stride + channels[i]];
+            for (int64_t i = count; i < width; ++i) picked_q_[m * width + i] = 0;
+        }
+        return true;
+    }
+
+    Gathered sealed_rows() {
+        const int64_t width = args_.strips.head_dim;
+        if (args_.strips.channels_at == 0) return {Dk_, Dv_, ldk_, ldv_, q_, out_, max_, sum_};
+        __builtin_memcpy(whole_q_, q_, M_ * ldk_ * sizeof(float));
+        return {width, Dv_, round_up(width, kPanel), ldv_, picked_q_, out_, max_, sum_};
+    }
+
+    // Slots of a sealed strip that a query vector reads.
+    Slots sealed_slots(int64_t m, int64_t block) const {
+        const int r = int(m / group_);
+        const int64_t low = max(0, in_window(r) - block * kStripTokens);
+        return {min(low, kStripTokens), block < first_open(r) ? kStripTokens : 0};
+    }
+
+    // Sealed strips of integer codes that lie token by token.
+    void read_sealed_codes() {
+        const int64_t first = item_.first_block, end = sealed_end();
+        if (first >= end) return;
+        const Gathered rows = sealed_rows();
+        pick_channels(stored_strip(first), ldk_);
+        CodedStrips strips(args_.strips, item_.head, args_.spec.softcap, rows, M_, integer_scratch_);
+        for (int64_t block = first; block < end; ++block) {
+            if (pick_channels(stored_strip(block), ldk_)) strips.load_queries(M_);
+            strips.open(stored_strip(block), block + 1 < end ? stored_strip(block + 1) : nullptr);
+            strips.attend(M_, [&](int64_t m) { return sealed_slots(m, block); });
+        }
+        strips.finish(M_);
+    }
+
+    // Sealed strips of numbers as they are; `whole` holds the queries.
+    void read_sealed_rows(Attention& whole) {
+        end_block_ = whole.sealed_end();
+        for (int64_t block = item_.first_block; block < end_block_; ++block) {
+            if (whole.pick_channels(stored_strip(block), whole.ldk_)) {
+                if constexpr (std::is_same_v<T, bf16>) {
+                    if (M_ <= kFewVectors) arrange(q_, M_ * ldk_);
+                }
+            }
+            int64_t low = kStripTokens;
+            for (int r = 0; r < item_.num_rows; ++r) low = min(low, max(0, in_window(r) - block * kStripTokens));
+            if (low < kStripTokens) read_open(block, low, kStripTokens);
+        }
+    }
+
     void write() const { return item_.partial >= 0 ? write_partials() : write_rows(); }
 
     // Strips of integer codes, which are multiplied as such.
@@ -111,10 +200,10 @@ class Attention {
         } else {
             score_many(keys, low, high);
         }
-        softmax(block * kStripTokens);
+        softmax(block * kStripTokens, strips_.counts(strip, item_.head));
         if (packed) values = opened(strip, false, low, high);
         if (M_ <= kFewVectors) {
-            const bool last = block + 1 == item_.end_block;
+            const bool last = block + 1 == (is_sealed_ ? end_block_ : item_.end_block);
             weigh_few(values, last ? nullptr : strips_.keys(open_strip(block + 1), item_.head), low, high);
         } else {
             weigh_many(values, low, high);
@@ -124,20 +213,21 @@ class Attention {
     // The blocks before those that a row reads in the tail.
     void read_sealed() {
         const Strips& strips = args_.strips;
-        const Gathered rows{Dk_, Dv_, ldk_, ldv_, q_, out_, max_, sum_};
+        const Gathered rows = sealed_rows();
         const int64_t head_bytes = strips.head().bytes();
         const auto head = [&](int64_t block) { return stored_strip(block) + item_.head * head_bytes; };
-        const int64_t end = min(item_.end_block, args_.first_open(item_.sequence, high_));
+        const int64_t end = sealed_end();
         for (int64_t block = item_.first_block; block < end; ++block) {
             const char* next = block + 1 < end ? head(block + 1) : nullptr;
-            SealedStrip strip(strips, head(block), next, args_.spec.softcap);
+            pick_channels(stored_strip(block), ldk_);
+            const uint8_t* counts = strips.counts(stored_strip(block), item_.head);
+            SealedStrip strip(strips, head(block), next, args_.spec.softcap, counts);
             for (int64_t first = 0; first < M_; first += kSealedRows) {
                 const int64_t count = min(kSealedRows, M_ - first);
                 int64_t low[kSealedRows], high[kSealedRows];
                 for (int64_t m = 0; m < count; ++m) {
-                    const int r = int((first + m) / group_);
-                    low[m] = min(max(0, in_window(r) - block * kStripTokens), kStripTokens);
-                    high[m] = block < first_open(r) ? kStripTokens : 0;
+                    const Slots slots = sealed_slots(first + m, block);
+                    low[m] = slots.low, high[m] = slots.high;
                 }
                 strip.attend(rows, first, count, low, high, integer_scratch_);
             }
@@ -204,7 +294,7 @@ class Attention {
                                          : strips.base + item_.selected[block] * kUnitBytes;
     }
     char* open_strip(int64_t block) const {
-        return args_.tail == nullptr ? stored_strip(block) : strips_.strip(item_.sequence, block + item_.num_hidden);
+        return args_.tail == nullptr || is_sealed_ ? stored_strip(block) : strips_.strip(item_.sequence, block + item_.num_hidden);
     }
 
     // Slots are counted as if blocks that the item does not read were not there.
@@ -221,10 +311,14 @@ class Attention {
 
     // Of the strips that are not sealed.
     int64_t first_visible(int r) const {
+        if (is_sealed_) return in_window(r);
         return args_.tail == nullptr ? in_window(r) : max(in_window(r), first_open(r) * kStripTokens);
     }
 
-    int64_t last_visible(int r) const { return min(position(r), args_.step.lengths[item_.sequence] - hidden() - 1); }
+    int64_t last_visible(int r) const {
+        const int64_t last = min(position(r), args_.step.lengths[item_.sequence] - hidden() - 1);
+        return is_sealed_ ? min(last, first_open(r) * kStripTokens - 1) : last;
+    }
 
     // What stored numbers must be multiplied with.
     float unit() const { return strips_.decoded() ? kFp8Unit : 1.0f; }
@@ -390,7 +484,7 @@ class Attention {
     }
 
     // Scores become weights exp(score - maximum); what a row may not read becomes 0, whatever was there.
-    void softmax(int64_t start) {
+    void softmax(int64_t start, const uint8_t* counts) {
         for (int64_t m = 0; m < M_; ++m) {
             const int r = int(m / group_);
             float* scores = scores_ + m * kStripTokens;
@@ -401,6 +495,7 @@ class Attention {
                 continue;
             }
             cap(scores);
+            if (counts != nullptr) add_counts(scores, counts);
             for (int64_t i = 0; i < low; ++i) scores[i] = kNegInf;
             for (int64_t i = high; i < kStripTokens; ++i) scores[i] = kNegInf;
             merge_row(m, scores);
@@ -464,8 +559,11 @@ class Attention {
     const int64_t M_;
     const Strips& strips_;
     const int64_t Dk_, Dv_, ldk_, ldv_;
+    const bool is_sealed_ = false;  // these are the sealed strips of an item
+    int64_t end_block_ = 0;         // of those
+    const uint8_t* channels_ = nullptr;  // whose queries are picked
     int64_t low_, high_;
-    float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_, *open_keys_, *open_values_, *integer_scratch_;
+    float *q_, *out_, *scores_, *keys_, *values_, *max_, *sum_, *open_keys_, *open_values_, *integer_scratch_, *whole_q_, *picked_q_;
 };
 
 void attend(const AttendArgs& args, const Item& item, float* scratch) {

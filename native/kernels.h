@@ -129,6 +129,16 @@ inline int64_t coded_floats(int64_t vectors, const Strips& strips) {
     return strips.coded() ? CodedSizes(strips).floats(vectors) : 0;
 }
 
+// What products of integers take in an item: those of the open strips, or those of sealed ones.
+inline int64_t integer_floats(int64_t vectors, const AttendArgs& args) {
+    return coded_floats(vectors, args.strips) + sealed_floats(args.strips);
+}
+
+// Queries as they are, and their channels that a strip's keys have.
+inline int64_t reduced_floats(int64_t vectors, const AttendArgs& args) {
+    return args.strips.channels_at == 0 ? 0 : 2 * vectors * padded(args.open_strips().head_dim);
+}
+
 // Floats of scratch that an item of `vectors` query vectors needs: q, out, scores, statistics, one strip of K and V, that
 // strip once more where it must be decoded, and what sealed strips take.
 inline int64_t scratch_floats(int64_t vectors, const AttendArgs& args) {
@@ -136,7 +146,7 @@ inline int64_t scratch_floats(int64_t vectors, const AttendArgs& args) {
     const int64_t widths = padded(strips.head_dim) + padded(strips.v_head_dim);
     const int64_t decoded = strips.decoded() ? kStripTokens * widths : 0;
     const int64_t open = vectors * (widths + kStripTokens) + padded(2 * vectors) + kStripTokens * widths + decoded;
-    return open + coded_floats(vectors, strips) + sealed_floats(args.strips);
+    return open + integer_floats(vectors, args) + reduced_floats(vectors, args);
 }
 
 extern const KernelTable kernels_baseline;

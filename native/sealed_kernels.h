@@ -52,8 +52,9 @@ inline void widen_halves(const char* source, int64_t count, float* target) {
 class SealedStrip {
    public:
     // `next` is what will be read next, or null.
-    SealedStrip(const Strips& strips, const char* data, const char* next, float softcap)
-        : head_(strips.head()), width_(elbowroom::sealed_width(strips)), data_(data), next_(next), softcap_(softcap) {}
+    SealedStrip(const Strips& strips, const char* data, const char* next, float softcap, const uint8_t* counts)
+        : head_(strips.head()), width_(elbowroom::sealed_width(strips)), data_(data), next_(next), softcap_(softcap),
+          counts_(counts) {}
 
     // Vector m reads the slots low[m] .. high[m] - 1; scratch as `sealed_floats` says.
     void attend(const Gathered& rows, int64_t first, int64_t count, const int64_t* low, const int64_t* high,
@@ -66,7 +67,7 @@ class SealedStrip {
         quads_ = products_ + kSealedRows * width_;
         score(rows, first, count);
         for (int64_t m = 0; m < count; ++m) {
-            const StripSum sum = weigh_strip(scores_ + m * kStripTokens, low[m], high[m], softcap_);
+            const StripSum sum = weigh_strip(scores_ + m * kStripTokens, low[m], high[m], softcap_, counts_);
             share_[m] = merge_strip(rows, first + m, sum);
         }
         gather(rows, first, count);
@@ -162,6 +163,7 @@ class SealedStrip {
     const int64_t width_;
     const char *data_, *next_;
     float softcap_;
+    const uint8_t* counts_;
     float *scales_, *minima_, *folded_, *scores_;
     int32_t *products_, *quads_;
     float share_[kSealedRows];

@@ -22,13 +22,37 @@ struct StripSum {
     float top, weights;
 };
 
-// Scores become exp(score - greatest), 0 where not seen: slots low .. high - 1 are.
-inline StripSum weigh_strip(float* scores, int64_t low, int64_t high, float softcap) {
+// log n for n tokens of a slot.
+struct LogTable {
+    float of[256];
+    LogTable() {
+        for (int i = 0; i < 256; ++i) of[i] = __builtin_logf(float(i > 0 ? i : 1));
+    }
+};
+inline const LogTable kLogs;
+
+// A slot of n tokens weighs what n equal ones would.
+inline void add_counts(float* scores, const uint8_t* counts) {
+    for (int64_t i = 0; i < kStripTokens; ++i) scores[i] += kLogs.of[counts[i]];
+}
+
+// Scores become exp(score - greatest), 0 where not seen: slots low .. high - 1 are. `counts`: tokens of slots, or null.
+inline StripSum weigh_strip(float* scores, int64_t low, int64_t high, float softcap, const uint8_t* counts) {
     const auto hide = [&](float with) {
         for (int64_t i = 0; i < low && i < kStripTokens; ++i) scores[i] = with;
         for (int64_t i = high > 0 ? high : 0; i < kStripTokens; ++i) scores[i] = with;
     };
     hide(-__builtin_inff());
+    if (counts != nullptr) {
+        if (softcap > 0) {
+            for (int i = 0; i < kStripTokens; i += W) {
+                const vf x = load<vf>(scores + i);
+                store(scores + i, x == -__builtin_inff() ? x : vtanh(x / softcap) * softcap);
+            }
+            softcap = 0;
+        }
+        add_counts(scores, counts);
+    }
     vf tops = splat(-__builtin_inff());
     for (int i = 0; i < kStripTokens; i += W) {
         vf x = load<vf>(scores + i);

@@ -12,6 +12,7 @@ from elbowroom import _native
 from elbowroom.core import DTYPE_BYTES, LayerSpec, PageFormat
 from elbowroom.kernels import reference
 from elbowroom.kernels.base import LayerStrips, StripTable
+from elbowroom.kernels.extras import extras_at
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _TORCH_CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
@@ -43,9 +44,7 @@ class NativeKernels:
 
 def is_native(fmt: PageFormat) -> bool:
     """Return whether strips of ``fmt`` are read and written here."""
-    if fmt.sealed and fmt.codec != "kivi":
-        return False
-    return fmt.codec in FORMATS and not fmt.key_channels and not fmt.counts
+    return fmt.codec in FORMATS and not (fmt.sealed and fmt.codec == "fp8")
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -106,13 +105,21 @@ def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat,
         base.numel(),
         DTYPE_CODES.get(fmt.dtype, 0),
         fmt.num_kv_heads,
-        fmt.head_dim,
+        fmt.key_channels or fmt.head_dim,
         fmt.v_head_dim,
         (kind, fmt.key_bits or plain_bits, fmt.block),
         (kind, fmt.value_bits or plain_bits, fmt.block),
         fmt.digest_bytes,
         order,
+        *_extras(fmt),
     )
+
+
+def _extras(fmt: PageFormat) -> tuple[int, int]:
+    """Return the bytes of a strip at which its channels and its counts lie; 0: it has none."""
+    start = extras_at(fmt)
+    counts = start + fmt.num_kv_heads * fmt.key_channels
+    return start if fmt.key_channels else 0, counts if fmt.counts else 0
 
 
 def _address(array: npt.NDArray[Any]) -> int:

@@ -161,7 +161,7 @@ class Compactor:
                 place[number][head, : part.shape[0]] = part
         if fmt.digest_bytes:
             for strip, part in zip(targets, torch.split(chosen, STRIP_TOKENS, dim=1), strict=True):
-                write_digest(strip, fmt, self._codec.open(strip, fmt)[0], 0, part.shape[1], part.shape[1])
+                write_digest(strip, fmt, codec.open(strip, fmt)[0], 0, part.shape[1], part.shape[1])
 
 
 def checked_choice(policy: TokenPolicy, view: LayerView, count: int) -> Tensor:

@@ -68,6 +68,10 @@ class OrderedCodec:
         k, v = self.codec.open(strip, fmt)
         return torch.empty_like(k).scatter_(2, self._places(k), k), v
 
+    def bounds(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+        """Return the bounds of the codec, which are of channels where the model has them."""
+        return self.codec.bounds(strip, fmt)
+
     def _places(self, k: Tensor) -> Tensor:
         return self.order.long()[:, None].expand_as(k)
 
