@@ -10,6 +10,7 @@ NAMES = (
     "decode8",
     "http",
     "kv-capacity",
+    "kv-matrix",
     "kv-speed",
     "long",
     "overhead",
