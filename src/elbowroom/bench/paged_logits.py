@@ -24,7 +24,9 @@ _CAPACITY_BYTES = 256 * 2**20
 
 
 @torch.inference_mode()
-def paged_logits(decoder: Decoder, tokens: Sequence[int], chunk: int, path: ComputePath, kv: str = "plain") -> Tensor:
+def paged_logits(
+    decoder: Decoder, tokens: Sequence[int], chunk: int, path: ComputePath, kv: str | KVPlan = "plain"
+) -> Tensor:
     """Return the logits ``[T, V]`` of ``tokens``, read in chunks of ``chunk`` on ``path`` with KV kept as ``kv``.
 
     Raises:
