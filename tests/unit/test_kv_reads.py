@@ -22,7 +22,9 @@ HEADER = (
 
 def line(step: int, layer: int, head: int, tokens: int, keys: int, values: int, bits: int, again: bool) -> str:
     low = 4 if bits > 0 else -1
-    return f"{step},{layer},{head},8.0,{tokens},{keys},{bits},16,0.05,{again},{low},{values},{bits},True,False,False,-1\n"
+    return (
+        f"{step},{layer},{head},8.0,{tokens},{keys},{bits},16,0.05,{again},{low},{values},{bits},True,False,False,-1\n"
+    )
 
 
 def written(tmp_path: Path, *lines: str) -> Path:
@@ -32,7 +34,7 @@ def written(tmp_path: Path, *lines: str) -> Path:
 
 
 def test_a_small_trace_counts_as_by_hand(tmp_path: Path):
-    """Two layers of two heads: all keys of the prompt, then half of the keys, a quarter of the values, one head less."""
+    """Two layers of two heads: all keys of the prompt; then half of the keys, a quarter of the values, a head less."""
     prompt = [line(0, layer, head, 10, 10, 5, 6, False) for layer in (0, 1) for head in (0, 1)]
     decode = [line(1, 0, 0, 12, 6, 3, 6, True), line(1, 0, 1, 12, 6, 3, 6, False), line(1, 1, 0, 12, 6, 3, 6, False)]
     trace = read_trace(written(tmp_path, *prompt, *decode))

@@ -12,6 +12,7 @@ NAMES = (
     "kv-capacity",
     "kv-matrix",
     "kv-speed",
+    "kvpress",
     "long",
     "overhead",
     "parity",

@@ -8,14 +8,16 @@ answer that are predicted greedily behind the true ones before them are the answ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from elbowroom.bench.paged_logits import paged_logits
+from elbowroom.engine.executors.local import StoreContext
 from elbowroom.evals.base import Sample, TextTokenizer
+from elbowroom.kv.base import KVStep, KVStore
 from elbowroom.kv.plan import KVPlan
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.path import ComputePath
@@ -55,13 +57,17 @@ def answered(decoder: Decoder, plan: KVPlan, tasks: Mapping[str, ForcedTask]) ->
 
 
 def window_bits(
-    decoder: Decoder, plan: KVPlan, tokenizer: TextTokenizer, windows: Sequence[list[int]]
+    decoder: Decoder,
+    plan: KVPlan,
+    tokenizer: TextTokenizer,
+    windows: Sequence[list[int]],
+    contexts: Callable[[KVStore, KVStep], StoreContext] = StoreContext,
 ) -> dict[tuple[str, int], float]:
-    """Return the bits per byte of each window's second half, behind its first half."""
+    """Return the bits per byte of each window's second half, behind its first half; arguments as ``paged_logits``."""
     found = {}
     for number, tokens in enumerate(windows):
         half = len(tokens) // 2
-        logits = paged_logits(decoder, tokens, _CHUNK, READABLE, plan)[half - 1 : -1]
+        logits = paged_logits(decoder, tokens, _CHUNK, READABLE, plan, contexts)[half - 1 : -1]
         nats = float(F.cross_entropy(logits, torch.tensor(tokens[half:]), reduction="sum"))
         found["window", number] = nats / math.log(2) / len(tokenizer.decode(tokens[half:]).encode("utf-8"))
     return found

@@ -9,11 +9,17 @@ import sys
 import time
 
 from elbowroom.bench.base import BenchOptions, BenchResult, Claim, Row
-from elbowroom.bench.kv_matrix import spatten_bytes
+from elbowroom.bench.kv_matrix import bfp_gain, defaults, kivi_axes, scbench_turns, spatten_bytes
 from elbowroom.bench.kv_matrix.part import Measure
 from elbowroom.bench.machine import machine_info
 
-PARTS: tuple[Measure, ...] = (spatten_bytes.measure,)
+PARTS: tuple[Measure, ...] = (
+    spatten_bytes.measure,
+    kivi_axes.measure,
+    bfp_gain.measure,
+    scbench_turns.measure,
+    defaults.measure,
+)
 
 
 def run(options: BenchOptions) -> BenchResult:

@@ -16,6 +16,8 @@ SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 """Budgets, as shares of what bfloat16 holds."""
 SAME_BYTES = 1.1
 """A plan of one size belongs to a budget if it holds at most this many times its bytes."""
+FILLED = 0.7
+"""A budget is only for a plan that fills so much of it."""
 _STEP = 16
 
 
@@ -81,7 +83,7 @@ class Sizes:
         return int(bound.curve(self.length - NEW_TOKENS, np.array([self.length - 1])).resident_bytes[0])
 
     def largest(self, plan: MatrixPlan, num_bytes: float) -> str | None:
-        """Return the plan with the most tokens that holds at most ``num_bytes``; None: none does, or nothing goes."""
+        """Return the plan with the most tokens that holds at most ``num_bytes``; None: it cannot hold about so many."""
         for tokens in range(self.length - NEW_TOKENS - 1, 0, -1):
             if tokens % _STEP:
                 continue
@@ -91,7 +93,7 @@ class Sizes:
             except PlanError:
                 return None  # fewer tokens than it always keeps
             if held <= num_bytes:
-                return text if held < self.held_bytes(plan.text.format(tokens=self.length)) else None
+                return text if held >= FILLED * num_bytes else None
         return None
 
     def points(self, plans: Sequence[MatrixPlan], shares: Sequence[float]) -> list[Point]:
