@@ -82,7 +82,7 @@ class AxisCodec:
         packed, scales, minima = self._fields(part)
         shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8)
         codes = ((packed[:, None] >> shifts) & (2**self.bits - 1)).view(-1, self.g).float()
-        rows = (codes * scales.float()[:, None] + minima.float()[:, None]).view(num_heads, -1)
+        rows: Tensor = (codes * scales.float()[:, None] + minima.float()[:, None]).view(num_heads, -1)
         if axis == "token":
             return rows.view(num_heads, STRIP_TOKENS, width)
         return rows.view(num_heads, width, STRIP_TOKENS).transpose(1, 2)

@@ -101,7 +101,7 @@ def release(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hold(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Hold a session for each prompt but the first, which warms up; return the store's bytes and the process's growth."""
+    """Hold a session for each prompt but the first, which warms up; return the store's bytes, the process's growth."""
     from elbowroom.engine.llm import LLM
 
     first, *prompts = spec["prompts"]

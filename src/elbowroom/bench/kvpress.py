@@ -1,8 +1,8 @@
-"""kvpress: the share of the cache that kvpress reports as saved, beside what its tensors and its process hold, and ours.
+"""kvpress: the share of a cache that kvpress reports as saved, beside what its tensors and process hold, and ours.
 
 The built-in model, equal prompts of held-out text. kvpress runs in an environment of its own (``kvpress_environment``)
-and keeps the caches of all prompts; the process is weighed before and behind. Ours holds the same prompts under plans of
-the same budget. There is no claim: rows show which reported savings are there.
+and keeps the caches of all prompts; the process is weighed before and behind. Ours holds the same prompts under plans
+of the same budget. There is no claim: rows show which reported savings are there.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def measure(_options: BenchOptions, directory: Path | None = None) -> Part:
         return Part([], [unmeasured(NAME, "<=", 0.0, UNIT, reason)])
     rows = [
         row
-        for name, figures in (EXPECTED | OPTIONAL).items()
+        for name, figures in (*EXPECTED.items(), *OPTIONAL.items())
         if (folder / name).is_file()
         for row in _rows(name, read_trace(folder / name), figures)
     ]

@@ -53,9 +53,7 @@ class Side:
             "none": lambda: None,
             "SnapKVPress": lambda: kvpress.SnapKVPress(compression_ratio=ratio, window_size=_WINDOW),
             "StreamingLLMPress": lambda: kvpress.StreamingLLMPress(compression_ratio=ratio),
-            "AdaKVPress": lambda: kvpress.AdaKVPress(
-                kvpress.SnapKVPress(compression_ratio=ratio, window_size=_WINDOW)
-            ),
+            "AdaKVPress": lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=ratio, window_size=_WINDOW)),
             "ThinKPress": lambda: kvpress.ThinKPress(key_channel_compression_ratio=ratio, window_size=_WINDOW),
         }
         return makers[name]()
