@@ -32,7 +32,7 @@ PRESSES = {
     "ThinKPress": 0.5,
 }
 """Each with the ratio that it is asked for: of tokens, or (ThinK) of the channels of keys."""
-LENGTH, NUM_PROMPTS = 2048, 24
+LENGTH, NUM_PROMPTS = 2048, 12
 MEMORY = "512MiB"
 HOW = f"make its environment with `python -m elbowroom.bench.kvpress_environment DIR`, then set {VARIABLE}=DIR"
 
@@ -45,7 +45,7 @@ class Load:
 
     @classmethod
     def of(cls, options: BenchOptions) -> Load:
-        """Return 24 prompts of 2,048 tokens (quick: 3 of 512)."""
+        """Return 12 prompts of 2,048 tokens (quick: 3 of 512)."""
         tokenizer = PlainTokenizer(Tokenizer.from_directory(find_model(None)))
         length, count = (512, 3) if options.quick else (LENGTH, NUM_PROMPTS)
         return cls(windows(tokenizer, length, count + 1))

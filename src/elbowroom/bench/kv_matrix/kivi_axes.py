@@ -5,9 +5,9 @@ and thus equal bytes. Only one of the four is a plan of the product (codec ``kiv
 this benchmark with packed codes, on the readable path and with exact queries. The built-in model is measured as it is,
 and with outlier channels injected into its keys that change no logit (``outliers``): a small model has few of its own.
 
-The claims are about 2 bits on the injected model, in bits per byte on the same windows of held-out text; of intervals the
-lower end counts. ``kivi.axes``: by how much keys by channel with values by token are better than the closest of the
-three others. ``kivi.axes.keys``: by how much keys by channel are better than keys by token, values by token.
+The claims are about 2 bits on the injected model, in bits per byte on the same windows of held-out text; of intervals
+the lower end counts. ``kivi.axes``: by how much keys by channel with values by token are better than the closest of
+the three others. ``kivi.axes.keys``: by how much keys by channel are better than keys by token, values by token.
 """
 
 from __future__ import annotations
