@@ -12,7 +12,9 @@ from elbowroom.bench.axis_codec import AXES, AxisCodec
 from elbowroom.bench.families import FAMILIES, write_family
 from elbowroom.bench.outliers import write_with_outliers
 from elbowroom.bench.paged_logits import paged_logits
+from elbowroom.bench.sorted_channels import channel_orders, sorting
 from elbowroom.core import LayerSpec
+from elbowroom.engine.executors.local import StoreContext
 from elbowroom.errors import ModelError, PlanError
 from elbowroom.kv.codecs.kivi import KiviCodec
 from elbowroom.kv.plan import KVPlan
@@ -108,3 +110,21 @@ def test_an_outlier_spoils_what_shares_its_scale_only(k, v):
 def test_groups_that_do_not_divide_a_head_are_refused():
     with pytest.raises(PlanError, match="groups of 24"):
         KVPlan(AxisCodec("token", "token", 4, 24)).bind((LAYER,), "float32")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("by", ["magnitude", "ratio"])
+def test_sorted_channels_give_the_same_logits_and_put_outliers_last(tmp_path: Path, by):
+    decoder = load_model(write_with_outliers(find_model(None), tmp_path / "large", factor=1024.0), torch.float32)
+    tokens = list(range(5, 105))
+    order = channel_orders(decoder, tokens)[by]
+    keys = keys_of(decoder, tokens)
+    for layer, heads in zip(keys, order, strict=True):
+        size = layer.square().mean(0).sqrt()
+        assert heads.sort(dim=-1).values.equal(torch.arange(64).expand(2, 64))
+        last = size.gather(1, heads[:, -6:])
+        assert (last > 8 * size.median(dim=-1, keepdim=True).values).all()
+    plain, reordered = (
+        paged_logits(decoder, tokens, 64, TORCH, "plain", contexts) for contexts in (StoreContext, sorting(order))
+    )
+    torch.testing.assert_close(plain, reordered, rtol=1e-4, atol=1e-4)

@@ -1,12 +1,15 @@
 """Channels of keys sorted by magnitude before they are stored, and of queries alike: scores stay what they are.
 
 Trukhanov and Soloveychik (arXiv 2403.20137) sort channels so that outliers share blocks of a block floating point
-format. The order is that of the root mean square of keys behind RoPE, over a calibration text, for each KV head.
+format. Two orders, from root mean squares behind RoPE over a calibration text, for each KV head: by *magnitude* of
+keys, as in the paper; and by *ratio* of keys to queries. What shares a block with an outlier is rounded to the exponent
+of that, and the error weighs as much as the query there: channels with small queries should join the outliers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,26 +19,35 @@ from elbowroom.kv.base import KVStep, KVStore
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.dense import DenseContext
 
+Order = Literal["magnitude", "ratio"]
+
 
 class _Measuring(DenseContext):
-    """Notes the magnitude of every channel of the keys it is given."""
+    """Notes the magnitude of every channel of the keys and queries it is given, by layer and KV head."""
 
     def __init__(self, decoder: Decoder, length: int) -> None:
         super().__init__(decoder.config.layers, 1, length)
-        self.magnitudes: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.queries: list[Tensor] = []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Note, and attend."""
-        self.magnitudes.append(k.float().square().mean(0).sqrt())
+        self.keys.append(k.float().square().mean(0).sqrt())
+        groups = q.float().square().mean(0).view(k.shape[1], -1, q.shape[2])
+        self.queries.append(groups.mean(1).sqrt())
         return super().attend(layer, q, k, v)
 
 
 @torch.inference_mode()
-def channel_order(decoder: Decoder, tokens: Sequence[int]) -> list[Tensor]:
+def channel_orders(decoder: Decoder, tokens: Sequence[int]) -> dict[Order, list[Tensor]]:
     """Return, by layer, the channels of each KV head from the smallest to the largest, int64 ``[Hkv, D]``."""
     context = _Measuring(decoder, len(tokens))
     decoder(torch.tensor(tokens), context)
-    return [each.argsort(dim=-1) for each in context.magnitudes]
+    ratios = [k / q.clamp(min=torch.finfo(q.dtype).tiny) for k, q in zip(context.keys, context.queries, strict=True)]
+    return {
+        "magnitude": [each.argsort(dim=-1) for each in context.keys],
+        "ratio": [each.argsort(dim=-1) for each in ratios],
+    }
 
 
 class SortedContext(StoreContext):
