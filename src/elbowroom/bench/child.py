@@ -19,6 +19,9 @@ from elbowroom.errors import ElbowroomError
 from elbowroom.memory.meter import peak_rss_bytes, reset_peak, rss_bytes
 from elbowroom.serve.preload import preload
 
+_GIVEN_BACK_S = 2.0
+"""By then an idle engine has given freed pages back to the system."""
+
 
 def mixed_lengths(count: int, longest: int, most_new: int, seed: int) -> list[tuple[int, int]]:
     """Return ``count`` pairs of prompt and output lengths, long and short ones mixed, in tokens."""
@@ -101,17 +104,21 @@ def release(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hold(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Hold a session for each prompt but the first, which warms up; return the store's bytes, the process's growth."""
+    """Hold a session for each held-out prompt but the first, a warm-up; return the store's bytes and RSS's growth."""
     from elbowroom.engine.llm import LLM
+    from elbowroom.evals.comparison.perplexity import windows
+    from elbowroom.evals.engine_target import PlainTokenizer
 
-    first, *prompts = spec["prompts"]
     with LLM(spec["model"], memory=spec["memory"], kv=spec["kv"], prefix_cache=False) as llm:
+        first, *prompts = windows(PlainTokenizer(llm.tokenizer), spec["length"], spec["num_prompts"])
         llm.session(first).close()
         _fall(lambda: None)
         before = rss_bytes()
         reset_peak()
         sessions = [llm.session(prompt) for prompt in prompts]
-        held, peak, rest = llm.engine.kv_report(), peak_rss_bytes(), rss_bytes()
+        held, peak = llm.engine.kv_report(), peak_rss_bytes()
+        time.sleep(_GIVEN_BACK_S)
+        rest = rss_bytes()
         if held.num_sequences < len(prompts):
             raise ElbowroomError(f"{held.num_sequences} of {len(prompts)} sessions are held", "raise the memory")
         _close(sessions)

@@ -28,7 +28,7 @@ from elbowroom.models.hf_config import read_config
 
 NAME = "matrix.defaults"
 UNIT = "default combinations that beat their parts at no budget"
-QUESTIONS = Questions(length=2048, tasks=TASKS, keys=KEYS, num_queries=64, num_windows=8)
+QUESTIONS = Questions(length=2048, tasks=TASKS, keys=KEYS, num_queries=48, num_windows=6)
 QUICK = replace(QUESTIONS, length=512, num_queries=4, num_windows=2, num_contexts=1)
 QUICK_PLANS, QUICK_SHARES = ("plain", "int8", "snapkv", "snapkv | int8"), (1 / 4,)
 _FIGURES = (

@@ -70,7 +70,7 @@ class Load:
 
 @torch.inference_mode()
 def measure(options: BenchOptions) -> Part:
-    """Measure the four ways in 2 and 4 bits on both models (quick: in 2 bits, on the injected one)."""
+    """Measure the four ways in 2 bits on both models, in 4 bits on the injected one (quick: on that, in 2 bits)."""
     source = find_model(None)
     load = Load.of(source, options)
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,7 +81,8 @@ def measure(options: BenchOptions) -> Part:
         raise IntegrityError(f"outlier channels changed a logit by {difference:.1e}", "report this as a bug")
     rows, found = [], {}
     for model in (INJECTED,) if options.quick else (INJECTED, NATURAL):
-        for row, values in _rows(model, decoders[model], load, (CLAIMED_BITS,) if options.quick else BITS):
+        bits = BITS if model == INJECTED and not options.quick else (CLAIMED_BITS,)
+        for row, values in _rows(model, decoders[model], load, bits):
             rows.append(row | {"logit_difference": difference})
             if model == INJECTED and row["bits"] == CLAIMED_BITS:
                 found[str(row["k"]), str(row["v"])] = values
