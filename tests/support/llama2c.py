@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-DATA = Path(os.environ.get("ELBOWROOM_DATA", Path(__file__).parents[2] / "../shared/data"))
+from elbowroom.bench.shared_data import DATA
+
 STORIES = DATA / "models/stories260K"
 TRANSPOSED_ROUNDS = {"9414d5a285453a7eab631713d171753232c978f6f97654211469aff8be93c8d6": 5}
 """Copies (by SHA-256) whose matrices some program transposed in place, once for each of the five layers.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from elbowroom.bench import kvpress
 from elbowroom.bench.array_bytes import array_bytes
 from elbowroom.bench.kv_capacity import HEADS, Load, _peak_claim, _ratio_claim, _rival_rows, ratio_of, tokens_at
 from elbowroom.bench.kv_capacity_child import PROMPT_TOKENS, Growing
@@ -175,3 +176,21 @@ def test_the_measured_rate_stands_beside_its_ceiling():
     assert row["ceiling_tokens_per_s"] == pytest.approx(1 / 0.06)
     assert row["share_of_ceiling"] == pytest.approx(12.5 * 0.06)
     assert ceiling_of(found | {"ours": {"tokens_per_s": None}}, turns) == {}
+
+
+def test_without_its_environment_kvpress_has_a_row_that_says_how_to_make_it(tmp_path: Path, monkeypatch):
+    for directory in (None, tmp_path):
+        if directory is not None:
+            monkeypatch.setenv("ELBOWROOM_KVPRESS", str(directory))
+        else:
+            monkeypatch.delenv("ELBOWROOM_KVPRESS", raising=False)
+        (row,) = kvpress._their_rows(kvpress.Load([[1], [2]]))
+        assert row["reported"] is None
+        assert "python -m elbowroom.bench.kvpress_environment DIR" in str(row["reason"])
+
+
+def test_savings_are_shares_of_the_same_sides_dense_cache():
+    dense = {"reported_ratio": 0.0, "tensor_bytes": 100, "rest_bytes": 200, "peak_bytes": 400}
+    masked = dense | {"reported_ratio": 0.75, "peak_bytes": 300}
+    row = kvpress._saved(masked, dense)
+    assert (row["reported"], row["saved_tensors"], row["saved_process"], row["saved_peak"]) == (0.75, 0.0, 0.0, 0.25)

@@ -220,3 +220,27 @@ def test_a_task_that_cannot_be_answered_fails_the_controls(monkeypatch: pytest.M
     monkeypatch.setitem(TASKS._paths, "short", "tests.support.evals:TOO_SHORT")
     with pytest.raises(IntegrityError, match=r"short: the references score 0\.000"):
         list(run_controls(replace(PLAN, tasks=("short",)), FickleTarget(), TOKENIZER))
+
+
+def test_a_first_question_may_be_read_with_the_context():
+    plan = replace(PLAN, tasks=("first_seen",), context_tokens=400, num_facts=2)
+    sample = next(plan.samples("first_seen", TOKENIZER))
+    target = LoggedTarget(OracleTarget([sample], TOKENIZER))
+    outcomes = list(outcomes_of(target, sample, "gold"))
+    first, second = sample.turns
+    assert target.contexts == [sample.context + first.prompt]
+    assert target.log.calls == [
+        ("fork ask", ""),
+        ("main push", first.reference),
+        ("fork ask", second.prompt),
+    ]
+    assert all(outcome.correct for outcome in outcomes)
+    unseen = replace(plan, tasks=("follow_ups",)).samples("follow_ups", TOKENIZER)
+    assert sample.context in {each.context for each in unseen}
+
+
+def test_requests_of_their_own_have_no_first_question():
+    plan = replace(PLAN, tasks=("first_seen",), context_tokens=400, mode="multi_request")
+    sample = next(plan.samples("first_seen", TOKENIZER))
+    assert sample.opening == sample.context
+    assert not sample.first_seen

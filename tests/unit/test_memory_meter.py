@@ -92,7 +92,7 @@ def test_peak_includes_live_children():
 
 def test_vanished_process_counts_nothing():
     """A child that ends while it is read counts as zero bytes."""
-    assert meter._status_bytes(2**22 + 1, "VmHWM") == 0
+    assert meter.status_bytes(2**22 + 1, "VmHWM") == 0
 
 
 @pytest.mark.parametrize("version", [1, 2])

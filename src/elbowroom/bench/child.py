@@ -16,8 +16,11 @@ from typing import Any
 
 from elbowroom.engine.session import Session
 from elbowroom.errors import ElbowroomError
-from elbowroom.memory.meter import rss_bytes
+from elbowroom.memory.meter import peak_rss_bytes, reset_peak, rss_bytes
 from elbowroom.serve.preload import preload
+
+_GIVEN_BACK_S = 2.0
+"""By then an idle engine has given freed pages back to the system."""
 
 
 def mixed_lengths(count: int, longest: int, most_new: int, seed: int) -> list[tuple[int, int]]:
@@ -100,6 +103,28 @@ def release(spec: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def hold(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Hold a session for each held-out prompt but the first, a warm-up; return the store's bytes and RSS's growth."""
+    from elbowroom.engine.llm import LLM
+    from elbowroom.evals.comparison.perplexity import windows
+    from elbowroom.evals.engine_target import PlainTokenizer
+
+    with LLM(spec["model"], memory=spec["memory"], kv=spec["kv"], prefix_cache=False) as llm:
+        first, *prompts = windows(PlainTokenizer(llm.tokenizer), spec["length"], spec["num_prompts"])
+        llm.session(first).close()
+        _fall(lambda: None)
+        before = rss_bytes()
+        reset_peak()
+        sessions = [llm.session(prompt) for prompt in prompts]
+        held, peak = llm.engine.kv_report(), peak_rss_bytes()
+        time.sleep(_GIVEN_BACK_S)
+        rest = rss_bytes()
+        if held.num_sequences < len(prompts):
+            raise ElbowroomError(f"{held.num_sequences} of {len(prompts)} sessions are held", "raise the memory")
+        _close(sessions)
+    return {"tensor_bytes": held.live_bytes, "rest_bytes": rest - before, "peak_bytes": peak - before}
+
+
 def _close(sessions: Sequence[Session]) -> None:
     for session in sessions:
         session.close()
@@ -113,7 +138,7 @@ def _fall(free: Callable[[], object]) -> dict[str, int]:
     return {"rss_bytes": before - rss_bytes()}
 
 
-TASKS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"budget": budget, "release": release}
+TASKS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"budget": budget, "hold": hold, "release": release}
 
 
 def run_child(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elbowroom.engine.executors.local import StoreContext
 from elbowroom.errors import OutOfBudget
-from elbowroom.kv.base import KVStep
+from elbowroom.kv.base import KVStep, KVStore
 from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
@@ -24,8 +24,17 @@ _CAPACITY_BYTES = 256 * 2**20
 
 
 @torch.inference_mode()
-def paged_logits(decoder: Decoder, tokens: Sequence[int], chunk: int, path: ComputePath, kv: str = "plain") -> Tensor:
+def paged_logits(
+    decoder: Decoder,
+    tokens: Sequence[int],
+    chunk: int,
+    path: ComputePath,
+    kv: str | KVPlan = "plain",
+    contexts: Callable[[KVStore, KVStep], StoreContext] = StoreContext,
+) -> Tensor:
     """Return the logits ``[T, V]`` of ``tokens``, read in chunks of ``chunk`` on ``path`` with KV kept as ``kv``.
+
+    ``contexts`` makes what stands between the model and the store in each step.
 
     Raises:
         OutOfBudget: the prompt needs more than 256 MiB of KV cache.
@@ -40,7 +49,7 @@ def paged_logits(decoder: Decoder, tokens: Sequence[int], chunk: int, path: Comp
         step = KVStep((handle,), np.asarray([0, len(part)], dtype=np.int32), positions)
         if store.reserve(step) is not None:
             raise OutOfBudget(f"{len(tokens)} tokens need more than {_CAPACITY_BYTES} bytes of KV cache")
-        context, rows = StoreContext(store, step), torch.arange(len(part))
+        context, rows = contexts(store, step), torch.arange(len(part))
         pieces.append(model.step(torch.tensor(part), context, rows, TorchScratch()))
         store.end_step(step)
     store.close_all()

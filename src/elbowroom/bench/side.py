@@ -22,6 +22,7 @@ from typing import Any, Self
 import psutil
 
 from elbowroom.errors import ElbowroomError
+from elbowroom.memory.meter import status_bytes
 
 SIDES = Path(__file__).parent / "sides"
 LOOP = SIDES / "loop.py"
@@ -55,15 +56,21 @@ class Side:
         environment: of the process.
         timeout_s: longest time for one answer; a slower side is stopped.
         program: what runs the script and speaks for it.
+        python: the interpreter, of another environment where a rival needs one.
     """
 
     def __init__(
-        self, script: Path, environment: Mapping[str, str], timeout_s: float = TIMEOUT_S, program: Path = LOOP
+        self,
+        script: Path,
+        environment: Mapping[str, str],
+        timeout_s: float = TIMEOUT_S,
+        program: Path = LOOP,
+        python: str = sys.executable,
     ) -> None:
         self._timeout_s, self._timed_out = timeout_s, False
         self._errors = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115  closed by close()
         # -P: a directory of side scripts must not shadow the packages that they import.
-        command = [sys.executable, "-P", str(program), str(script)]
+        command = [python, "-P", str(program), str(script)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -139,6 +146,14 @@ class Side:
     ) -> None:
         """Close."""
         self.close()
+
+    def status_bytes(self, field: str) -> int:
+        """Return ``VmRSS`` or ``VmHWM`` of the process."""
+        return status_bytes(self._process.pid, field)
+
+    def reset_peak(self) -> None:
+        """Let the process's peak (``VmHWM``) begin again at what is resident now."""
+        Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
 
     def _cpu_seconds(self) -> float:
         try:

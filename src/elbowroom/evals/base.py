@@ -49,7 +49,18 @@ class Sample:
     """Tokens of the context with its longest prompt and answer."""
     follow_up: bool = False
     """The mode: turns follow each other in one session; otherwise each has its own fork of the context."""
+    first_seen: bool = False
+    """The first question is read together with the context, so that what chooses at a prompt's end sees it."""
     meta: dict[str, int | float | str] = field(default_factory=dict)
+
+    @property
+    def opening(self) -> str:
+        """What a session reads first."""
+        return self.context + self.turns[0].prompt if self.first_seen else self.context
+
+    def prompt(self, number: int) -> str:
+        """Return what a turn still has to read: nothing where the opening ended with its question."""
+        return "" if self.first_seen and number == 0 else self.turns[number].prompt
 
 
 @dataclass(frozen=True, slots=True)

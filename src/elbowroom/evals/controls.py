@@ -7,10 +7,10 @@ without the context: what it scores can be guessed. Asked twice, the target must
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from elbowroom.errors import IntegrityError
-from elbowroom.evals.base import History, Reply, Sample, Session, Target, TextTokenizer
+from elbowroom.evals.base import History, Reply, Sample, Target, TextTokenizer
 from elbowroom.evals.retrieval import outcomes_of, run
 from elbowroom.evals.run_plan import RunPlan
 
@@ -46,23 +46,15 @@ class OracleTarget:
     """Answers from the references of the samples it was given."""
 
     def __init__(self, samples: Iterable[Sample], tokenizer: TextTokenizer) -> None:
-        self._answers = {sample.context: {turn.prompt: turn.reference for turn in sample.turns} for sample in samples}
+        self._answers = {
+            sample.opening: {sample.prompt(number): turn.reference for number, turn in enumerate(sample.turns)}
+            for sample in samples
+        }
         self._tokenizer = tokenizer
 
     def open(self, context: str) -> OracleSession:
         """Look up the answers of ``context``."""
         return OracleSession(self._answers[context], self._tokenizer)
-
-
-class NullTarget:
-    """A target that is not shown the context."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-
-    def open(self, context: str) -> Session:
-        """Open an empty session."""
-        return self._target.open("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +83,7 @@ def run_controls(plan: RunPlan, target: Target, tokenizer: TextTokenizer) -> Ite
     for task in plan.tasks:
         samples = list(_first_samples(plan.samples(task, tokenizer)))
         oracle, _ = run(OracleTarget(samples, tokenizer), samples)
-        null, _ = run(NullTarget(target), samples)
+        null, _ = run(target, [replace(sample, context="") for sample in samples])
         replies, again = (_replies(target, samples, plan.history) for _ in range(2))
         result = ControlResult(
             num_queries=oracle.num_queries,

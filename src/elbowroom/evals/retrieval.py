@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from elbowroom.evals.base import History, Reply, Sample, Session, Target, Turn
+from elbowroom.evals.base import History, Reply, Sample, Session, Target
 from elbowroom.evals.samples import NUM_DECILES
 from elbowroom.evals.scorers import score_turn
 from elbowroom.evals.stats import mean_interval
@@ -101,10 +101,10 @@ def outcomes_of(target: Target, sample: Sample, history: History = "own") -> Ite
         history: what stands behind the earlier questions of a session: with ``gold`` the references, so that errors
             do not pile up and all targets are asked the same.
     """
-    session = target.open(sample.context)
+    session = target.open(sample.opening)
     try:
         for number, turn in enumerate(sample.turns):
-            reply = _ask(session, sample, turn, history)
+            reply = _ask(session, sample, number, history)
             score = score_turn(turn, reply.text)
             yield Outcome(
                 sample.id,
@@ -121,16 +121,18 @@ def outcomes_of(target: Target, sample: Sample, history: History = "own") -> Ite
         session.close()
 
 
-def _ask(session: Session, sample: Sample, turn: Turn, history: History) -> Reply:
+def _ask(session: Session, sample: Sample, number: int, history: History) -> Reply:
+    turn, prompt = sample.turns[number], sample.prompt(number)
     if sample.follow_up and history == "own":
-        return session.ask(turn.prompt, turn.max_new_tokens)
+        return session.ask(prompt, turn.max_new_tokens)
     fork = session.fork()
     try:
-        reply = fork.ask(turn.prompt, turn.max_new_tokens)
+        reply = fork.ask(prompt, turn.max_new_tokens)
     finally:
         fork.close()
     if sample.follow_up and turn is not sample.turns[-1]:
-        session.push(turn.prompt)
+        if prompt:
+            session.push(prompt)
         session.push(turn.reference)
     return reply
 

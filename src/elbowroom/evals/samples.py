@@ -7,7 +7,7 @@ with facts in every tenth of the depth equally often.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,6 +60,13 @@ def chat(tokenizer: TextTokenizer, spec: TaskSpec) -> Iterator[Sample]:
 def follow_ups(tokenizer: TextTokenizer, spec: TaskSpec) -> Iterator[Sample]:
     """Yield contexts whose facts are asked one after the other in one session."""
     return _keyed("follow_ups", tokenizer, spec, _completion, follow_up=True)
+
+
+def first_seen(tokenizer: TextTokenizer, spec: TaskSpec) -> Iterator[Sample]:
+    """Yield the contexts of ``follow_ups`` with the first question behind them, before anything is chosen."""
+    for sample in follow_ups(tokenizer, spec):
+        number = sample.id.rpartition("-")[2]
+        yield replace(sample, id=f"first_seen-{number}", first_seen=sample.follow_up)
 
 
 def chains(tokenizer: TextTokenizer, spec: TaskSpec) -> Iterator[Sample]:

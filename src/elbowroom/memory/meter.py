@@ -11,7 +11,7 @@ import psutil
 _OWN_STATUS = Path("/proc/self/status")
 
 
-def _status_bytes(pid: int, field: str) -> int:
+def status_bytes(pid: int, field: str) -> int:
     """Return a kB field of /proc/PID/status in bytes; 0 for a process that is gone."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -25,7 +25,7 @@ def _status_bytes(pid: int, field: str) -> int:
 def rss_bytes() -> int:
     """Return VmRSS of this process."""
     if _OWN_STATUS.exists():
-        return _status_bytes(os.getpid(), "VmRSS")
+        return status_bytes(os.getpid(), "VmRSS")
     return int(psutil.Process().memory_info().rss)
 
 
@@ -34,7 +34,7 @@ def peak_rss_bytes() -> int:
     if not _OWN_STATUS.exists():
         return rss_bytes()
     children = psutil.Process().children(recursive=True)
-    return _status_bytes(os.getpid(), "VmHWM") + sum(_status_bytes(child.pid, "VmHWM") for child in children)
+    return status_bytes(os.getpid(), "VmHWM") + sum(status_bytes(child.pid, "VmHWM") for child in children)
 
 
 def reset_peak() -> bool:

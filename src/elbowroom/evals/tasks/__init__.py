@@ -10,6 +10,7 @@ TASKS: Registry[Task] = Registry(
         "retrieval": f"{_HERE}.trained:RETRIEVAL",
         "chat": f"{_HERE}.trained:CHAT",
         "follow_ups": f"{_HERE}.trained:FOLLOW_UPS",
+        "first_seen": f"{_HERE}.trained:FIRST_SEEN",
         "chains": f"{_HERE}.trained:CHAINS",
         "many_shot": f"{_HERE}.trained:MANY_SHOT",
         "niah_single_1": f"{_HERE}.niah:SINGLE_1",

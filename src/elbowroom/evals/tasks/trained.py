@@ -16,6 +16,11 @@ CHAT = Task(asks="the code of a key, as a chat in the special tokens of the buil
 FOLLOW_UPS = Task(
     asks="the codes of keys, one question after the other in one session", samples=samples.follow_ups, mode="multi_turn"
 )
+FIRST_SEEN = Task(
+    asks="the same, the first question read with the context (SCBench's multi-turn mode)",
+    samples=samples.first_seen,
+    mode="multi_turn",
+)
 CHAINS = Task(asks="the number that a chain of variables (--hops) leads back to", samples=samples.chains)
 MANY_SHOT = Task(
     asks="the label of an item among labelled items (SCBench's kind; up to 4 are asked)",

@@ -73,11 +73,11 @@ class KiviCodec:
             parts = self._parts(strip, fmt, number)
             channels = torch.zeros(_up(fmt.head_dim, _QUAD), STRIP_TOKENS)
             channels[: fmt.head_dim] = keys.t()
-            codes, scale, low = _encode(torch.unflatten(channels, 1, (-1, group)), int(self.k))
+            codes, scale, low = encode_groups(torch.unflatten(channels, 1, (-1, group)), int(self.k))
             _fill(parts[:3], _pack(codes.flatten(1), int(self.k)), scale.t(), low.t())
             wide = torch.nn.functional.pad(values, (0, _up(fmt.v_head_dim, group) - fmt.v_head_dim))
             wide[:, fmt.v_head_dim :] = values[:, -1:]  # a shorter last group has the range of its own values
-            codes, scale, low = _encode(torch.unflatten(wide, 1, (-1, group)), int(self.v))
+            codes, scale, low = encode_groups(torch.unflatten(wide, 1, (-1, group)), int(self.v))
             codes = codes.flatten(1)[:, : _up(fmt.v_head_dim, _RUN)]
             codes[:, fmt.v_head_dim :] = 0
             _fill(parts[3:], _pack(codes, int(self.v)), scale.t(), low.t())
@@ -123,7 +123,7 @@ def _up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def _encode(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def encode_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, uint8, with scale and minimum, float16, of ``[rows, groups, elements]``."""
     levels = 2**bits - 1
     low, high = groups.amin(-1), groups.amax(-1)
