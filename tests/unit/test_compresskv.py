@@ -23,6 +23,7 @@ from elbowroom.kv import KVPlan
 from elbowroom.kv.policies import LayerView
 from elbowroom.kv.policies.budgets import layer_budgets
 from elbowroom.kv.policies.compresskv import CompressKVPolicy
+from elbowroom.kv.policies.parameters import READING
 
 # Published error scores of Llama-3.1-8B-Instruct times 32 (Lin et al., arXiv 2508.02401), layer by layer.
 LLAMA = (
@@ -99,7 +100,7 @@ def test_budgets_are_divided_among_the_layers_that_are_chosen_from() -> None:
     limits = [bound.policy.limit(layer, True) for layer in (0, 2)]
     assert sum(limits) == 200
     assert min(limits) >= 72, "the newest eight and a block"
-    assert bound.policy.limit(0, False) == 2 * limits[0]
+    assert bound.policy.limit(0, False) == READING * limits[0]
 
 
 def test_what_a_plan_was_calibrated_with_is_in_its_fingerprint() -> None:

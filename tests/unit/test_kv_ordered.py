@@ -155,3 +155,22 @@ def test_spans_go_to_stores_of_the_same_order_only() -> None:
         assert torch.equal(one, again)
     with pytest.raises(IntegrityError, match="another model or KV plan"):
         other.store.import_span(other.handle, span)
+
+
+def test_tokens_that_move_take_their_bounds_along() -> None:
+    """Digests hold channels where the model has them, also behind a span and behind accepted tokens."""
+    plan = KVPlan.parse("quest(256,skip=0) | bfp(n=16,sort=on)").bind([SPEC] * 2, "float32", measured(1, 2))
+    store = Store(plan)
+    store.step(70)
+    store.step(9)
+    store.store.accept(store.handle, np.asarray([70, 72, 75]))
+    twin = Store(plan)
+    twin.store.import_span(twin.handle, store.store.export_span(store.handle, 0, 73))
+    for each in (store, twin):
+        for layer in range(2):
+            lane = each.store._pools.main[each.store._pools.number_of[layer]]
+            strip = lane.pool.strip(int(each.store._sequences[each.handle.id].table[layer, 1]))
+            codec = each.store._codecs[layer]
+            keys, (least, greatest) = codec.open(strip, lane.pool.fmt)[0][:, :9], codec.bounds(strip, lane.pool.fmt)
+            torch.testing.assert_close(least.amin(1), keys.amin(1), rtol=2e-3, atol=1e-3)
+            torch.testing.assert_close(greatest.amax(1), keys.amax(1), rtol=2e-3, atol=1e-3)

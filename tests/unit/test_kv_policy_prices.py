@@ -87,7 +87,7 @@ for _ in range(2):  # the first one makes strips and code resident
         del out
         store.end_step(step)
     store.close(handle)
-print(json.dumps([growth, plan.choice_bytes(count)]))
+print(json.dumps([growth, plan.choice_bytes(count, 2 * count)]))
 """
 
 

@@ -76,7 +76,7 @@ def test_layers_that_drop_nothing_have_no_limit() -> None:
     policy = KVPlan.parse("spatten(150,last=100,keep=1)").bind(LAYERS, "float32").policy
     assert policy is not None
     assert [policy.limit(layer, True) for layer in CHOSEN] == [NO_LIMIT, 164, 100]
-    assert [policy.limit(layer, False) for layer in CHOSEN] == [NO_LIMIT, 328, 200]
+    assert [policy.limit(layer, False) for layer in CHOSEN] == [NO_LIMIT, 656, 400]
 
 
 @pytest.mark.parametrize(

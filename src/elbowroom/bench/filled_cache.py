@@ -18,6 +18,7 @@ from elbowroom.errors import RequestError
 from elbowroom.kernels.digest import write_digest
 from elbowroom.kv.base import KVHandle, KVStore
 from elbowroom.kv.bound import BoundPlan
+from elbowroom.kv.codecs.ordered import in_order
 from elbowroom.kv.holding import Extent
 from elbowroom.kv.span import pack_span
 
@@ -67,16 +68,17 @@ def import_random(
     """Append ``num_tokens`` to a stored sequence, in spans; the blocks of a layer all hold the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     layers = []
-    for spec, fmt in zip(plan.layers, plan.formats, strict=True):
+    for index, (spec, fmt) in enumerate(zip(plan.layers, plan.formats, strict=True)):
         if spec.kv_source is None:
             k, v = (
                 torch.empty(fmt.num_kv_heads, STRIP_TOKENS, width).normal_(generator=generator)
                 for width in (fmt.head_dim, fmt.v_head_dim)
             )
             strip = torch.zeros(fmt.strip_bytes, dtype=torch.uint8)
-            plan.plan.codec.store(strip, fmt, torch.arange(STRIP_TOKENS), k, v)
+            codec = in_order(plan.plan.codec, plan.orders, index)
+            codec.store(strip, fmt, torch.arange(STRIP_TOKENS), k, v)
             if fmt.digest_bytes:
-                write_digest(strip, fmt, plan.plan.codec.open(strip, fmt)[0], 0, STRIP_TOKENS, STRIP_TOKENS)
+                write_digest(strip, fmt, codec.open(strip, fmt)[0], 0, STRIP_TOKENS, STRIP_TOKENS)
             layers.append(strip)
     for start in range(0, num_tokens, _SPAN_BLOCKS * STRIP_TOKENS):
         stop = min(start + _SPAN_BLOCKS * STRIP_TOKENS, num_tokens)

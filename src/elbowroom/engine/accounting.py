@@ -121,9 +121,13 @@ class KVPricing:
         if not self.open_bytes and self.dropped(dropped, num_tokens, ends_prompt=True) == dropped:
             return price
         gone, open_bytes = dropped or (0,) * len(self.layer_bytes), self.open_bytes or self.layer_bytes
-        for count, cost, open_cost, limit in zip(gone, self.layer_bytes, open_bytes, self.prompt_limits, strict=True):
+        limits = zip(self.prompt_limits, self.end_limits, strict=True)
+        for count, cost, open_cost, (within, end) in zip(gone, self.layer_bytes, open_bytes, limits, strict=True):
             held = blocks - count
-            price += min(2 * held, 2 * (num_blocks(limit) + 1)) * open_cost - held * cost
+            chosen = (
+                2 * (num_blocks(within) + 1) if held > num_blocks(within) else held + min(held, num_blocks(end) + 1)
+            )
+            price += chosen * open_cost - held * cost
         return price
 
     def admission(self, num_tokens: int, dropped: Dropped) -> tuple[int, int]:

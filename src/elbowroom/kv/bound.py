@@ -182,7 +182,10 @@ class BoundPlan:
         """Return the most tokens of a chosen layer while a prompt is read: what stays, and where it is written anew."""
         if prompt_tokens <= self.limit(index, ends_prompt=True) and not self.defers:
             return prompt_tokens
-        return 2 * min(prompt_tokens, self.limit(index, ends_prompt=False) + STRIP_TOKENS)
+        limit = self.limit(index, ends_prompt=False)
+        if prompt_tokens > limit:
+            return 2 * (limit + STRIP_TOKENS)
+        return prompt_tokens + min(prompt_tokens, self.limit(index, ends_prompt=True)) + STRIP_TOKENS
 
     def choice_bytes(self, step_tokens: int, max_tokens: int) -> int:
         """Return the most temporary bytes while something is chosen in one layer of a prompt.

@@ -57,7 +57,7 @@ class PagedStore:
         """For each layer the codec, behind the order of its channels where it has one."""
         self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
         self._preparer = Preparer(self._pools, plan)
-        self._slots = Slots(self._pools, self._codec, self._open_codec)
+        self._slots = Slots(self._pools, self._codecs)
         policy = plan.policy
         self._compactor = None
         if policy is not None and not plan.defers:
@@ -362,7 +362,7 @@ class PagedStore:
         for row, pool, first, end in self._pools.pieces(start, extent):
             held = [pool.strip(entry) for entry in sequence.table[row, first:end].tolist()]
             if stop < end * STRIP_TOKENS:
-                held[-1] = self._slots.blanked(held[-1], pool, stop % STRIP_TOKENS)
+                held[-1] = self._slots.blanked(held[-1], pool, row, stop % STRIP_TOKENS)
             strips.extend(strip.numpy() for strip in held)
         noted = b"" if sequence.history is None else sequence.history.to_bytes()
         return pack_span(self.fingerprint, start, extent, strips, noted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.kernels.digest import write_digest
 from elbowroom.kv.base import Positions
-from elbowroom.kv.codecs import Codec, TokenCodec
+from elbowroom.kv.codecs import Codec, token_codec
 from elbowroom.kv.layout import PoolSet
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.sequence import Sequence
@@ -20,12 +22,12 @@ class Slots:
 
     Args:
         pools: where the strips lie.
-        layout: how sealed strips are encoded.
-        open_codec: how tokens lie in open ones.
+        layouts: how the strips of each layer are encoded.
     """
 
-    def __init__(self, pools: PoolSet, layout: Codec, open_codec: TokenCodec) -> None:
-        self._pools, self._layout, self._open_codec = pools, layout, open_codec
+    def __init__(self, pools: PoolSet, layouts: Rows[Codec]) -> None:
+        self._pools, self._layouts = pools, layouts
+        self._open_codec = token_codec(layouts[0])  # all layers have one, but for the order of channels
 
     def move(self, sequence: Sequence, sources: Positions, targets: Positions) -> None:
         """Copy tokens to lower slots, one run of equal (source block, target block) at a time."""
@@ -46,9 +48,10 @@ class Slots:
         for block in np.unique(targets // STRIP_TOKENS).tolist():
             used = min(int(targets[-1]) + 1 - block * STRIP_TOKENS, STRIP_TOKENS)
             for lane in self._pools.open:
-                for entry in sequence.table[lane.rows, block].tolist():
+                for row in lane.rows.tolist():
+                    entry = int(sequence.table[row, block])
                     if entry != ABSENT:
-                        self._digest(lane.pool.strip(entry), lane.pool, used)
+                        self._digest(lane.pool.strip(entry), lane.pool, row, used)
 
     def seal(self, sequence: Sequence, first: int, end: int) -> None:
         """Seal the blocks ``first .. end - 1`` again, from their tails."""
@@ -58,17 +61,17 @@ class Slots:
                 for block in range(first, end):
                     source, target = int(sequence.table[open_row, block]), int(sequence.table[row, block])
                     k, v = self._open_codec.open(tail.pool.strip(source), tail.pool.fmt)
-                    self._layout.store(lane.pool.strip(target), lane.pool.fmt, slots, k, v)
+                    self._layouts[row].store(lane.pool.strip(target), lane.pool.fmt, slots, k, v)
 
-    def blanked(self, strip: Tensor, pool: StripPool, used: int) -> Tensor:
-        """Return a copy without the slots from ``used`` on: they may hold what another sequence left there."""
+    def blanked(self, strip: Tensor, pool: StripPool, row: int, used: int) -> Tensor:
+        """Return a copy of a strip of a row without the slots from ``used`` on: they may hold what others left."""
         copy = strip.clone()
         for part in self._open_codec.fields(copy, pool.fmt):
             part[:, used:] = 0
-        self._digest(copy, pool, used)
+        self._digest(copy, pool, row, used)
         return copy
 
-    def _digest(self, strip: Tensor, pool: StripPool, used: int) -> None:
+    def _digest(self, strip: Tensor, pool: StripPool, row: int, used: int) -> None:
         """Make the bounds on the keys of a strip anew, from its first ``used`` tokens, if it has any."""
         if pool.fmt.digest_bytes:
-            write_digest(strip, pool.fmt, self._open_codec.open(strip, pool.fmt)[0], 0, used, used)
+            write_digest(strip, pool.fmt, self._layouts[row].open(strip, pool.fmt)[0], 0, used, used)

@@ -14,7 +14,7 @@ from elbowroom.errors import PlanError
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import LayerView
 from elbowroom.kv.policies.budgets import LEAST_TOKENS, layer_budgets
-from elbowroom.kv.policies.parameters import check_budget, one_of, whole
+from elbowroom.kv.policies.parameters import READING, check_budget, one_of, whole
 from elbowroom.kv.policies.voting import vote
 
 _PICKS = ("srh", "classic", "random", "all")
@@ -26,7 +26,7 @@ class CompressKVPolicy:
     """CompressKV (Lin et al., arXiv 2508.02401): semantic retrieval heads vote, layers get budgets by their error.
 
     Which heads those are and what each layer loses without tokens is measured once a model (``elbowroom calibrate``).
-    While a long prompt is read in parts, twice the budget stays behind each part. Deviation: no layer has a budget
+    While a long prompt is read in parts, four times the budget stays behind each part. Deviation: no layer has a budget
     below what always stays, as tokens go in blocks.
 
     Args:
@@ -87,8 +87,8 @@ class CompressKVPolicy:
         return bound
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
-        """Return the layer's budget, twice of it within a prompt: its end may ask for something else."""
-        return self.limits[layer] * (1 if ends_prompt else 2)
+        """Return the layer's budget, four times of it within a prompt: its end may ask for something else."""
+        return self.limits[layer] * (1 if ends_prompt else READING)
 
     def select(self, view: LayerView, count: int) -> Tensor:
         """Return the best of the older tokens for the heads that vote, and the newest ones."""

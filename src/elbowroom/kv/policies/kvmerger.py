@@ -13,7 +13,7 @@ from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import LayerView, Merged
-from elbowroom.kv.policies.parameters import check_budget, whole
+from elbowroom.kv.policies.parameters import READING, check_budget, whole
 from elbowroom.kv.policies.snapkv import SnapKVPolicy
 
 _LEAST_SIMILAR = 0.6
@@ -77,8 +77,8 @@ class KVMergerPolicy:
         return int(self.w)
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
-        """Return the budget, twice of it within a prompt."""
-        return int(self.tokens) * (1 if ends_prompt else 2)
+        """Return the budget, four times of it within a prompt."""
+        return int(self.tokens) * (1 if ends_prompt else READING)
 
     def select(self, view: LayerView, count: int) -> Tensor:
         """Return what snapkv keeps: behind a part of a prompt."""

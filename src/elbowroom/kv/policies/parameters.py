@@ -9,6 +9,8 @@ from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import PlanError
 
 _MOST = 2**31
+READING = 4
+"""Budgets that a layer may hold while a prompt is read: what its end asks for must not have gone before."""
 
 
 class _Named(Protocol):

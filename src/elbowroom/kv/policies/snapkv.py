@@ -13,7 +13,7 @@ from elbowroom.core import LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import LayerView
-from elbowroom.kv.policies.parameters import check_budget, whole
+from elbowroom.kv.policies.parameters import READING, check_budget, whole
 from elbowroom.kv.policies.voting import best_and_newest
 
 
@@ -22,7 +22,7 @@ class SnapKVPolicy:
     """SnapKV (Li et al., arXiv 2404.14469): attention of the last queries, smoothed along the prompt, for each KV head.
 
     The scores of a KV head are the mean over its own query heads (a public baseline averages across groups). While a
-    long prompt is read in parts, twice the budget stays behind each part.
+    long prompt is read in parts, four times the budget stays behind each part.
 
     Args:
         tokens: most tokens that a layer holds when a prompt has been read.
@@ -54,8 +54,8 @@ class SnapKVPolicy:
         return self
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
-        """Return the budget, twice of it within a prompt: its end may ask for something else."""
-        return int(self.tokens) * (1 if ends_prompt else 2)
+        """Return the budget, four times of it within a prompt: its end may ask for something else."""
+        return int(self.tokens) * (1 if ends_prompt else READING)
 
     def select(self, view: LayerView, count: int) -> Tensor:
         """Return the best of the older tokens for each KV head, and the newest ones."""

@@ -14,7 +14,7 @@ from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import NO_LIMIT, LayerView
-from elbowroom.kv.policies.parameters import check_budget, one_of, whole
+from elbowroom.kv.policies.parameters import READING, check_budget, one_of, whole
 
 _RANKS = ("cascade", "layer")
 
@@ -25,8 +25,8 @@ class SpattenPolicy:
 
     A token's importance is the attention that it receives from the last queries of all heads, as the mean over the
     layers so far; what one layer drops, deeper layers drop as well. Budgets fall linearly with depth, in whole blocks.
-    Earlier prompts of a session count half as much with each later one. While a long prompt is read in parts, twice
-    the budgets stay behind each part.
+    Earlier prompts of a session count half as much with each later one. While a long prompt is read in parts, four
+    times the budgets stay behind each part.
 
     Deviations: tokens go at the end of a prompt and behind parts of long ones, not while one is generated; their
     queries are computed to the last layer; the last queries vote instead of all; layers that keep everything do not
@@ -114,9 +114,9 @@ class SpattenPolicy:
         return made
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
-        """Return the layer's budget, twice of it within a prompt: its end may ask for something else."""
+        """Return the layer's budget, four times of it within a prompt: its end may ask for something else."""
         budget = self.budgets[layer]
-        return budget if ends_prompt or budget == NO_LIMIT else 2 * budget
+        return budget if ends_prompt or budget == NO_LIMIT else READING * budget
 
     def select(self, view: LayerView, count: int) -> Tensor:
         """Return the most important tokens that may stay, the same for all heads."""
