@@ -10,6 +10,8 @@ DEMO_ARGS ?= --file examples/workshop.txt --memory 96MiB \
 	"What is the code of yqrxpu?" "What is the code of usqizm?" "What is the code of vrengz?"
 BENCH_ARGS ?= --json
 PYTEST_ARGS ?=
+# Tests that measure the machine, or processes: nothing runs beside them.
+ALONE := tests/unit/test_native_peaks.py
 MODULE := $(VENV)/.native-$(ELBOWROOM_NATIVE)
 
 .DEFAULT_GOAL := help
@@ -44,7 +46,8 @@ demo: install ## run the demonstration: a model inside a small budget
 	$(BIN)/elbowroom run $(DEMO_ARGS)
 
 test: check ## check the source and run all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE)) tests/unit tests/cross $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(ALONE) tests/e2e $(PYTEST_ARGS)
 
 check: install ## lint, format check and strict types
 	$(BIN)/ruff check .

@@ -313,6 +313,12 @@ void seal(const LayerStrips& layer) {
 
 }  // namespace
 
+const LogTable kLogs;
+
+LogTable::LogTable() {
+    for (int i = 0; i < 256; ++i) of[i] = std::log(float(std::max(i, 1)));
+}
+
 void check_strip(const Strips& strips, int64_t sequence, int64_t block) {
     const int64_t column = strips.column(sequence, block);
     if (column < 0 || column >= strips.num_blocks) {

@@ -149,6 +149,13 @@ inline int64_t scratch_floats(int64_t vectors, const AttendArgs& args) {
     return open + integer_floats(vectors, args) + reduced_floats(vectors, args);
 }
 
+// log n for n tokens of a slot. Made where no instruction set is asked for: it is made before one is chosen.
+struct LogTable {
+    float of[256];
+    LogTable();
+};
+extern const LogTable kLogs;
+
 extern const KernelTable kernels_baseline;
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;

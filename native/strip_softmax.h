@@ -22,18 +22,9 @@ struct StripSum {
     float top, weights;
 };
 
-// log n for n tokens of a slot.
-struct LogTable {
-    float of[256];
-    LogTable() {
-        for (int i = 0; i < 256; ++i) of[i] = __builtin_logf(float(i > 0 ? i : 1));
-    }
-};
-inline const LogTable kLogs;
-
 // A slot of n tokens weighs what n equal ones would.
 inline void add_counts(float* scores, const uint8_t* counts) {
-    for (int64_t i = 0; i < kStripTokens; ++i) scores[i] += kLogs.of[counts[i]];
+    for (int64_t i = 0; i < kStripTokens; ++i) scores[i] += elbowroom::kLogs.of[counts[i]];
 }
 
 // Scores become exp(score - greatest), 0 where not seen: slots low .. high - 1 are. `counts`: tokens of slots, or null.

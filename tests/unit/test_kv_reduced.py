@@ -308,3 +308,41 @@ def test_plans_have_one_spelling() -> None:
     assert plan.text == "snapkv(tokens=256,w=32,kernel=5) | think(cut=0.3,w=32) | int8()"
     assert KVPlan.parse(plan.text) == plan
     assert ThinKPolicy("0.3") == ThinKPolicy(0.3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "found"), [("think(0.5) | int8", "names channels"), ("kvmerger(200) | int8", "no token")]
+)
+def test_spans_with_other_channels_or_counts_are_refused(plan: str, found: str) -> None:
+    """A checksum can be made by anyone; nothing of such a span is taken."""
+    world = Reader(plan, [SPEC])
+    handle = world.store.open()
+    world.run((handle, 400, END))
+    sequence, pool = world.store._sequences[handle.id], world.store._pools.main[0].pool
+    strip = pool.strip(next(int(entry) for entry in sequence.table[0] if entry != 0xFFFFFFFF))
+    if pool.fmt.key_channels:
+        key_channels(strip, pool.fmt)[1, -1] = 32
+    else:
+        slot_tokens(strip, pool.fmt)[0, 3] = 0
+    span, twin = world.store.export_span(handle, 0, 400), world.store.open()
+    held = world.store.report().num_strips
+    with pytest.raises(IntegrityError, match=found):
+        world.store.import_span(twin, span)
+    assert world.store.report().num_strips == held
+    world.store.close(twin)
+    world.close()
+
+
+@pytest.mark.parametrize("plan", ["think | kivi", "snapkv(150) | kivi"])
+def test_a_span_that_ends_before_a_waiting_prompt_is_whole(plan: str) -> None:
+    world = Reader(plan, [SPEC])
+    handle = world.store.open()
+    world.run((handle, 130, END))
+    for _ in range(130):
+        world.run((handle, 1, NONE))
+    world.run((handle, 100, PART))
+    twin = world.store.open()
+    world.store.import_span(twin, world.store.export_span(handle, 0, 192))
+    for _ in range(70):
+        world.run((twin, 1, NONE))
+    world.close()

@@ -111,10 +111,15 @@ class KVPricing:
         gone = sum([count * cost for count, cost in zip(dropped, self.layer_bytes, strict=False)])
         return self.by_blocks[blocks] - gone
 
-    def peak_bytes(self, num_tokens: int, dropped: Dropped) -> int:
+    def peak_bytes(self, num_tokens: int, dropped: Dropped, computed: int = 0) -> int:
         """Return the most bytes of a sequence while a prompt is read up to ``num_tokens``.
 
         A policy chooses from what stayed before and what a step brings, into new strips: both are held for a while.
+
+        Args:
+            num_tokens: of the sequence then.
+            dropped: what was dropped of it until now.
+            computed: tokens that it has now.
         """
         blocks = num_blocks(num_tokens)
         price = self.price(blocks, dropped)
@@ -122,20 +127,23 @@ class KVPricing:
             return price
         gone, open_bytes = dropped or (0,) * len(self.layer_bytes), self.open_bytes or self.layer_bytes
         limits = zip(self.prompt_limits, self.end_limits, strict=True)
+        even = len(set(self.prompt_limits)) == 1
         for count, cost, open_cost, (within, end) in zip(gone, self.layer_bytes, open_bytes, limits, strict=True):
-            held = blocks - count
-            chosen = (
-                2 * (num_blocks(within) + 1) if held > num_blocks(within) else held + min(held, num_blocks(end) + 1)
-            )
-            price += chosen * open_cost - held * cost
+            held, most = blocks - count, num_blocks(within) + 1
+            # One layer over its limit lets all be written anew; where limits differ, that may be this one in full.
+            fresh = min(held, num_blocks(end) + 1) if even else held
+            stays = held
+            if held >= most:
+                stays, fresh = max(num_blocks(computed) - count, most), most
+            price += stays * open_cost + fresh * max(open_cost, cost) - held * cost
         return price
 
-    def admission(self, num_tokens: int, dropped: Dropped) -> tuple[int, int]:
+    def admission(self, num_tokens: int, dropped: Dropped, computed: int = 0) -> tuple[int, int]:
         """Return the blocks that a sequence of ``num_tokens``, to be read, has paid for at once, and their bytes.
 
         Where something will be chosen it holds fewer, at times twice: then it pays for the peak, and each step looks.
         """
-        paid = self.peak_bytes(num_tokens, dropped)
+        paid = self.peak_bytes(num_tokens, dropped, computed)
         return (0 if self.chooses else num_blocks(num_tokens)), paid
 
     def largest(self, capacity_bytes: int, dropped: Dropped = ()) -> int:

@@ -106,7 +106,7 @@ class KVAccount:
 
     def _pay_all(self, seq: SeqState) -> None:
         """Let ``seq`` pay for all tokens it knows, in a slot of its own."""
-        seq.num_blocks, seq.paid_bytes = self.pricing.admission(len(seq.tokens), seq.dropped)
+        seq.num_blocks, seq.paid_bytes = self.pricing.admission(len(seq.tokens), seq.dropped, seq.num_computed)
         self.used_bytes += self.private_bytes(seq.paid_bytes, seq.shared)
 
     def grow(self, seq: SeqState, blocks: int, paid_bytes: int) -> None:
@@ -183,7 +183,7 @@ class KVAccount:
                 self.index.unpin(seq.shared)
             self.ops += [KVOp("close", seq.slot), KVOp("open", seq.slot)]
             seq.shared, seq.num_blocks, seq.paid_bytes, seq.num_computed, seq.dropped = None, 0, 0, 0, ()
-        self.grow(seq, *self.pricing.admission(len(seq.tokens), seq.dropped))
+        self.grow(seq, *self.pricing.admission(len(seq.tokens), seq.dropped, seq.num_computed))
 
     def num_kept(self, parked: Parked, seq: SeqState) -> int:
         """Return how many tokens of a parked session ``seq`` can go on from; one at least is left to compute."""
@@ -195,7 +195,7 @@ class KVAccount:
         """Return what ``take_over`` and growing to all tokens of ``seq`` would add to ``used_bytes``."""
         keep = self.num_kept(parked, seq)
         node, dropped = self.ancestor(parked.shared, keep), parked.dropped if keep else ()
-        after = self.private_bytes(self.pricing.admission(len(seq.tokens), dropped)[1], node)
+        after = self.private_bytes(self.pricing.admission(len(seq.tokens), dropped, keep)[1], node)
         return after - self.private_bytes(parked.paid_bytes, parked.shared)
 
     def ancestor(self, node: Node | None, num_tokens: int) -> Node | None:

@@ -304,7 +304,7 @@ class Scheduler:
         if keep == 0:
             return False
         node = account.ancestor(parent.shared, keep)
-        paid_bytes = self.pricing.admission(len(seq.tokens), parent.dropped)[1]
+        paid_bytes = self.pricing.admission(len(seq.tokens), parent.dropped, keep)[1]
         if node is not None:
             account.index.pin(node)
         if self._fits(account.private_bytes(paid_bytes, node), parent):
@@ -358,7 +358,7 @@ class Scheduler:
     def _afford(self, seq: SeqState, stop: int, prompt: PromptPart) -> bool:
         """Pay for computing ``seq`` up to ``stop``; see ``_pay``."""
         if prompt and self.pricing.chooses:
-            return self._pay(seq, stop, self.pricing.peak_bytes(stop, seq.dropped))
+            return self._pay(seq, stop, self.pricing.peak_bytes(stop, seq.dropped, seq.num_computed))
         if stop > seq.num_blocks * STRIP_TOKENS:
             return self._pay(seq, stop, self.pricing.price(num_blocks(stop), seq.dropped))
         return True

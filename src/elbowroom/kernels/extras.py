@@ -6,9 +6,12 @@ uint8 ``[Hkv, key_channels]``, ascending; then how many tokens each slot stands 
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, PageFormat
+from elbowroom.errors import IntegrityError
 
 
 def extras_at(fmt: PageFormat) -> int:
@@ -32,3 +35,18 @@ def slot_tokens(strip: Tensor, fmt: PageFormat) -> Tensor:
 def slot_bias(strip: Tensor, fmt: PageFormat) -> Tensor | None:
     """Return what is added to the scores of each slot, float32 ``[Hkv, 64]``: the log of its tokens; None: nothing."""
     return slot_tokens(strip, fmt).float().log() if fmt.counts else None
+
+
+def check_extras(strip: npt.NDArray[np.uint8], fmt: PageFormat) -> None:
+    """Refuse the bytes of a strip whose channels do not rise within a key, or whose slots stand for no token.
+
+    Raises:
+        IntegrityError: it was not written by a store.
+    """
+    middle = extras_at(fmt) + fmt.num_kv_heads * fmt.key_channels
+    if fmt.key_channels:
+        channels = strip[extras_at(fmt) : middle].reshape(fmt.num_kv_heads, -1).astype(np.int64)
+        if (np.diff(channels, axis=1) < 1).any() or channels.max() >= fmt.head_dim:
+            raise IntegrityError(f"a strip names channels that keys of {fmt.head_dim} do not have")
+    if fmt.counts and strip[middle : middle + fmt.num_kv_heads * STRIP_TOKENS].min() < 1:
+        raise IntegrityError("a strip has slots that stand for no token")

@@ -217,16 +217,22 @@ class BoundPlan:
         """Return what a step holds on top: blocks that wait, in one layer a pool, to be sealed or chosen from."""
         if self.chooses:
             formats = self.tails or self.formats
-            chosen = {fmt for layer, fmt in zip(self.layers, formats, strict=True) if layer.window is None}
-            staging = (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt in chosen)
+            pairs = zip(self.layers, formats, self._alone, strict=True)
+            chosen = {(fmt, alone) for layer, fmt, alone in pairs if layer.window is None}
+            staging = (-(-step_tokens // STRIP_TOKENS) + 1) * sum(fmt.strip_bytes for fmt, _ in chosen)
             return staging + self._passing_bytes(step_tokens)
         return self._passing_bytes(step_tokens)
 
+    @property
+    def _alone(self) -> list[int | None]:
+        """For each layer its number if others read it later: then it shares staging with none."""
+        read_later = {layer.kv_source for layer in self.layers}
+        return [index if index in read_later else None for index in range(len(self.layers))]
+
     def _passing_bytes(self, step_tokens: int) -> int:
         """Return the bytes of blocks that a step fills and seals at once, in one layer a pool."""
-        staged = {
-            (fmt, layer.window, tail) for layer, fmt, tail in zip(self.layers, self.formats, self.tails, strict=False)
-        }
+        parts = zip(self.layers, self.formats, self._alone, self.tails, strict=False)
+        staged = {(fmt, layer.window, alone, tail) for layer, fmt, alone, tail in parts}
         passing = step_tokens // STRIP_TOKENS if step_tokens > ROLLBACK_TOKENS else 0
         return passing * sum(tail.strip_bytes for *_, tail in staged)
 

@@ -12,7 +12,7 @@ from elbowroom.core import STRIP_TOKENS, PageFormat
 from elbowroom.errors import BudgetError, OutOfBudget
 from elbowroom.kv.base import Shortfall
 from elbowroom.kv.bound import BoundPlan
-from elbowroom.kv.holding import Extent, Holding
+from elbowroom.kv.holding import Extent, Holding, blocks_of
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.sequence import Rows, Sequence, Table
 from elbowroom.memory.arena import Arena
@@ -274,7 +274,7 @@ class PoolSet:
         return Extent(
             num_tokens,
             tuple(dropped.tolist()) if dropped.any() else (),
-            tuple(open_from.tolist()) if sequence.is_open else (),
+            tuple(open_from.tolist()) if open_from.min() < blocks_of(num_tokens) else (),
         )
 
     def parts(self, extent: Extent) -> Iterator[tuple[Lane, Rows, int, int]]:

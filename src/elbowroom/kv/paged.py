@@ -17,6 +17,7 @@ from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
 from elbowroom.kernels.base import LayerStrips, Tail
+from elbowroom.kernels.extras import check_extras
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.cascade import check_history, read_history
@@ -25,7 +26,7 @@ from elbowroom.kv.codecs.ordered import in_order
 from elbowroom.kv.compaction import Compactor
 from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
-from elbowroom.kv.pool import ABSENT
+from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.prepare import Prepared, Preparer
 from elbowroom.kv.sealing import Sealer, open_layer
 from elbowroom.kv.sequence import Rows, Sequence
@@ -382,6 +383,7 @@ class PagedStore:
         if sum((end - first) * pool.strip_bytes for _, pool, first, end in pieces) != len(payload):
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {count} tokens")
         history = read_history(noted, extent, self.plan.cascade_layers)
+        self._check_import(extent, pieces, payload)
         self._extend(sequence, start, extent)
         sequence.history = history
         offset = 0
@@ -391,6 +393,21 @@ class PagedStore:
                 pool.strip(entry).numpy()[:] = chunk
                 offset += pool.strip_bytes
         return count
+
+    def _check_import(self, extent: Extent, pieces: list[tuple[int, StripPool, int, int]], payload: memoryview) -> None:
+        """Refuse what no store would have exported: it would be read as places and channels."""
+        full, chosen = extent.num_tokens // STRIP_TOKENS, self.plan.chosen_layers
+        for layer, block in enumerate(extent.open_from):
+            dropped = extent.dropped[layer] if extent.dropped else 0
+            waits = self.plan.defers and layer in chosen and dropped <= block <= full
+            if not waits and block != NEVER:
+                raise IntegrityError(f"the KV span names block {block} of layer {layer} as open")
+        offset = 0
+        for _, pool, first, end in pieces:
+            for _ in range(first, end):
+                chunk = np.frombuffer(payload, dtype=np.uint8, count=pool.strip_bytes, offset=offset)
+                check_extras(chunk, pool.fmt)
+                offset += pool.strip_bytes
 
     def _extend(self, sequence: Sequence, start: int, extent: Extent) -> None:
         """Lengthen ``sequence`` from ``start`` to ``extent``, with the strips that it would hold then."""
