@@ -93,8 +93,11 @@ def assert_close(made: Tensor, expected: Tensor) -> None:
 
 
 def assert_nearly(made: Tensor, expected: Tensor) -> None:
-    """Products with integer codes take queries and weights of 8 or 16 bits; a lone log-sum-exp may lie near 0."""
-    assert float((made - expected).norm()) < 0.03 * float(expected.norm()) + 0.01
+    """Products with integer codes take queries and weights of 8 or 16 bits.
+
+    Values are of the order of 1, so what is rounded is, however small their sum or a lone log-sum-exp may be.
+    """
+    assert float((made - expected).norm()) < 0.03 * float(expected.norm()) + 0.03
 
 
 class World:
