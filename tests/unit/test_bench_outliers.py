@@ -91,6 +91,16 @@ def test_keys_by_channel_and_values_by_token_are_the_codec_of_plans(bits: int):
     torch.testing.assert_close(values, kivi_values, rtol=0, atol=1e-6)
 
 
+@torch.inference_mode()
+def test_a_store_reads_it_as_it_reads_the_codec_of_plans():
+    decoder = load_model(find_model(None), torch.float32)
+    codecs = AxisCodec("channel", "token", 4, 32), KiviCodec(4, 4, 32)
+    plans = [KVPlan.parse("plain"), *(KVPlan(codec) for codec in codecs)]
+    plain, ours, theirs = (paged_logits(decoder, list(range(5, 205)), 64, TORCH, plan) for plan in plans)
+    # Kernels multiply by the inverse of a scale: a code that lies on the edge may be its neighbour.
+    assert (ours - theirs).abs().mean() < 0.25 * (ours - plain).abs().mean()
+
+
 @pytest.mark.parametrize(("k", "v"), list(itertools.product(AXES, AXES)))
 def test_an_outlier_spoils_what_shares_its_scale_only(k, v):
     """Channel 3 is large in all tokens: a scale of a token then rounds its neighbours to the same code."""

@@ -66,6 +66,7 @@ class AxisCodec:
             key_bits=self.bits,
             value_bits=self.bits,
             block=self.g,
+            sealed=self.seals,
         )
 
     def store(self, strip: Tensor, fmt: PageFormat, slots: Tensor, k: Tensor, v: Tensor) -> None:
