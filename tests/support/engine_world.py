@@ -137,7 +137,7 @@ class World:
         settings = SchedulerConfig(**{"max_positions": 4096, "max_step_tokens": 128, "eos_token_ids": (EOS,), **config})
         tier = HostTier()
         self.pricing = KVPricing.of(plan, settings.max_positions, settings.max_step_tokens, tier.page_bytes)
-        self.scheduler = Scheduler(settings, self.pricing, capacity_bytes)
+        self.scheduler = Scheduler(settings, [self.pricing], capacity_bytes)
         self.store = PagedStore(plan, Arena(tier, Ledger(Budget({}))), capacity_bytes)
         self.executor = StoreExecutor(self.store)
         self._first_capacity_bytes = capacity_bytes

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.prefix import Node, PrefixIndex, block_keys, root_key
 
+BLOCK_BYTES = 100
 PATHS = st.lists(st.sampled_from("ab"), min_size=1, max_size=5).map("".join)
 ACTIONS = st.lists(
     st.one_of(
@@ -48,7 +49,7 @@ class Oracle:
         if new:
             self.next_slot += 1
             self.entries[self.next_slot] = len(path)
-            made = self.index.insert(node, new, self.next_slot, (path[0],))
+            made = self.index.insert(node, new, self.next_slot, BLOCK_BYTES, (path[0],))
             assert made.depth == len(path)
             self.cached |= {key.decode() for key in new}
 
@@ -120,8 +121,8 @@ class Oracle:
     def check(self) -> None:
         self.index.check()
         assert {key.decode() for key in self.index.nodes} == self.cached
-        assert self.index.num_evictable == len(self.cached - self.protected(soft_too=True))
-        assert self.index.num_reclaimable == len(self.cached - self.protected(soft_too=False))
+        assert self.index.evictable_bytes == BLOCK_BYTES * len(self.cached - self.protected(soft_too=True))
+        assert self.index.reclaimable_bytes == BLOCK_BYTES * len(self.cached - self.protected(soft_too=False))
         assert set(self.entries) == {node.slot for node in self.index.nodes.values()}
 
 
@@ -190,6 +191,6 @@ def test_explain_says_how_far_a_prompt_matches() -> None:
     """The line names the blocks that match and the one that does not."""
     index = PrefixIndex()
     assert "0 of 2 full blocks match" in index.explain(keys_of("ab"))
-    index.insert(None, keys_of("a"), 1)
+    index.insert(None, keys_of("a"), 1, BLOCK_BYTES)
     assert "1 of 2 full blocks match (64 tokens); block 1" in index.explain(keys_of("ab"))
     assert index.explain(keys_of("a")) == "all 1 full blocks (64 tokens) are cached"

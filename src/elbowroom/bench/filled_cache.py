@@ -49,9 +49,9 @@ def _adopt(engine: Engine, tokens: Sequence[int], seed: int) -> None:
     opened: list[KVHandle] = []
     with replaced(store, "open", _noting(store.open, opened)):
         core.executor.collect(core.executor.submit(StepPlan((KVOp("open", slot),), ())))
-    import_random(store, opened[0], engine.parts.plan, account.namespace, len(tokens), seed)
-    keys = block_keys(root_key(account.namespace), tokens, len(tokens) // STRIP_TOKENS)
-    account.index.insert(None, keys, slot)
+    import_random(store, opened[0], engine.parts.plan, account.pricings[0].namespace, len(tokens), seed)
+    keys = block_keys(root_key(account.pricings[0].namespace), tokens, len(tokens) // STRIP_TOKENS)
+    account.index.insert(None, keys, slot, account.pricings[0].block_bytes)
 
 
 def _noting(function: Callable[[], KVHandle], into: list[KVHandle]) -> Callable[[], KVHandle]:

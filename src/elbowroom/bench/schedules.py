@@ -126,7 +126,7 @@ class Stepper:
         config = SchedulerConfig(
             max_positions=subject.config.max_positions, max_step_tokens=STEP_TOKENS, max_sequences=8
         )
-        self.scheduler = Scheduler(config, self.pricing, capacity_bytes)
+        self.scheduler = Scheduler(config, [self.pricing], capacity_bytes)
         arena = Arena(tier, Ledger(Budget({})))
         sizes = workspace_sizes(subject.config, getattr(torch, dtype), subject.path, STEP_TOKENS, config.max_sequences)
         self._workspace = Workspace(arena, sizes)

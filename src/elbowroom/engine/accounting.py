@@ -46,9 +46,13 @@ class KVPricing:
     """The same behind its end."""
     rollback_grain: int = 1
     """Tokens of whose multiples sequences can go back to any; 0: only to their beginning."""
+    namespace: bytes = b""
+    """Fingerprint of model and plan: prefix keys of different ones never meet."""
 
     @classmethod
-    def of(cls, plan: BoundPlan, max_tokens: int, step_tokens: int, page_bytes: int) -> KVPricing:
+    def of(
+        cls, plan: BoundPlan, max_tokens: int, step_tokens: int, page_bytes: int, namespace: bytes = b""
+    ) -> KVPricing:
         """Return the prices of ``plan`` for sequences of up to ``max_tokens``."""
         blocks = np.arange(num_blocks(max_tokens) + 1, dtype=np.int64)
         curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens)
@@ -82,6 +86,7 @@ class KVPricing:
             prompt_limits=tuple(prompt_limits),
             end_limits=tuple(end_limits),
             rollback_grain=plan.rollback_grain,
+            namespace=namespace,
         )
 
     @property

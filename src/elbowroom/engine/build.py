@@ -51,12 +51,14 @@ def build_engine(
         # config.json often names only one of several.
         eos_token_ids=tuple(sorted({*config.eos_token_ids, *tokenizer.eos_token_ids})),
         prefix_cache=prefix_cache,
-        namespace=store.fingerprint,
         seed=seed,
     )
-    pricing = KVPricing.of(store.plan, config.max_positions, sizes.max_step_tokens, loaded.arena.tier.page_bytes)
+    page_bytes = loaded.arena.tier.page_bytes
+    pricing = KVPricing.of(
+        store.plan, config.max_positions, sizes.max_step_tokens, page_bytes, namespace=store.fingerprint
+    )
     executor = TorchExecutor(loaded.path.model(loaded.decoder), loaded.decoder.weights, store, loaded.workspace)
-    core = _make_core(Scheduler(settings, pricing, kv_bytes), executor, loaded.arena)
+    core = _make_core(Scheduler(settings, [pricing], kv_bytes), executor, loaded.arena)
     return Engine(
         EngineParts(
             model_name=loaded.directory.name if model else "builtin",

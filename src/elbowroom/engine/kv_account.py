@@ -1,6 +1,6 @@
 """KVAccount: who holds which slots and bytes, in integers; the memory half of the scheduler's state.
 
-Private blocks of running and parked sequences are counted in ``used_bytes``; cached prefix blocks are paid by the
+Each sequence has one of the engine's KV plans and pays by its prices; all plans share one capacity. Private blocks of running and parked sequences are counted in ``used_bytes``; cached prefix blocks are paid by the
 index, once, however many sequences share them. Every change is also written down as a ``KVOp`` for the executor.
 """
 
@@ -16,15 +16,20 @@ from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.types import KVOp, Request
 
 
+CONVERSION_BLOCKS = 8
+"""Blocks that are written under another plan before as many are freed under the old one."""
+
+
 @dataclass(slots=True)
 class KVAccount:
     """Slots, bytes, cached prefixes and parked sessions."""
 
-    pricing: KVPricing
+    pricings: tuple[KVPricing, ...]
+    """Of the plans that sequences can have."""
     capacity_bytes: int
-    namespace: bytes
-    """Fingerprint of model and plan: prefix keys of different ones never meet."""
     caches_prefixes: bool
+    relief_plan: int | None = None
+    """Number of the plan that running sequences can be turned into when memory is short."""
     index: PrefixIndex = field(default_factory=PrefixIndex)
     parked: dict[int, Parked] = field(default_factory=dict)
     used_bytes: int = 0
@@ -35,36 +40,54 @@ class KVAccount:
     next_slot: int = 0
     _clock: int = 0
 
+    def emptied(self) -> KVAccount:
+        """Return books of the same plans that hold nothing; the numbers of slots go on."""
+        return KVAccount(
+            self.pricings, self.capacity_bytes, self.caches_prefixes, self.relief_plan, next_slot=self.next_slot
+        )
+
     # Bytes
 
     @property
     def cached_bytes(self) -> int:
         """Bytes of cached prefix blocks."""
-        return self.index.num_blocks * self.pricing.block_bytes
+        return self.index.cached_bytes
+
+    @property
+    def transient_bytes(self) -> int:
+        """On top while a step runs; its tokens may be of any plan."""
+        return sum([pricing.transient_bytes for pricing in self.pricings]) + self.conversion_bytes
+
+    @property
+    def conversion_bytes(self) -> int:
+        """What ``CONVERSION_BLOCKS`` take under the relief plan; 0 without one."""
+        if self.relief_plan is None:
+            return 0
+        prices = self.pricings[self.relief_plan].by_blocks
+        return prices[min(CONVERSION_BLOCKS, len(prices) - 1)]
 
     @property
     def free_bytes(self) -> int:
         """Bytes that nothing holds; negative after the capacity was lowered."""
-        usable = self.capacity_bytes - self.lacking_bytes - self.pricing.transient_bytes
+        usable = self.capacity_bytes - self.lacking_bytes - self.transient_bytes
         return usable - self.used_bytes - self.cached_bytes
 
     @property
     def reclaimable_bytes(self) -> int:
         """Bytes of cached prefixes and parked sessions that no running sequence shares."""
         parked = sum(self.private_bytes(each.paid_bytes, each.shared) for each in self.parked.values())
-        return self.index.num_reclaimable * self.pricing.block_bytes + parked
+        return self.index.reclaimable_bytes + parked
 
     def attainable_bytes(self, keep: Parked | None = None) -> int:
         """Return the bytes that would be free if all was given up but ``keep`` and what running sequences share."""
         kept = 0
         if keep is not None:
-            softly = self.index.num_held_softly(keep.shared) * self.pricing.block_bytes
-            kept = self.private_bytes(keep.paid_bytes, keep.shared) + softly
+            kept = self.private_bytes(keep.paid_bytes, keep.shared) + self.index.softly_held_bytes(keep.shared)
         return self.free_bytes + self.reclaimable_bytes - kept
 
     def private_bytes(self, paid_bytes: int, shared: Node | None) -> int:
         """Return what a sequence of ``paid_bytes`` pays itself."""
-        return paid_bytes if shared is None else paid_bytes - shared.depth * self.pricing.block_bytes
+        return paid_bytes if shared is None else paid_bytes - shared.depth * shared.block_bytes
 
     def evict_one(self, keep: Parked | None = None) -> bool:
         """Give up the least recently used cached block, else the least recently used parked session."""
@@ -89,16 +112,21 @@ class KVAccount:
 
     def open(self, seq: SeqState, node: Node | None) -> None:
         """Give ``seq`` a slot that shares the prefix down to ``node`` (pinned by the caller), and pay."""
+        self._choose_plan(seq, seq.request.plan)
         seq.slot, seq.shared, seq.dropped = self._new_slot(), node, ()
         seq.num_computed = 0 if node is None else node.depth * STRIP_TOKENS
         self._pay_all(seq)
         if node is None:
-            self.ops.append(KVOp("open", seq.slot))
+            self.ops.append(KVOp("open", seq.slot, plan=seq.plan))
         else:
             self.ops.append(KVOp("fork", seq.slot, node.slot, seq.num_computed))
 
+    def _choose_plan(self, seq: SeqState, plan: int) -> None:
+        seq.plan, seq.pricing = plan, self.pricings[plan]
+
     def branch(self, seq: SeqState, parent: Parked, node: Node | None, keep: int) -> None:
         """Give ``seq`` a slot that shares the first ``keep`` tokens of a parked sequence; ``node`` is pinned."""
+        self._choose_plan(seq, parent.plan)
         # Blocks that the parent holds privately are paid again here: an upper bound, exact once one is written.
         seq.slot, seq.shared, seq.num_computed, seq.dropped = self._new_slot(), node, keep, parent.dropped
         self._pay_all(seq)
@@ -106,7 +134,7 @@ class KVAccount:
 
     def _pay_all(self, seq: SeqState) -> None:
         """Let ``seq`` pay for all tokens it knows, in a slot of its own."""
-        seq.num_blocks, seq.paid_bytes = self.pricing.admission(len(seq.tokens), seq.dropped, seq.num_computed)
+        seq.num_blocks, seq.paid_bytes = seq.pricing.admission(len(seq.tokens), seq.dropped, seq.num_computed)
         self.used_bytes += self.private_bytes(seq.paid_bytes, seq.shared)
 
     def grow(self, seq: SeqState, blocks: int, paid_bytes: int) -> None:
@@ -120,9 +148,28 @@ class KVAccount:
 
     def _settle(self, seq: SeqState, blocks: int, dropped: Dropped) -> None:
         """Let ``seq`` pay what ``blocks`` cost, no more."""
-        paid = self.pricing.price(blocks, dropped)
+        paid = seq.pricing.price(blocks, dropped)
         self.used_bytes += paid - seq.paid_bytes
         seq.num_blocks, seq.paid_bytes, seq.dropped = blocks, paid, dropped
+
+    def convert(self, seq: SeqState, plan: int) -> None:
+        """Keep the tokens of ``seq`` under another plan from now on; nothing of it is shared any more."""
+        self.used_bytes -= self.private_bytes(seq.paid_bytes, seq.shared)
+        if seq.shared is not None:
+            self.index.unpin(seq.shared)
+        self._choose_plan(seq, plan)
+        seq.shared, seq.paid_bytes = None, seq.pricing.price(seq.num_blocks)
+        self.used_bytes += seq.paid_bytes
+        self.ops.append(KVOp("convert", seq.slot, plan=plan))
+
+    def conversion_gain(self, seq: SeqState, plan: int) -> tuple[int, int]:
+        """Return what ``convert`` would free in the end, and what it takes before it frees anything.
+
+        Blocks that others share stay where they are and are written anew.
+        """
+        pricing = self.pricings[plan]
+        gain = self.private_bytes(seq.paid_bytes, seq.shared) - pricing.price(seq.num_blocks)
+        return gain, pricing.price(min(seq.shared_blocks + CONVERSION_BLOCKS, seq.num_blocks))
 
     def give_back(self, seq: SeqState) -> None:
         """Close the sequence's slot."""
@@ -130,6 +177,7 @@ class KVAccount:
         if seq.shared is not None:
             self.index.unpin(seq.shared)
         self.ops.append(KVOp("close", seq.slot))
+        self._choose_plan(seq, seq.request.plan)
         seq.slot, seq.shared, seq.num_blocks, seq.paid_bytes, seq.num_computed, seq.dropped = -1, None, 0, 0, 0, ()
 
     # Parked sessions
@@ -142,7 +190,16 @@ class KVAccount:
         self._clock += 1
         tokens = seq.tokens[: seq.num_computed]
         self.parked[key] = Parked(
-            seq.slot, tokens, seq.shared, seq.num_blocks, seq.paid_bytes, seq.dropped, self._clock
+            slot=seq.slot,
+            asked_plan=seq.request.plan,
+            plan=seq.plan,
+            pricing=seq.pricing,
+            tokens=tokens,
+            shared=seq.shared,
+            num_blocks=seq.num_blocks,
+            paid_bytes=seq.paid_bytes,
+            dropped=seq.dropped,
+            last_used=self._clock,
         )
         if seq.shared is not None:
             self.index.soften(seq.shared)
@@ -170,6 +227,7 @@ class KVAccount:
         parked = self.parked.pop(key)
         if parked.shared is not None:
             self.index.soften(parked.shared, -1)
+        self._choose_plan(seq, parked.plan)
         seq.slot, seq.shared, seq.dropped = parked.slot, parked.shared, parked.dropped
         seq.num_blocks, seq.paid_bytes = parked.num_blocks, parked.paid_bytes
         keep = self.num_kept(parked, seq)
@@ -181,21 +239,23 @@ class KVAccount:
             self.used_bytes -= self.private_bytes(seq.paid_bytes, seq.shared)
             if seq.shared is not None:
                 self.index.unpin(seq.shared)
-            self.ops += [KVOp("close", seq.slot), KVOp("open", seq.slot)]
+            self._choose_plan(seq, seq.request.plan)
+            self.ops += [KVOp("close", seq.slot), KVOp("open", seq.slot, plan=seq.plan)]
             seq.shared, seq.num_blocks, seq.paid_bytes, seq.num_computed, seq.dropped = None, 0, 0, 0, ()
-        self.grow(seq, *self.pricing.admission(len(seq.tokens), seq.dropped, seq.num_computed))
+        self.grow(seq, *seq.pricing.admission(len(seq.tokens), seq.dropped, seq.num_computed))
 
     def num_kept(self, parked: Parked, seq: SeqState) -> int:
         """Return how many tokens of a parked session ``seq`` can go on from; one at least is left to compute."""
         keep = min(common_prefix(parked.tokens, seq.tokens), len(seq.tokens) - 1)
         # What an earlier position needs may have left a sliding window or been sealed.
-        return self.pricing.resume_point(keep, len(parked.tokens))
+        return parked.pricing.resume_point(keep, len(parked.tokens))
 
     def take_over_bytes(self, parked: Parked, seq: SeqState) -> int:
         """Return what ``take_over`` and growing to all tokens of ``seq`` would add to ``used_bytes``."""
         keep = self.num_kept(parked, seq)
         node, dropped = self.ancestor(parked.shared, keep), parked.dropped if keep else ()
-        after = self.private_bytes(self.pricing.admission(len(seq.tokens), dropped, keep)[1], node)
+        pricing = parked.pricing if keep else self.pricings[seq.request.plan]
+        after = self.private_bytes(pricing.admission(len(seq.tokens), dropped, keep)[1], node)
         return after - self.private_bytes(parked.paid_bytes, parked.shared)
 
     def ancestor(self, node: Node | None, num_tokens: int) -> Node | None:
@@ -221,7 +281,7 @@ class KVAccount:
 
     def keys(self, request: Request) -> list[bytes]:
         """Return the block keys of a prompt; empty where prefixes are not shared."""
-        if not self.caches_prefixes:
+        if not self._caches(request.plan):
             return []
         if request.block_keys is not None:
             return list(request.block_keys)
@@ -234,7 +294,7 @@ class KVAccount:
 
     def cache(self, seq: SeqState, count: int) -> None:
         """Hand the first ``count`` blocks of a running sequence to the index, unless somebody else brought them."""
-        if not self.caches_prefixes or count <= seq.shared_blocks:
+        if not self._caches(seq.plan) or seq.is_relieved or count <= seq.shared_blocks:
             return
         self._extend_keys(seq, count)
         new = seq.keys[seq.shared_blocks : count]
@@ -242,7 +302,7 @@ class KVAccount:
             return
         slot = self._new_slot()
         self.ops.append(KVOp("fork", slot, seq.slot, count * STRIP_TOKENS))
-        node = self.index.insert(seq.shared, new, slot, seq.request.tags)
+        node = self.index.insert(seq.shared, new, slot, seq.pricing.block_bytes, seq.request.tags)
         assert node is not None, "at least one block is new"
         self.used_bytes -= self.private_bytes(seq.paid_bytes, seq.shared)
         self.index.pin(node)
@@ -252,8 +312,8 @@ class KVAccount:
         self.used_bytes += self.private_bytes(seq.paid_bytes, node)
 
     def explain(self, tokens: Sequence[int], salt: bytes = b"") -> str:
-        """Return one line on how far a prompt is cached."""
-        keys = block_keys(root_key(self.namespace, salt), tokens, len(tokens) // STRIP_TOKENS)
+        """Return one line on how far a prompt is cached under the first plan."""
+        keys = block_keys(root_key(self.pricings[0].namespace, salt), tokens, len(tokens) // STRIP_TOKENS)
         return self.index.explain(keys)
 
     def check(self, running: Iterable[SeqState]) -> None:
@@ -270,7 +330,10 @@ class KVAccount:
             seq.keys += block_keys(parent, seq.tokens[known * STRIP_TOKENS :], count - known)
 
     def _root(self, request: Request) -> bytes:
-        return root_key(self.namespace, request.salt, request.adapter)
+        return root_key(self.pricings[request.plan].namespace, request.salt, request.adapter)
+
+    def _caches(self, plan: int) -> bool:
+        return self.caches_prefixes and self.pricings[plan].can_share
 
     def _new_slot(self) -> int:
         self.next_slot += 1

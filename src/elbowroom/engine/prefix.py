@@ -3,7 +3,7 @@
 A tree with one node a block of 64 tokens. The node's key is a versioned hash over all tokens up to the end of its
 block, so equal keys mean equal prefixes in every process. An *entry* is a stored slot that holds the path to its
 deepest node; each node is owned by the entry that brought it. Only leaves are evicted, so an entry shrinks from its
-end and is closed when it owns no node any more. Knows nothing of bytes.
+end and is closed when it owns no node any more. Of bytes it knows only how many a node of an entry takes.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Node:
     """Blocks from the root to here, this one included."""
     slot: int
     """Entry that owns the block."""
+    block_bytes: int
+    """What it takes."""
     num_children: int = 0
     pins: int = 0
     """Pins here or anywhere below: sequences that share this block, and explicit pins."""
@@ -67,9 +69,11 @@ class PrefixIndex:
     clock: int = 0
     _owned: dict[int, int] = field(default_factory=dict)
     """Entry slot -> nodes it owns."""
-    _num_pinned: int = 0
-    _num_held: int = 0
-    """Nodes with pins that are not soft."""
+    cached_bytes: int = 0
+    """Bytes of all nodes."""
+    _pinned_bytes: int = 0
+    _held_bytes: int = 0
+    """Bytes of nodes with pins that are not soft."""
     _leaves: list[tuple[int, bytes]] = field(default_factory=list)
     """Heap of (last use, key) of unpinned leaves; stale items are skipped when popped."""
 
@@ -118,27 +122,30 @@ class PrefixIndex:
             pinned, held = step.pins > 0, step.pins > step.soft_pins
             step.pins += pins
             step.soft_pins += soft_pins
-            self._num_pinned += (step.pins > 0) - pinned
-            self._num_held += (step.pins > step.soft_pins) - held
+            self._pinned_bytes += ((step.pins > 0) - pinned) * step.block_bytes
+            self._held_bytes += ((step.pins > step.soft_pins) - held) * step.block_bytes
             step = step.parent
 
-    def num_held_softly(self, node: Node | None) -> int:
-        """Return the blocks from ``node`` upwards that only soft pins protect."""
-        count = 0
+    def softly_held_bytes(self, node: Node | None) -> int:
+        """Return the bytes of the blocks from ``node`` upwards that only soft pins protect."""
+        held = 0
         while node is not None and node.pins == node.soft_pins:
-            count, node = count + 1, node.parent
-        return count
+            held, node = held + node.block_bytes, node.parent
+        return held
 
-    def insert(self, parent: Node | None, keys: Sequence[bytes], slot: int, tags: tuple[str, ...] = ()) -> Node | None:
+    def insert(
+        self, parent: Node | None, keys: Sequence[bytes], slot: int, block_bytes: int, tags: tuple[str, ...] = ()
+    ) -> Node | None:
         """Add nodes for ``keys`` below ``parent``, owned by entry ``slot``; none of the keys may be cached yet."""
         for key in keys:
             depth = 1 if parent is None else parent.depth + 1
-            node = Node(key, parent, depth, slot, tags=tags)
+            node = Node(key, parent, depth, slot, block_bytes, tags=tags)
             if parent is not None:
                 parent.num_children += 1
             self.nodes[key] = node
             parent = node
         self._owned[slot] = self._owned.get(slot, 0) + len(keys)
+        self.cached_bytes += len(keys) * block_bytes
         if parent is not None:
             self._touch(parent)
         return parent
@@ -159,14 +166,14 @@ class PrefixIndex:
         return [self._remove(node) for node in tagged if self._is_free_leaf(node)]
 
     @property
-    def num_evictable(self) -> int:
-        """Blocks that could be evicted now: all but pinned ones."""
-        return len(self.nodes) - self._num_pinned
+    def evictable_bytes(self) -> int:
+        """Bytes of the blocks that could be evicted now: all but pinned ones."""
+        return self.cached_bytes - self._pinned_bytes
 
     @property
-    def num_reclaimable(self) -> int:
-        """Blocks that could be evicted once every soft pin were given up."""
-        return len(self.nodes) - self._num_held
+    def reclaimable_bytes(self) -> int:
+        """Bytes of the blocks that could be evicted once every soft pin were given up."""
+        return self.cached_bytes - self._held_bytes
 
     def _is_free_leaf(self, node: Node) -> bool:
         return node.num_children == 0 and node.pins == 0
@@ -185,6 +192,7 @@ class PrefixIndex:
 
     def _remove(self, node: Node) -> KVOp:
         del self.nodes[node.key]
+        self.cached_bytes -= node.block_bytes
         parent = node.parent
         if parent is not None:
             parent.num_children -= 1
@@ -205,9 +213,11 @@ class PrefixIndex:
             if node.parent is not None:
                 assert self.nodes.get(node.parent.key) is node.parent, "a node's parent is gone"
                 children[node.parent.key] = children.get(node.parent.key, 0) + 1
-        assert self._num_pinned == sum(node.pins > 0 for node in self.nodes.values()), "pin count"
-        held = sum(node.pins > node.soft_pins for node in self.nodes.values())
-        assert held == self._num_held, "count of held blocks"
+        nodes = self.nodes.values()
+        assert self.cached_bytes == sum(node.block_bytes for node in nodes), "bytes of blocks"
+        assert self._pinned_bytes == sum(node.block_bytes for node in nodes if node.pins > 0), "bytes of pinned blocks"
+        held = sum(node.block_bytes for node in nodes if node.pins > node.soft_pins)
+        assert held == self._held_bytes, "bytes of held blocks"
         assert all(0 <= node.soft_pins <= node.pins for node in self.nodes.values()), "soft pins"
         assert owned == self._owned, "entry ownership is wrong"
         assert all(node.num_children == children.get(key, 0) for key, node in self.nodes.items()), "child counts"

@@ -6,20 +6,23 @@ never asked.
 
 Admission is by bytes: a waiting request enters when its whole prompt fits beside what is running. Running sequences
 grow one block at a time; when a block does not fit, room is made in this order: cached prefixes nobody uses, parked
-sessions, then the youngest running sequence (it is recomputed later). No sequence is preempted for a younger one, and
-what could not run alone is refused at ``add``, so there is always progress.
+sessions, then, if the engine has a relief plan, running sequences are turned into it, and at last the youngest running
+sequence goes (it is recomputed later). No sequence is preempted for a younger one, and what could not run alone is
+refused at ``add``, so there is always progress.
 """
 
 from __future__ import annotations
 
 import bisect
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.limits import max_new_tokens
+from elbowroom.engine.relief import relieve
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.types import (
     FinishReason,
@@ -51,8 +54,8 @@ class SchedulerConfig:
     """Sequences that run at once."""
     eos_token_ids: tuple[int, ...] = ()
     prefix_cache: bool = True
-    namespace: bytes = b""
-    """Fingerprint of model and plan."""
+    relief_plan: int | None = None
+    """Number of the plan that sequences of the first one are turned into before any is preempted; None: they stay."""
     seed: int = 0
     """Seeds requests that bring none."""
 
@@ -76,15 +79,15 @@ class Scheduler:
 
     Args:
         config: limits.
-        pricing: what sequences cost.
+        pricings: what sequences cost under each of the plans that requests may ask for, the usual one first.
         capacity_bytes: bytes that the KV store may hold.
     """
 
-    def __init__(self, config: SchedulerConfig, pricing: KVPricing, capacity_bytes: int) -> None:
-        self.config, self.pricing = config, pricing
+    def __init__(self, config: SchedulerConfig, pricings: Sequence[KVPricing], capacity_bytes: int) -> None:
+        self.config = config
         self._eos_token_ids = frozenset(config.eos_token_ids)
-        caches = config.prefix_cache and pricing.can_share
-        self._state = _State(KVAccount(pricing, capacity_bytes, config.namespace, caches))
+        books = KVAccount(tuple(pricings), capacity_bytes, config.prefix_cache, config.relief_plan)
+        self._state = _State(books)
 
     # Requests
 
@@ -96,7 +99,9 @@ class Scheduler:
             ContextTooLong: prompt and max_tokens exceed the context.
             RequestTooLarge: it could not run even alone in the KV budget.
         """
-        limit = max_new_tokens(request, self.config.max_positions, self.pricing, self.account.capacity_bytes)
+        account, pricing = self.account, self.account.pricings[request.plan]
+        usable_bytes = account.capacity_bytes - account.transient_bytes + pricing.transient_bytes
+        limit = max_new_tokens(request, self.config.max_positions, pricing, usable_bytes)
         state, order = self._state, self._state.next_order
         state.next_order += 1
         seed = request.sampling.seed
@@ -114,6 +119,8 @@ class Scheduler:
                 stop_token_ids=stops,
                 tokens=list(request.prompt_token_ids),
                 keys=list(keys),
+                plan=request.plan,
+                pricing=pricing,
             )
             _insert(state.waiting, seq)
 
@@ -134,13 +141,7 @@ class Scheduler:
         state.updates = []
         stats = state.stats
         stats.finished["error"] = stats.finished.get("error", 0) + len(updates)
-        state.account = KVAccount(
-            self.pricing,
-            account.capacity_bytes,
-            account.namespace,
-            account.caches_prefixes,
-            next_slot=account.next_slot,
-        )
+        state.account = account.emptied()
         return updates
 
     def finish_sample(self, request_id: int, sample: int) -> None:
@@ -214,7 +215,7 @@ class Scheduler:
             seq.num_computed = before + row.num_tokens + repeats
             if row.prompt:
                 ends = row.prompt is PromptPart.END
-                dropped = self.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
+                dropped = seq.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
                 if ends or dropped != seq.dropped:
                     self.account.shrink(seq, dropped)
             if before < seq.num_prompt <= seq.num_computed:
@@ -277,7 +278,7 @@ class Scheduler:
         node = account.match(seq)
         if node is not None:
             account.index.pin(node)
-        if self._fits(account.private_bytes(self.pricing.admission(len(seq.tokens), ())[1], node)):
+        if self._fits(account.private_bytes(seq.pricing.admission(len(seq.tokens), ())[1], node)):
             account.open(seq, node)
             return True
         if node is not None:
@@ -290,13 +291,13 @@ class Scheduler:
         if session is None or seq.num_generated:
             return False
         own = account.use_parked(session.key)
-        if own is not None:
+        if own is not None and own.asked_plan == seq.request.plan:
             if not self._fits(account.take_over_bytes(own, seq), own):
                 return False
             account.take_over(seq, session.key)
             return True
         parent = account.use_parked(session.parent)
-        return parent is not None and self._branch(seq, parent)
+        return parent is not None and parent.asked_plan == seq.request.plan and self._branch(seq, parent)
 
     def _branch(self, seq: SeqState, parent: Parked) -> bool:
         account = self.account
@@ -304,7 +305,7 @@ class Scheduler:
         if keep == 0:
             return False
         node = account.ancestor(parent.shared, keep)
-        paid_bytes = self.pricing.admission(len(seq.tokens), parent.dropped, keep)[1]
+        paid_bytes = parent.pricing.admission(len(seq.tokens), parent.dropped, keep)[1]
         if node is not None:
             account.index.pin(node)
         if self._fits(account.private_bytes(paid_bytes, node), parent):
@@ -317,7 +318,7 @@ class Scheduler:
     def _fits(self, need: int, keep: Parked | None = None) -> bool:
         """Make room for an admission; one free block for every running sequence must remain, and none is preempted."""
         account = self.account
-        headroom = self.pricing.block_bytes * len(self._state.running)
+        headroom = sum([seq.pricing.block_bytes for seq in self._state.running])
         if account.free_bytes < need + headroom and account.attainable_bytes(keep) < need + headroom:
             return False
         while account.free_bytes < need:
@@ -327,7 +328,7 @@ class Scheduler:
 
     def _sibling_prefills(self, seq: SeqState) -> bool:
         """Whether the first sample of the same request is computing the prompt that this one will share."""
-        return self.pricing.can_share and any(
+        return seq.pricing.can_share and any(
             other.request.id == seq.request.id and other.sample == 0 and other.num_computed < other.num_prompt
             for other in self._state.running
         )
@@ -345,7 +346,7 @@ class Scheduler:
             return None
         prompt = PromptPart.NONE
         if start < seq.num_prompt:
-            if self.pricing.chooses:  # computed again: what was generated was not chosen from either
+            if seq.pricing.chooses:  # computed again: what was generated was not chosen from either
                 stop = min(stop, seq.num_prompt)
             prompt = PromptPart.PART if stop < seq.num_prompt else PromptPart.END
         if not self._afford(seq, stop, prompt):
@@ -357,10 +358,10 @@ class Scheduler:
 
     def _afford(self, seq: SeqState, stop: int, prompt: PromptPart) -> bool:
         """Pay for computing ``seq`` up to ``stop``; see ``_pay``."""
-        if prompt and self.pricing.chooses:
-            return self._pay(seq, stop, self.pricing.peak_bytes(stop, seq.dropped, seq.num_computed))
+        if prompt and seq.pricing.chooses:
+            return self._pay(seq, stop, seq.pricing.peak_bytes(stop, seq.dropped, seq.num_computed))
         if stop > seq.num_blocks * STRIP_TOKENS:
-            return self._pay(seq, stop, self.pricing.price(num_blocks(stop), seq.dropped))
+            return self._pay(seq, stop, seq.pricing.price(num_blocks(stop), seq.dropped))
         return True
 
     def _pay(self, seq: SeqState, stop: int, paid_bytes: int) -> bool:
@@ -375,9 +376,12 @@ class Scheduler:
         """Free bytes until ``need`` fits, preempting only what is younger than ``seq`` (anything when it is None)."""
         account = self.account
         while account.free_bytes < need:
+            running = self._state.running
             if account.evict_one():
                 continue
-            running = self._state.running
+            if relieve(running, account):
+                self._state.stats.reliefs += 1
+                continue
             if not running or running[-1] is seq:
                 return False
             self._preempt(running[-1])
@@ -400,7 +404,7 @@ class Scheduler:
     def _give_up(self, seq: SeqState) -> None:
         """Nothing runs, all caches may go, and still ``seq`` does not fit: the budget was lowered after ``add``."""
         account = self.account
-        need = self.pricing.admission(len(seq.tokens), ())[1] + self.pricing.transient_bytes
+        need = seq.pricing.admission(len(seq.tokens), ())[1] + account.transient_bytes
         there = account.capacity_bytes - account.lacking_bytes
         text = f"{len(seq.tokens)} tokens need {format_bytes(need)} of KV cache; {format_bytes(there)} are left"
         self._finish(seq, "error", error=RequestTooLarge(text, "raise memory= (--memory)"))
@@ -419,11 +423,13 @@ class Scheduler:
             reason = None
         state = self._state
         state.stats.generated_tokens += len(tokens)
-        update = SequenceUpdate(seq.request.id, seq.sample, tokens, reason, None, seq.num_cached_tokens)
+        update = SequenceUpdate(
+            seq.request.id, seq.sample, tokens, reason, None, seq.num_cached_tokens, seq.is_relieved
+        )
         state.updates.append(update)
         if reason is not None:
             if seq.num_computed >= len(known):  # a repeated step ran on behind the end
-                seq.num_computed = self.pricing.resume_point(len(known) - 1, seq.num_computed)
+                seq.num_computed = seq.pricing.resume_point(len(known) - 1, seq.num_computed)
                 self.account.ops.append(KVOp("truncate", seq.slot, num_tokens=seq.num_computed))
             self._finish(seq, reason, report=False)
 
@@ -451,7 +457,7 @@ class Scheduler:
         fewest = self.config.max_positions
         for seq, row in rows:
             # One that ends early is cut back, and a sliding window may have dropped what lies before.
-            if row.kind != "decode" or (seq.stop_token_ids and not self.pricing.can_share):
+            if row.kind != "decode" or (seq.stop_token_ids and not seq.pricing.can_share):
                 return 1
             paid, last = seq.num_blocks * STRIP_TOKENS, seq.limit - 1
             left = (min(last, paid)) - row.start

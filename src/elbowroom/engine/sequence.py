@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from elbowroom.engine.accounting import Dropped
+from elbowroom.engine.accounting import Dropped, KVPricing
 from elbowroom.engine.prefix import Node
 from elbowroom.engine.types import Request, SampleSpec
 
@@ -28,6 +28,10 @@ class SeqState:
     tokens: list[int]
     keys: list[bytes]
     """Block keys of the prompt's full blocks, then of generated ones as they fill."""
+    plan: int
+    """Number of the KV plan that it has now; not the one of its request where memory was short."""
+    pricing: KVPricing
+    """Of that plan."""
     num_computed: int = 0
     slot: int = -1
     shared: Node | None = None
@@ -71,6 +75,11 @@ class SeqState:
         """Leading blocks that the prefix index pays for."""
         return 0 if self.shared is None else self.shared.depth
 
+    @property
+    def is_relieved(self) -> bool:
+        """Whether it has another plan than it asked for, because memory was short."""
+        return self.plan != self.request.plan
+
     def sample_spec(self) -> SampleSpec:
         """Return what the executor needs for choosing the next token."""
         if not self.is_new_to_executor:
@@ -84,6 +93,11 @@ class Parked:
     """The stored sequence of a session between two requests."""
 
     slot: int
+    asked_plan: int
+    """Number of the plan that its requests asked for."""
+    plan: int
+    """Number of the plan that it has."""
+    pricing: KVPricing
     tokens: list[int]
     """Exactly the tokens in the store."""
     shared: Node | None

@@ -39,24 +39,30 @@ class Request:
     block_keys: tuple[bytes, ...] | None = None
     """Keys of the prompt's blocks where the tokens are unknown (some traces have only hashes)."""
     session: SessionRef | None = None
+    plan: int = 0
+    """Number of the KV plan that it asks for, of those that the engine has."""
+    keeps_plan: bool = False
+    """Whether it must not be turned into the relief plan when memory is short."""
 
 
 RowKind = Literal["chunk", "decode", "verify", "repair"]
-OpKind = Literal["open", "fork", "truncate", "close"]
+OpKind = Literal["open", "fork", "truncate", "convert", "close"]
 
 
 @dataclass(frozen=True, slots=True)
 class KVOp:
     """One change of stored sequences, applied in order before the rows of a step.
 
-    ``open`` makes ``slot`` empty; ``fork`` makes ``slot`` share the first ``num_tokens`` of ``source``;
-    ``truncate`` keeps the first ``num_tokens`` of ``slot``; ``close`` forgets it.
+    ``open`` makes ``slot`` empty, under ``plan``; ``fork`` makes ``slot`` share the first ``num_tokens`` of
+    ``source``; ``truncate`` keeps the first ``num_tokens`` of ``slot``; ``convert`` keeps the tokens of ``slot`` under
+    another ``plan``; ``close`` forgets it.
     """
 
     kind: OpKind
     slot: int
     source: int = -1
     num_tokens: int = 0
+    plan: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,8 @@ class SequenceUpdate:
     error: Exception | None = None
     cached_tokens: int = 0
     """Prompt tokens that were not computed because a cached prefix held them."""
+    is_relieved: bool = False
+    """Whether its tokens are kept under the relief plan now, because memory was short."""
 
 
 @dataclass(slots=True)
@@ -145,6 +153,8 @@ class SchedulerStats:
     kv_capacity_bytes: int = 0
     cached_blocks: int = 0
     preemptions: int = 0
+    reliefs: int = 0
+    """Sequences that were turned into the relief plan."""
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
