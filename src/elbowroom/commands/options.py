@@ -24,6 +24,14 @@ KV = Annotated[
         metavar="PLAN", help='How keys and values are kept: plain, int8, kivi, "snapkv(512)|int8", "quest(1024)|int8".'
     ),
 ]
+Relief = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PLAN",
+        help="KV plan that running sequences go over to when memory is short, before any is computed again.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str, typer.Option(metavar="TYPE", help="Weights and KV cache: float32, bfloat16, float16; auto: the checkpoint's.")
 ]

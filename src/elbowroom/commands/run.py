@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elbowroom.commands.options import KV, Dtype, Json, Memory, Model, Progress
+from elbowroom.commands.options import KV, Dtype, Json, Memory, Model, Progress, Relief
 
 if TYPE_CHECKING:
     from elbowroom.commands.questions import Answers
@@ -19,6 +19,7 @@ def run(
     model: Model = None,
     memory: Memory = "80%",
     kv: KV = "plain",
+    kv_relief: Relief = None,
     dtype: Dtype = "auto",
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most new tokens of each answer.")] = 48,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the most likely token.")] = 0.0,
@@ -53,7 +54,7 @@ def run(
     imports_s = time.perf_counter() - begin
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with progress_bar("loading", shown, in_bytes=True) as bar:
-        llm = LLM(model, memory, kv, dtype, progress=bar)
+        llm = LLM(model, memory, kv, dtype, kv_relief=kv_relief, progress=bar)
     with llm:
         ids = encode_prompts(llm.tokenizer, document, texts, chat)
         with progress_bar("answering", shown) as bar:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elbowroom.commands.options import KV, Dtype, Memory, Progress
+from elbowroom.commands.options import KV, Dtype, Memory, Progress, Relief
 from elbowroom.errors import BudgetTooSmall, RequestError
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ def serve(
     ] = None,
     memory: Memory = "80%",
     kv: KV = "plain",
+    kv_choice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PLAN", help='Plan that a request may ask for by "kv"; repeatable.', show_default=False),
+    ] = None,
+    kv_relief: Relief = None,
     dtype: Dtype = "auto",
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -67,10 +72,18 @@ def serve(
     limits = ServerLimits(max_live_requests=max_requests, grace_s=grace, api_key=api_key)
     check_address(host, port)
     shares = share_memory(directories, memory, dtype)
+    options = {
+        "kv": kv,
+        "kv_choices": kv_choice or (),
+        "kv_relief": kv_relief,
+        "dtype": dtype,
+        "max_sequences": max_sequences,
+        "prefix_cache": prefix_cache,
+    }
     engines: dict[str, AsyncLLM] = {}
     try:
         for name, directory in directories.items():
-            engines[name] = _load(name, directory, shares[name], kv, dtype, max_sequences, prefix_cache, progress)
+            engines[name] = _load(name, directory, shares[name], progress, **options)
         server = Server(engines, host, port, limits, announce=typer.echo)
     except BaseException:
         for llm in engines.values():
@@ -155,18 +168,13 @@ def _load(
     name: str,
     directory: str | None,
     memory_bytes: int,
-    kv: str,
-    dtype: str,
-    max_sequences: int,
-    prefix_cache: bool,
     progress: bool | None,
+    **options: Any,
 ) -> AsyncLLM:
     from elbowroom.commands.terminal import progress_bar, wants_progress
     from elbowroom.engine.async_llm import AsyncLLM
     from elbowroom.engine.build import build_engine
 
     with progress_bar(f"loading {name}", wants_progress(progress), in_bytes=True) as bar:
-        engine = build_engine(
-            directory, memory_bytes, kv, dtype, max_sequences=max_sequences, prefix_cache=prefix_cache, progress=bar
-        )
+        engine = build_engine(directory, memory_bytes, progress=bar, **options)
     return AsyncLLM(engine)

@@ -11,6 +11,7 @@ from typing import Self
 
 from elbowroom.engine.engine import Engine
 from elbowroom.engine.output import OutputDelta, RequestOutput
+from elbowroom.engine.plans import PlanText
 from elbowroom.engine.sampling_params import SamplingParams
 
 News = tuple[int, OutputDelta, RequestOutput]
@@ -34,8 +35,12 @@ class AsyncLLM:
         """Whether the engine runs."""
         return self.engine.is_alive
 
-    async def start(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> OutputStream:
+    async def start(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, kv: PlanText = None
+    ) -> OutputStream:
         """Queue one request for each prompt and return the stream of their outputs, which the caller must close.
+
+        With ``kv`` they ask for one of the engine's KV plans.
 
         Raises:
             RequestError: a prompt is malformed or can never fit; none of them runs then.
@@ -44,7 +49,7 @@ class AsyncLLM:
         """
         stream = OutputStream(self)
         try:
-            accepted = [stream.enqueue(index, ids, sampling) for index, ids in enumerate(prompts)]
+            accepted = [stream.enqueue(index, ids, sampling, kv) for index, ids in enumerate(prompts)]
             await asyncio.gather(*map(asyncio.wrap_future, accepted))
         except BaseException:
             stream.close()
@@ -117,13 +122,15 @@ class OutputStream:
         self._waiter: asyncio.Future[None] | None = None
         self._open: dict[int, int] = {}
 
-    def enqueue(self, index: int, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Future[None]:
+    def enqueue(
+        self, index: int, prompt_token_ids: Sequence[int], sampling: SamplingParams, kv: PlanText = None
+    ) -> Future[None]:
         """Queue one request; errors as in ``AsyncLLM.start``, here or from the future."""
 
         def sink(delta: OutputDelta, output: RequestOutput) -> None:
             self._mail.send(self, (index, delta, output))
 
-        request_id, accepted = self._engine.enqueue(prompt_token_ids, sampling, sink)
+        request_id, accepted = self._engine.enqueue(prompt_token_ids, sampling, sink, kv=kv)
         self._open[request_id] = sampling.n
         return accepted
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.core import EngineCore
 from elbowroom.engine.engine import Engine, EngineParts
 from elbowroom.engine.executors.local import TorchExecutor
+from elbowroom.engine.plans import KVPlans
 from elbowroom.engine.resident import Progress, load_resident
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
+from elbowroom.kv.mixed import MixedStore
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
 
@@ -18,6 +22,8 @@ def build_engine(
     kv: str | KVPlan | None = None,
     dtype: str = "auto",
     *,
+    kv_choices: Sequence[str | KVPlan] = (),
+    kv_relief: str | KVPlan | None = None,
     max_sequences: int = 64,
     prefix_cache: bool = True,
     seed: int = 0,
@@ -31,6 +37,9 @@ def build_engine(
             available now.
         kv: how keys and values are kept, e.g. ``plain`` or ``plain(bf16)``.
         dtype: ``float32``, ``bfloat16`` or ``float16``, for weights and KV cache; ``auto``: what the checkpoint says.
+        kv_choices: further plans, which single requests may ask for; each takes some of the budget for its steps.
+        kv_relief: a plan that running sequences are turned into when memory is short, before any is preempted and
+            computed again; it rounds what they hold, so by default there is none. Requests that name a plan keep it.
         max_sequences: most sequences that run at once.
         prefix_cache: keep finished prefixes for requests that share them.
         seed: seeds requests that bring none.
@@ -39,10 +48,13 @@ def build_engine(
     Raises:
         BudgetTooSmall: the budget cannot hold the model and one short sequence.
         ModelError: the directory cannot be used.
-        RequestError: an argument is malformed.
+        PlanError: a plan is malformed, does not suit the model, or is no relief of ``kv``.
+        RequestError: another argument is malformed.
     """
-    loaded = load_resident(model, memory, kv, dtype, max_sequences=max_sequences, progress=progress)
-    config, tokenizer, sizes, store = loaded.config, loaded.tokenizer, loaded.memory, loaded.store
+    plans = KVPlans.of(kv, kv_choices, kv_relief)
+    loaded = load_resident(model, memory, plans, dtype, max_sequences=max_sequences, progress=progress)
+    config, tokenizer, sizes = loaded.config, loaded.tokenizer, loaded.memory
+    store = MixedStore((loaded.store, *loaded.others)) if loaded.others else loaded.store
     kv_bytes = store.report().capacity_bytes
     settings = SchedulerConfig(
         max_positions=config.max_positions,
@@ -51,21 +63,24 @@ def build_engine(
         # config.json often names only one of several.
         eos_token_ids=tuple(sorted({*config.eos_token_ids, *tokenizer.eos_token_ids})),
         prefix_cache=prefix_cache,
+        relief_plan=plans.relief,
         seed=seed,
     )
     page_bytes = loaded.arena.tier.page_bytes
-    pricing = KVPricing.of(
-        store.plan, config.max_positions, sizes.max_step_tokens, page_bytes, namespace=store.fingerprint
-    )
+    pricings = [
+        KVPricing.of(each.plan, config.max_positions, sizes.max_step_tokens, page_bytes, namespace=each.fingerprint)
+        for each in (loaded.store, *loaded.others)
+    ]
     executor = TorchExecutor(loaded.path.model(loaded.decoder), loaded.decoder.weights, store, loaded.workspace)
-    core = _make_core(Scheduler(settings, [pricing], kv_bytes), executor, loaded.arena)
+    core = _make_core(Scheduler(settings, pricings, kv_bytes), executor, loaded.arena)
     return Engine(
         EngineParts(
             model_name=loaded.directory.name if model else "builtin",
             config=config,
             tokenizer=tokenizer,
             memory=sizes,
-            plan=store.plan,
+            plans=plans,
+            plan=loaded.store.plan,
             ledger=loaded.ledger,
             store=store,
             core=core,

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from elbowroom.engine.core import EngineCore, Sink
 from elbowroom.engine.output import OutputDelta, RequestOutput, TextDecoder
+from elbowroom.engine.plans import KVPlans, PlanText
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.sizing import MemoryPlan
 from elbowroom.engine.types import Request, SchedulerStats, SessionRef
@@ -42,7 +43,10 @@ class EngineParts:
     config: ModelConfig
     tokenizer: Tokenizer
     memory: MemoryPlan
+    plans: KVPlans
+    """Those that requests may ask for."""
     plan: BoundPlan
+    """The usual one."""
     ledger: Ledger
     store: KVStore
     core: EngineCore
@@ -83,19 +87,24 @@ class Engine:
         sink: Sink,
         *,
         session: SessionRef | None = None,
+        kv: PlanText = None,
         priority: int = 0,
         salt: bytes = b"",
     ) -> int:
         """Queue a request and return its id once it is accepted; ``sink`` gets every delta on the engine's thread.
 
+        With ``kv`` it asks for one of the engine's KV plans, and keeps that.
+
         Raises:
-            RequestError: malformed, too long for the context, or too large for the budget.
+            PlanError: ``kv`` cannot be read.
+            RequestError: malformed, under a plan that the engine does not have, too long for the context, or too large
+                for the budget.
             Overloaded: too many requests are live.
             EngineClosed: the engine was shut down.
             TokenizerError: stop strings are given and the model has no tokenizer.
         """
         request_id, accepted = self.enqueue(
-            prompt_token_ids, sampling, sink, session=session, priority=priority, salt=salt
+            prompt_token_ids, sampling, sink, session=session, kv=kv, priority=priority, salt=salt
         )
         accepted.result()
         return request_id
@@ -107,6 +116,7 @@ class Engine:
         sink: Sink,
         *,
         session: SessionRef | None = None,
+        kv: PlanText = None,
         priority: int = 0,
         salt: bytes = b"",
     ) -> tuple[int, Future[None]]:
@@ -122,6 +132,8 @@ class Engine:
             priority=priority,
             salt=salt,
             session=session,
+            plan=self.parts.plans.number(kv),
+            keeps_plan=kv is not None,
         )
         tokenizer = self.parts.tokenizer
         tokenizer.check_ids(request.prompt_token_ids, self.parts.config.vocab_size)
@@ -136,7 +148,11 @@ class Engine:
         self._core.add(request, decoders, sink)
 
     def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, session: SessionRef | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        session: SessionRef | None = None,
+        kv: PlanText = None,
     ) -> Future[RequestOutput]:
         """Queue a request and return a future of its whole output; errors as in ``submit``.
 
@@ -154,7 +170,7 @@ class Engine:
             elif output.finished:
                 done.set_result(output)
 
-        self.submit(prompt_token_ids, sampling, sink, session=session)
+        self.submit(prompt_token_ids, sampling, sink, session=session, kv=kv)
         return done
 
     def abort(self, request_id: int) -> None:

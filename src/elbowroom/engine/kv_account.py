@@ -1,7 +1,8 @@
 """KVAccount: who holds which slots and bytes, in integers; the memory half of the scheduler's state.
 
-Each sequence has one of the engine's KV plans and pays by its prices; all plans share one capacity. Private blocks of running and parked sequences are counted in ``used_bytes``; cached prefix blocks are paid by the
-index, once, however many sequences share them. Every change is also written down as a ``KVOp`` for the executor.
+Each sequence has one of the engine's KV plans and pays by its prices; all plans share one capacity. Private blocks of
+running and parked sequences are counted in ``used_bytes``; cached prefix blocks are paid by the index, once, however
+many sequences share them. Every change is also written down as a ``KVOp`` for the executor.
 """
 
 from __future__ import annotations
@@ -14,11 +15,7 @@ from elbowroom.engine.accounting import Dropped, KVPricing, num_blocks
 from elbowroom.engine.prefix import Node, PrefixIndex, block_keys, root_key
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.types import KVOp, Request
-
-
-CONVERSION_BLOCKS = 8
-"""Blocks that are written under another plan before as many are freed under the old one."""
-
+from elbowroom.kv.conversion import RUN_BLOCKS
 
 @dataclass(slots=True)
 class KVAccount:
@@ -60,11 +57,11 @@ class KVAccount:
 
     @property
     def conversion_bytes(self) -> int:
-        """What ``CONVERSION_BLOCKS`` take under the relief plan; 0 without one."""
+        """What ``RUN_BLOCKS`` take under the relief plan; 0 without one."""
         if self.relief_plan is None:
             return 0
         prices = self.pricings[self.relief_plan].by_blocks
-        return prices[min(CONVERSION_BLOCKS, len(prices) - 1)]
+        return prices[min(RUN_BLOCKS, len(prices) - 1)]
 
     @property
     def free_bytes(self) -> int:
@@ -169,7 +166,7 @@ class KVAccount:
         """
         pricing = self.pricings[plan]
         gain = self.private_bytes(seq.paid_bytes, seq.shared) - pricing.price(seq.num_blocks)
-        return gain, pricing.price(min(seq.shared_blocks + CONVERSION_BLOCKS, seq.num_blocks))
+        return gain, pricing.price(min(seq.shared_blocks + RUN_BLOCKS, seq.num_blocks))
 
     def give_back(self, seq: SeqState) -> None:
         """Close the sequence's slot."""

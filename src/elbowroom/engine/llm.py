@@ -34,6 +34,8 @@ class LLM:
         kv: str | KVPlan | None = None,
         dtype: str = "auto",
         *,
+        kv_choices: Sequence[str | KVPlan] = (),
+        kv_relief: str | KVPlan | None = None,
         max_sequences: int = 64,
         prefix_cache: bool = True,
         seed: int = 0,
@@ -44,6 +46,8 @@ class LLM:
             memory,
             kv,
             dtype,
+            kv_choices=kv_choices,
+            kv_relief=kv_relief,
             max_sequences=max_sequences,
             prefix_cache=prefix_cache,
             seed=seed,
@@ -52,33 +56,44 @@ class LLM:
         self.tokenizer = self.engine.parts.tokenizer
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        kv: str | KVPlan | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or many, batched, and return one output for each, in order.
 
         Args:
             prompts: text or ``{"prompt_token_ids": [...]}``, or a list of them.
             sampling: for all prompts, or one for each.
+            kv: one of the plans that the engine was started with (``kv``, ``kv_choices``); by default the first.
 
         Raises:
-            RequestError: a prompt is malformed or can never fit; the others are dropped then.
+            RequestError: a prompt is malformed or can never fit, or the engine has no plan ``kv``; the others are
+                dropped then.
         """
         many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        return self._run([prompt_ids(self.tokenizer, prompt) for prompt in many], sampling)
+        return self._run([prompt_ids(self.tokenizer, prompt) for prompt in many], sampling, kv)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        kv: str | KVPlan | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many; a message is ``{"role": ..., "content": ...}``."""
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = [messages] if single else messages
-        return self._run([chat_ids(self.tokenizer, list(each)) for each in conversations], sampling)  # type: ignore[arg-type]
+        return self._run([chat_ids(self.tokenizer, list(each)) for each in conversations], sampling, kv)  # type: ignore[arg-type]
 
-    def session(self, context: str | Sequence[int] = "") -> Session:
-        """Return a session that has read ``context`` (text or token ids) and can be asked, forked and rolled back."""
-        return Session(self.engine, context)
+    def session(self, context: str | Sequence[int] = "", kv: str | KVPlan | None = None) -> Session:
+        """Return a session that has read ``context`` (text or token ids) and can be asked, forked and rolled back.
+
+        Its tokens are kept under ``kv``, one of the engine's plans.
+        """
+        return Session(self.engine, context, kv=kv)
 
     def clear_cache(self) -> int:
         """Forget cached prefixes and give their memory back; return the bytes."""
@@ -99,12 +114,15 @@ class LLM:
         self.close()
 
     def _run(
-        self, prompts: list[list[int]], sampling: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        kv: str | KVPlan | None,
     ) -> list[RequestOutput]:
         futures: list[Future[RequestOutput]] = []
         try:
             for ids, params in zip(prompts, _each(sampling, len(prompts)), strict=True):
-                futures.append(self.engine.generate(ids, params))
+                futures.append(self.engine.generate(ids, params, kv=kv))
             return [future.result() for future in futures]
         finally:
             for future in futures:  # after an error or an interrupt nobody waits for the others

@@ -54,6 +54,8 @@ class RequestOutput:
     outputs: list[SampleOutput]
     cached_tokens: int = 0
     """Prompt tokens that a cached prefix saved."""
+    is_relieved: bool = False
+    """Whether memory was so short that a sample went over to the engine's relief plan."""
     ttft_s: float | None = None
     """Seconds from arrival to the first token."""
     duration_s: float = 0.0
@@ -148,4 +150,5 @@ class RequestProcessor:
         if self.output.ttft_s is None and update.tokens:
             self.output.ttft_s = self.output.duration_s
         self.output.cached_tokens = max(self.output.cached_tokens, update.cached_tokens)
+        self.output.is_relieved |= update.is_relieved
         return self._samples[update.sample].push(update)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from elbowroom.engine.baseline import measure_baseline
+from elbowroom.engine.plans import KVPlans, PlanText
 from elbowroom.engine.sizing import ALIGN, MemoryPlan, plan_memory
 from elbowroom.errors import ConfigError
 from elbowroom.kv.calibration import FILE, Calibration
+from elbowroom.kv.capacity import Capacity
 from elbowroom.kv.paged import PagedStore
-from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena, Range
 from elbowroom.memory.ledger import Budget, Ledger
 from elbowroom.memory.malloc import trim_malloc
@@ -50,13 +51,17 @@ class ResidentModel:
     decoder: Decoder
     workspace: Workspace
     store: PagedStore
+    """Of the usual plan."""
+    others: tuple[PagedStore, ...]
+    """Of further plans; all share one capacity."""
     meter: Meter
     load: LoadReport
     weights: Range
 
     def close(self) -> None:
         """Give all memory back."""
-        self.store.close_all()
+        for store in (self.store, *self.others):
+            store.close_all()
         self.workspace.close()
         self.weights.close()
         trim_malloc()
@@ -65,7 +70,7 @@ class ResidentModel:
 def load_resident(
     model: str | None = None,
     memory: str | int = "80%",
-    kv: str | KVPlan | None = None,
+    kv: PlanText | KVPlans = None,
     dtype: str = "auto",
     *,
     path: ComputePath | None = None,
@@ -78,7 +83,8 @@ def load_resident(
     Args:
         model: a Hugging Face model directory; None means the built-in model.
         memory: bound on what this process holds over its baseline.
-        kv: how keys and values are kept; read with the calibration beside the model if the plan needs it.
+        kv: how keys and values are kept, the plan or several; read with the calibration beside the model if one
+            needs it.
         dtype: for weights and KV cache; ``auto``: what the checkpoint says.
         path: which passes run native and which on torch; by default what is fastest here.
         max_sequences: most sequences that run at once.
@@ -91,10 +97,11 @@ def load_resident(
     directory = find_model(model)
     config, dtype = read_config(directory), choose_dtype(dtype, directory)
     kind: torch.dtype = getattr(torch, dtype)
-    plan = KVPlan.parse(kv)
-    bound = plan.bind(config.layers, dtype, read_calibration(directory) if plan.needs_calibration else None)
+    plans = kv if isinstance(kv, KVPlans) else KVPlans.of(kv)
+    bound = plans.bind(config.layers, dtype, read_calibration(directory) if plans.needs_calibration else None)
     path = path or ComputePath.choose(kind)
-    sizes = plan_memory(config, kind, path, bound, budget_bytes, max_sequences)
+    extra_bytes = plans.conversion_bytes(config.layers)
+    sizes = plan_memory(config, kind, path, bound, budget_bytes, max_sequences, extra_bytes)
     tokenizer = Tokenizer.from_directory(directory)
 
     ledger = Ledger(Budget({"host": budget_bytes}))
@@ -107,8 +114,8 @@ def load_resident(
     workspace = Workspace(arena, sizes.workspace)
     if tasks_bytes:
         ledger.charge("tasks", "host", tasks_bytes)
-    kv_bytes = budget_bytes - ledger.total("host")
-    store = PagedStore(bound, arena, kv_bytes, model_fingerprint(directory))
+    capacity, model_id = Capacity(budget_bytes - ledger.total("host")), model_fingerprint(directory)
+    store, *others = (PagedStore(plan, arena, capacity, model_id) for plan in bound)
     return ResidentModel(
         directory=directory,
         config=config,
@@ -120,6 +127,7 @@ def load_resident(
         decoder=decoder,
         workspace=workspace,
         store=store,
+        others=tuple(others),
         meter=meter,
         load=load,
         weights=weights,

@@ -12,6 +12,7 @@ from typing import Self
 
 from elbowroom.engine.engine import Engine
 from elbowroom.engine.output import RequestOutput
+from elbowroom.engine.plans import PlanText
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import SessionRef
 from elbowroom.errors import RequestError
@@ -25,10 +26,20 @@ class Session:
     Args:
         engine: who computes.
         context: text or token ids to read at once.
+        parent: whose tokens it begins with, under the same plan.
+        kv: the plan of the engine under which its tokens are kept.
     """
 
-    def __init__(self, engine: Engine, context: str | Sequence[int] = "", parent: Session | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        context: str | Sequence[int] = "",
+        parent: Session | None = None,
+        kv: PlanText = None,
+    ) -> None:
         self._engine = engine
+        self.kv: PlanText = kv if parent is None else parent.kv
+        engine.parts.plans.number(self.kv)  # one that the engine does not have is refused here
         self.key = engine.new_session_key()
         """Name of the parked sequence."""
         self._parent = None if parent is None else parent.key
@@ -52,7 +63,7 @@ class Session:
             RequestError: nothing to read, or it does not fit the context or the budget; the session is unchanged.
         """
         tokens = self.token_ids + self._ids(text)
-        self._engine.generate(tokens, _PREFILL, self._ref()).result()
+        self._engine.generate(tokens, _PREFILL, self._ref(), self.kv).result()
         self.token_ids = tokens
 
     def ask(self, text: str | Sequence[int], sampling: SamplingParams | None = None) -> RequestOutput:
@@ -62,7 +73,8 @@ class Session:
             RequestError: nothing to read, or it does not fit the context or the budget; the session is unchanged.
         """
         tokens = self.token_ids + self._ids(text)
-        output = self._engine.generate(tokens, sampling or SamplingParams(temperature=0.0), self._ref()).result()
+        chosen = sampling or SamplingParams(temperature=0.0)
+        output = self._engine.generate(tokens, chosen, self._ref(), self.kv).result()
         self.token_ids = tokens + output.outputs[0].token_ids
         self.last = output
         return output

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,29 +56,38 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: ModelConfig, dtype: torch.dtype, path: ComputePath, plan: BoundPlan, budget_bytes: int, max_sequences: int
+    config: ModelConfig,
+    dtype: torch.dtype,
+    path: ComputePath,
+    plans: Sequence[BoundPlan],
+    budget_bytes: int,
+    max_sequences: int,
+    extra_bytes: int = 0,
 ) -> MemoryPlan:
-    """Return how ``budget_bytes`` are divided for this model, its compute path and KV plan.
+    """Return how ``budget_bytes`` are divided for this model, its compute path and KV plans, the usual one first.
+
+    ``extra_bytes`` are set aside on top of what steps need.
 
     Raises:
         BudgetTooSmall: weights, the smallest workspace and one short sequence do not fit; names the minimum.
     """
     weights = reserved_weights_bytes(config, dtype)
+    divide = functools.partial(_divide, config, dtype, path, plans, weights, extra_bytes)
     for step_tokens in STEP_TOKENS:
-        made = _divide(config, dtype, path, plan, weights, budget_bytes, step_tokens, max_sequences)
+        made = divide(budget_bytes, step_tokens, max_sequences)
         room = budget_bytes - weights - RUNTIME_BASE_BYTES
         overhead = made.workspace_bytes + made.runtime_bytes - RUNTIME_BASE_BYTES
-        if overhead <= WORKSPACE_SHARE * room and made.kv_bytes >= _minimum_kv(plan, step_tokens):
+        if overhead <= WORKSPACE_SHARE * room and made.kv_bytes >= _minimum_kv(plans, step_tokens):
             return made
     fewest = min(max_sequences, FEWEST_SEQUENCES)
-    smallest = _divide(config, dtype, path, plan, weights, budget_bytes, STEP_TOKENS[-1], fewest)
-    needed = _minimum_kv(plan, smallest.max_step_tokens)
+    smallest = divide(budget_bytes, STEP_TOKENS[-1], fewest)
+    needed = _minimum_kv(plans, smallest.max_step_tokens)
     if smallest.kv_bytes >= needed:
         return smallest
     least = smallest
     while least.kv_bytes < needed:  # a larger budget needs a little more for its own books
         enough = least.budget_bytes + needed - least.kv_bytes
-        least = _divide(config, dtype, path, plan, weights, enough, STEP_TOKENS[-1], fewest)
+        least = divide(enough, STEP_TOKENS[-1], fewest)
     minimum = least.budget_bytes
     raise BudgetTooSmall(
         f"a budget of {format_bytes(budget_bytes)} is too small: weights {format_bytes(weights)}, "
@@ -97,27 +108,27 @@ def _pages(num_bytes: int) -> int:
     return -(-num_bytes // page) * page
 
 
-def _minimum_kv(plan: BoundPlan, step_tokens: int) -> int:
+def _minimum_kv(plans: Sequence[BoundPlan], step_tokens: int) -> int:
     """Return the KV bytes that ``MINIMUM_CONTEXT`` tokens need, counted as the scheduler counts."""
-    pricing = KVPricing.of(plan, MINIMUM_CONTEXT, step_tokens, HostTier.page_bytes)
-    return pricing.price(num_blocks(MINIMUM_CONTEXT)) + pricing.transient_bytes
+    pricings = [KVPricing.of(plan, MINIMUM_CONTEXT, step_tokens, HostTier.page_bytes) for plan in plans]
+    return pricings[0].price(num_blocks(MINIMUM_CONTEXT)) + sum(pricing.transient_bytes for pricing in pricings)
 
 
 def _divide(
     config: ModelConfig,
     dtype: torch.dtype,
     path: ComputePath,
-    plan: BoundPlan,
+    plans: Sequence[BoundPlan],
     weights: int,
+    extra: int,
     budget: int,
     step_tokens: int,
     max_sequences: int,
 ) -> MemoryPlan:
     workspace = workspace_sizes(config, dtype, path, step_tokens, max_sequences)
     books = budget // HostTier.page_bytes * PAGE_BOOK_BYTES
-    temporary = _temporary_bytes(config, path, step_tokens, max_sequences) + plan.choice_bytes(
-        step_tokens, config.max_positions
-    )
+    temporary = _temporary_bytes(config, path, step_tokens, max_sequences) + extra
+    temporary += max(plan.choice_bytes(step_tokens, config.max_positions) for plan in plans)
     runtime = RUNTIME_BASE_BYTES + books + temporary
     return MemoryPlan(
         budget_bytes=budget,

@@ -27,6 +27,8 @@ class KVHandle:
     """Names one stored sequence."""
 
     id: int
+    plan: int = 0
+    """Number of its plan, in a store that has several."""
 
 
 class PromptPart(IntEnum):
@@ -108,14 +110,17 @@ class KVReport:
 class KVStore(Protocol):
     """Holds keys and values of sequences; the only writer of their bytes."""
 
-    def open(self) -> KVHandle:
-        """Return a new empty sequence."""
+    def open(self, plan: int = 0) -> KVHandle:
+        """Return a new empty sequence, under one of the store's plans."""
 
     def fork(self, handle: KVHandle, num_tokens: int | None = None) -> KVHandle:
         """Return a sequence that shares the first ``num_tokens`` (default all) of ``handle``, copy-on-write."""
 
     def truncate(self, handle: KVHandle, num_tokens: int) -> int:
         """Keep the first ``num_tokens`` and return the bytes freed."""
+
+    def convert(self, handle: KVHandle, plan: int) -> KVHandle:
+        """Return the sequence under another of the store's plans; ``handle`` is closed."""
 
     def close(self, handle: KVHandle) -> int:
         """Forget the sequence and return the bytes freed."""

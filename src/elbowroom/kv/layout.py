@@ -12,6 +12,7 @@ from elbowroom.core import STRIP_TOKENS, PageFormat
 from elbowroom.errors import BudgetError, OutOfBudget
 from elbowroom.kv.base import Shortfall
 from elbowroom.kv.bound import BoundPlan
+from elbowroom.kv.capacity import Capacity
 from elbowroom.kv.holding import Extent, Holding, blocks_of
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.sequence import Rows, Sequence, Table
@@ -49,12 +50,13 @@ class PoolSet:
         plan: layers and formats.
         arena: where the strips lie.
         owner: ledger account.
-        capacity_bytes: most bytes of pages to hold.
+        capacity: most bytes of pages to hold, these and those of others that share it.
     """
 
-    def __init__(self, plan: BoundPlan, arena: Arena, owner: str, capacity_bytes: int) -> None:
+    def __init__(self, plan: BoundPlan, arena: Arena, owner: str, capacity: Capacity) -> None:
         self._plan, self._arena, self._owner = plan, arena, owner
-        self.capacity_bytes = capacity_bytes
+        self.capacity = capacity
+        capacity.holders.append(self)
         self.source_of = [index if each.kv_source is None else each.kv_source for index, each in enumerate(plan.layers)]
         """For each layer the one whose strips it reads."""
         self.main: list[Lane] = []
@@ -126,9 +128,9 @@ class PoolSet:
     def _pool(self, fmt: PageFormat, layers: list[int], share: float) -> StripPool:
         # Address space is free on an elastic tier: every pool could hold the whole capacity, with slack for groups
         # that live on with only some of their layers. On a static one each gets its share.
-        room = 2 * self.capacity_bytes
+        room = 2 * self.capacity.num_bytes
         if not self._arena.tier.elastic:
-            room = int(self.capacity_bytes * share)
+            room = int(self.capacity.num_bytes * share)
         return StripPool(self._arena, self._owner, fmt, len(layers), room)
 
     def __iter__(self) -> Iterator[Lane]:
@@ -326,8 +328,8 @@ class PoolSet:
             pool.close()
 
     def _available(self) -> int:
-        """Return the bytes by which ``live_bytes`` may grow."""
-        room = self.capacity_bytes - self.live_bytes
+        """Return the bytes that may be taken on top."""
+        room = self.capacity.num_bytes - self.capacity.live_bytes
         free = self._arena.ledger.available(self._arena.tier.name)
         # Free pages of the arena are resident already: they are taken over, or given back before others are charged.
         return room if free is None else min(room, free + self._arena.free_bytes())

@@ -20,10 +20,12 @@ from elbowroom.kernels.base import LayerStrips, Tail
 from elbowroom.kernels.extras import check_extras
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
 from elbowroom.kv.bound import BoundPlan
+from elbowroom.kv.capacity import Capacity
 from elbowroom.kv.cascade import check_history, read_history
 from elbowroom.kv.codecs import token_codec
 from elbowroom.kv.codecs.ordered import in_order
 from elbowroom.kv.compaction import Compactor
+from elbowroom.kv.held import read_tokens, report
 from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
 from elbowroom.kv.pool import ABSENT, StripPool
@@ -44,11 +46,11 @@ class PagedStore:
     Args:
         plan: the plan, bound to the model.
         arena: where strips live; pages are charged to the owner ``kv`` only while strips use them.
-        capacity_bytes: most bytes of pages to hold.
+        capacity_bytes: most bytes of pages to hold, or what other stores hold theirs in, too.
         model_id: fingerprint of the model's weights; spans are exchanged only between equal ones.
     """
 
-    def __init__(self, plan: BoundPlan, arena: Arena, capacity_bytes: int, model_id: bytes = b"") -> None:
+    def __init__(self, plan: BoundPlan, arena: Arena, capacity_bytes: int | Capacity, model_id: bytes = b"") -> None:
         self.plan = plan
         self.fingerprint = plan.fingerprint() + model_id
         self._arena = arena
@@ -56,7 +58,8 @@ class PagedStore:
         self._open_codec = token_codec(self._codec)
         self._codecs = [in_order(self._codec, plan.orders, layer) for layer in range(len(plan.layers))]
         """For each layer the codec, behind the order of its channels where it has one."""
-        self._pools = PoolSet(plan, arena, OWNER, capacity_bytes)
+        capacity = capacity_bytes if isinstance(capacity_bytes, Capacity) else Capacity(capacity_bytes)
+        self._pools = PoolSet(plan, arena, OWNER, capacity)
         self._preparer = Preparer(self._pools, plan)
         self._slots = Slots(self._pools, self._codecs)
         policy = plan.policy
@@ -73,8 +76,14 @@ class PagedStore:
 
     # Sequences
 
-    def open(self) -> KVHandle:
-        """Return a new empty sequence."""
+    def open(self, plan: int = 0) -> KVHandle:
+        """Return a new empty sequence.
+
+        Raises:
+            IntegrityError: ``plan`` is not 0.
+        """
+        if plan:
+            raise IntegrityError(f"the store has one plan, no number {plan}")
         return self._adopt(Sequence(self._pools.num_rows))
 
     def fork(self, handle: KVHandle, num_tokens: int | None = None) -> KVHandle:
@@ -112,6 +121,10 @@ class PagedStore:
         del self._sequences[handle.id]
         self._preparer.clear()
         return self._pools.drop_spare(sequence) + self._pools.release(sequence.table)
+
+    def convert(self, handle: KVHandle, plan: int) -> KVHandle:
+        """Raise IntegrityError: there is no other plan."""
+        raise IntegrityError(f"the store has one plan, no number {plan} for sequence {handle.id}")
 
     def num_tokens(self, handle: KVHandle) -> int:
         """Return how many tokens the sequence holds."""
@@ -338,6 +351,24 @@ class PagedStore:
 
     # Moving
 
+    def read(self, handle: KVHandle, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return keys ``[n, Hkv, Dk]`` and values ``[n, Hkv, Dv]`` of tokens ``start .. stop - 1``, decoded.
+
+        ``start`` is a multiple of 64. What a sliding window has dropped is 0.
+        """
+        sequence = self._sequence(handle)
+        return read_tokens(self._pools, sequence, layer, (start, stop), self._codecs[layer])
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: KVStep) -> None:
+        """Append ``k, v`` of ``layer`` as ``attend`` does, without attention."""
+        attention.append(self._strips(layer, step), k, v)
+
+    def forget(self, handle: KVHandle, num_blocks: int) -> None:
+        """Free the first blocks of a sequence that will be closed next; nothing else can be done with it."""
+        sequence = self._sequence(handle)
+        for lane in self._pools.main:
+            self._expire(sequence, lane, lane.rows, num_blocks)
+
     def export_span(self, handle: KVHandle, start: int, stop: int) -> bytes:
         """Return tokens ``[start, stop)`` as one checksummed object.
 
@@ -426,28 +457,13 @@ class PagedStore:
 
     def resize(self, capacity_bytes: int) -> int:
         """Set the most bytes to hold; return how many are held above that."""
-        self._pools.capacity_bytes = capacity_bytes
-        return max(self._pools.live_bytes - capacity_bytes, 0)
+        capacity = self._pools.capacity
+        capacity.num_bytes = capacity_bytes
+        return max(capacity.live_bytes - capacity_bytes, 0)
 
     def report(self) -> KVReport:
         """Return what is held."""
-        tokens = sum(sequence.num_tokens for sequence in self._sequences.values())
-        layers = [layer for layer in self.plan.layers if layer.kv_source is None]
-        width = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in layers)
-        extents = [self._pools.extent(each, each.num_tokens) for each in self._sequences.values()]
-        dropped = sum(sum(extent.dropped) for extent in extents)
-        choosing = sum(layer.window is None for layer in layers)
-        return KVReport(
-            live_bytes=self._pools.live_bytes,
-            free_bytes=self._pools.free_bytes,
-            capacity_bytes=self._pools.capacity_bytes,
-            num_sequences=len(self._sequences),
-            num_tokens=tokens,
-            num_strips=sum(pool.num_strips for pool in self._pools.pools),
-            num_dropped=STRIP_TOKENS * dropped // max(choosing, 1),
-            num_shared_strips=sum(pool.num_shared_strips for pool in self._pools.pools),
-            bf16_bytes=tokens * width * 2,
-        )
+        return report(self._pools, self.plan, list(self._sequences.values()))
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless reference counts, free stacks and pages agree with the tables."""

@@ -97,7 +97,7 @@ def chat_router(context: ServerContext) -> APIRouter:
         sampling = chat_sampling(body, model.llm.tokenizer, model.llm.engine.parts.config.vocab_size)
         encoded = asyncio.to_thread(_prompt_ids, model.llm.tokenizer, body)
         prompt = await until_disconnect(request.receive, encoded)
-        generation = Generation(model, [prompt], sampling, context.metrics)
+        generation = Generation(model, [prompt], sampling, context.metrics, body.kv)
         return await respond(request, body, generation, ChatReply(generation, bool(body.logprobs), wants_usage(body)))
 
     return router

@@ -94,7 +94,7 @@ def completions_router(context: ServerContext) -> APIRouter:
         tokenizer = model.llm.tokenizer
         sampling = completion_sampling(body, tokenizer, model.llm.engine.parts.config.vocab_size)
         prompts = await until_disconnect(request.receive, asyncio.to_thread(_prompt_ids, tokenizer, body))
-        generation = Generation(model, prompts, sampling, context.metrics)
+        generation = Generation(model, prompts, sampling, context.metrics, body.kv)
         echoes = _echoes(tokenizer, body) if body.echo else []
         reply = CompletionReply(generation, body.logprobs is not None, echoes, wants_usage(body))
         return await respond(request, body, generation, reply)

@@ -30,6 +30,7 @@ _COUNTERS: dict[str, tuple[str, Callable[[SchedulerStats], int]]] = {
     "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prompt_tokens),
     "prefix_cache_hits": ("Prompt tokens found there.", lambda stats: stats.cached_prompt_tokens),
     "preemptions": ("Sequences that gave way and were recomputed.", lambda stats: stats.preemptions),
+    "kv_reliefs": ("Sequences that went over to the relief plan.", lambda stats: stats.reliefs),
     "kv_evicted_blocks": ("Cached blocks that were given up.", lambda stats: stats.evicted_blocks),
 }
 _KV: dict[str, tuple[str, Callable[[KVReport], int]]] = {

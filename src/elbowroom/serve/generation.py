@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from elbowroom.engine.output import OutputDelta, TokenLogprob
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.errors import ElbowroomError
 from elbowroom.serve.errors import InvalidField
 from elbowroom.serve.metrics import ServerMetrics
 from elbowroom.serve.responses import Usage
@@ -46,19 +47,30 @@ class Generation:
         prompts: token ids of each prompt.
         sampling: for all of them.
         metrics: gets the timings at the end.
+        kv: the KV plan that was asked for; None: the usual one.
 
     Raises:
-        InvalidField: prompts times ``n`` exceed the server's limit.
+        InvalidField: prompts times ``n`` exceed the server's limit, or the engine has no such plan.
     """
 
     def __init__(
-        self, model: ServedModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams, metrics: ServerMetrics
+        self,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        metrics: ServerMetrics,
+        kv: str | None = None,
     ) -> None:
         most = model.limits.max_sequences_per_request
         if len(prompts) * sampling.n > most:
             asked = f"{len(prompts)} prompts with {sampling.n} samples each exceed {most} in one request"
             raise InvalidField("prompt", asked, "send several requests")
+        try:
+            model.llm.engine.parts.plans.number(kv)
+        except ElbowroomError as reason:
+            raise InvalidField("kv", reason.message.removeprefix("kv "), reason.hint) from None
         self.model, self.prompts, self.sampling, self._metrics = model, prompts, sampling, metrics
+        self._kv, self._is_relieved = kv, False
         self.choices = [Choice(index, index // sampling.n) for index in range(len(prompts) * sampling.n)]
         self._cached = [0] * len(prompts)
         self._started = time.perf_counter()
@@ -71,11 +83,12 @@ class Generation:
             Overloaded: too many requests are live.
             ElbowroomError: the engine failed.
         """
-        with self.model.admit(), await self.model.llm.start(self.prompts, self.sampling) as stream:
+        with self.model.admit(), await self.model.llm.start(self.prompts, self.sampling, self._kv) as stream:
             try:
                 yield None
                 async for prompt, delta, output in stream:
                     self._cached[prompt] = output.cached_tokens
+                    self._is_relieved |= output.is_relieved
                     yield self._take(prompt, delta), delta
             finally:
                 self._metrics.observe(self.model.name, self._started, self.choices)
@@ -90,7 +103,7 @@ class Generation:
     def usage(self) -> Usage:
         """Tokens so far."""
         generated = sum(choice.num_tokens for choice in self.choices)
-        return Usage.of(sum(map(len, self.prompts)), generated, sum(self._cached))
+        return Usage.of(sum(map(len, self.prompts)), generated, sum(self._cached), self._is_relieved)
 
     def _take(self, prompt: int, delta: OutputDelta) -> Choice:
         choice = self.choices[prompt * self.sampling.n + delta.index]

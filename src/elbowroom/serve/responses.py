@@ -50,16 +50,21 @@ class Usage(Schema):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    kv_relieved: bool | None = None
+    """True if memory was so short that tokens went over to the server's relief plan (an extension)."""
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int, kv_relieved: bool = False) -> Usage:
         """Return the usage with its sums."""
-        return cls(
+        usage = cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         )
+        if kv_relieved:
+            usage.kv_relieved = True
+        return usage
 
 
 class Answer(Schema):

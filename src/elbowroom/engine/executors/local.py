@@ -91,17 +91,20 @@ class TorchExecutor:
 
     def _apply(self, op: KVOp) -> None:
         if op.kind == "open":
-            self._handles[op.slot] = self.store.open()
+            self._handles[op.slot] = self.store.open(op.plan)
         elif op.kind == "fork":
             self._handles[op.slot] = self.store.fork(self._handles[op.source], op.num_tokens)
         elif op.kind == "truncate":
             self.store.truncate(self._handles[op.slot], op.num_tokens)
+        elif op.kind == "convert":
+            self._handles[op.slot] = self.store.convert(self._handles[op.slot], op.plan)
         else:
             self.store.close(self._handles.pop(op.slot))
             self._samplers.pop(op.slot, None)
 
     @torch.inference_mode()
     def _run(self, rows: tuple[Row, ...]) -> tuple[dict[int, list[SampledToken]], int]:
+        rows = self._by_plan(rows)
         step = self._kv_step(rows)
         shortfall = self.store.reserve(step)
         if shortfall is not None:
@@ -114,6 +117,13 @@ class TorchExecutor:
             return self._sample(rows, step), 0
         finally:
             self._weights.end()
+
+    def _by_plan(self, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+        """Return the rows with those of a KV plan together, as the store wants them."""
+        plans = [self._handles[row.slot].plan for row in rows]
+        if len(set(plans)) == 1:
+            return rows
+        return tuple(sorted(rows, key=lambda row: self._handles[row.slot].plan))
 
     def _share_threads(self, num_tokens: int) -> None:
         """Two pools that want the same cores cost several times what they gain: give them to one."""
