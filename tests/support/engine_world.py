@@ -7,6 +7,7 @@ in advance whatever the schedule, and one misplaced fork, truncation or stale sl
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,8 @@ from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.types import KVOp, Request, Row, SampledToken, SequenceUpdate, StepPlan, StepResult
 from elbowroom.kv.base import KVHandle, KVStep
 from elbowroom.kv.bound import BoundPlan
+from elbowroom.kv.capacity import Capacity
+from elbowroom.kv.mixed import MixedStore
 from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
@@ -62,9 +65,9 @@ def expected_output(prompt: list[int], seed: int, sample: int, limit: int, ignor
 
 @dataclass
 class StoreExecutor:
-    """Executes plans on a PagedStore (bytes are real, attention is not) and on token lists."""
+    """Executes plans on a store (bytes are real, attention is not) and on token lists."""
 
-    store: PagedStore
+    store: PagedStore | MixedStore
     handles: dict[int, KVHandle] = field(default_factory=dict)
     content: dict[int, list[int]] = field(default_factory=dict)
     specs: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -74,7 +77,7 @@ class StoreExecutor:
         """Apply one change; slots must be used as KVOp says."""
         if op.kind == "open":
             assert op.slot not in self.content, "a slot is opened twice"
-            self.handles[op.slot], self.content[op.slot] = self.store.open(), []
+            self.handles[op.slot], self.content[op.slot] = self.store.open(op.plan), []
         elif op.kind == "fork":
             assert op.slot not in self.content, "a slot is opened twice"
             assert len(self.content[op.source]) >= op.num_tokens, "a fork's source is too short"
@@ -83,6 +86,9 @@ class StoreExecutor:
         elif op.kind == "truncate":
             self.store.truncate(self.handles[op.slot], op.num_tokens)
             del self.content[op.slot][op.num_tokens :]
+        elif op.kind == "convert":
+            assert self.handles[op.slot].plan != op.plan, "a sequence goes over to the plan that it has"
+            self.handles[op.slot] = self.store.convert(self.handles[op.slot], op.plan)
         else:
             self.store.close(self.handles.pop(op.slot))
             del self.content[op.slot]
@@ -106,6 +112,7 @@ class StoreExecutor:
         return StepResult(made, num_steps if plan.rows else 1)
 
     def _step(self, rows: tuple[Row, ...], repeat: int) -> KVStep:
+        rows = tuple(sorted(rows, key=lambda row: self.handles[row.slot].plan))
         starts = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum([row.num_tokens for row in rows], out=starts[1:])
         pieces = [np.arange(row.start + repeat, row.start + repeat + row.num_tokens) for row in rows]
@@ -131,14 +138,19 @@ class StoreExecutor:
 
 
 class World:
-    """Scheduler, pricing and store of one tiny model, stepped by hand."""
+    """Scheduler, pricing and store of one tiny model, stepped by hand; with several plans or one."""
 
-    def __init__(self, plan: BoundPlan, capacity_bytes: int, **config: object) -> None:
+    def __init__(self, plan: BoundPlan | Sequence[BoundPlan], capacity_bytes: int, **config: object) -> None:
+        plans = [plan] if isinstance(plan, BoundPlan) else list(plan)
         settings = SchedulerConfig(**{"max_positions": 4096, "max_step_tokens": 128, "eos_token_ids": (EOS,), **config})
         tier = HostTier()
-        self.pricing = KVPricing.of(plan, settings.max_positions, settings.max_step_tokens, tier.page_bytes)
-        self.scheduler = Scheduler(settings, [self.pricing], capacity_bytes)
-        self.store = PagedStore(plan, Arena(tier, Ledger(Budget({}))), capacity_bytes)
+        limits = settings.max_positions, settings.max_step_tokens, tier.page_bytes
+        pricings = [KVPricing.of(each, *limits, namespace=each.fingerprint()) for each in plans]
+        self.pricing = pricings[0]
+        self.scheduler = Scheduler(settings, pricings, capacity_bytes)
+        arena, capacity = Arena(tier, Ledger(Budget({}))), Capacity(capacity_bytes)
+        stores = [PagedStore(each, arena, capacity) for each in plans]
+        self.store = MixedStore(stores) if len(stores) > 1 else stores[0]
         self.executor = StoreExecutor(self.store)
         self._first_capacity_bytes = capacity_bytes
         self.shortfalls = 0
@@ -172,7 +184,7 @@ class World:
         account, state = self.scheduler.account, self.scheduler._state
         held = account.used_bytes + account.cached_bytes
         if held:
-            assert held + self.pricing.transient_bytes <= self.capacity_bytes, "more is held than there is"
+            assert held + account.transient_bytes <= self.capacity_bytes, "more is held than there is"
         assert plan.num_tokens <= self.scheduler.config.max_step_tokens
         assert len({row.slot for row in plan.rows}) == len(plan.rows) <= self.scheduler.config.max_sequences
         assert len(state.running) <= self.scheduler.config.max_sequences

@@ -17,10 +17,12 @@ from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.engine.build import build_engine
 from elbowroom.serve import Server, ServerLimits
 
+BUILD = "max_sequences", "prefix_cache", "kv_choices", "kv_relief"
+
 
 def tiny_llm(directory: Path, memory: str = "48MiB", **settings: object) -> AsyncLLM:
     """Return an engine over a random model written to ``directory``."""
-    build = {key: settings.pop(key) for key in ("max_sequences", "prefix_cache") if key in settings}
+    build = {key: settings.pop(key) for key in BUILD if key in settings}
     write_tiny_model(directory, **settings)  # type: ignore[arg-type]
     return AsyncLLM(build_engine(str(directory), memory, **build))  # type: ignore[arg-type]
 

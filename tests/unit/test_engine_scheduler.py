@@ -13,6 +13,7 @@ from tests.support.engine_world import World, bound, expected_output, layer
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import Request, SampledToken, SequenceUpdate, SessionRef, StepResult
 from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
+from elbowroom.kv.plan import KVPlan
 
 PLANS = {
     "full": bound(layer(), layer()),
@@ -21,6 +22,13 @@ PLANS = {
     "odd": bound(layer(kv_heads=1, width=9), layer(kv_heads=3, width=5), dtype="bfloat16"),
 }
 """A block is 16 KiB in the first three; in the last one strips are no whole number of pages."""
+CODECS = {
+    "relief": ((layer(), layer()), ("plain", "plain(bf16)"), 1),
+    "seals": ((layer(width=32), layer(width=32)), ("plain", "kivi(4,4,32)"), 1),
+    "windows": ((layer(window=40), layer()), ("plain", "int8", "plain(bf16)"), 2),
+    "choices": ((layer(), layer()), ("plain", "plain(bf16)", "int8"), None),
+}
+"""Layers, plans that requests may ask for, and the number of the one that relieves memory."""
 PREFIXES = [[(i * k) % 49 + 1 for i in range(400)] for k in (3, 5)]
 
 ADD = st.tuples(
@@ -35,6 +43,8 @@ ADD = st.tuples(
             "priority": st.sampled_from([0, 0, 0, 1, -1]),
             "salt": st.sampled_from([b"", b"", b"x"]),
             "ignore_eos": st.booleans(),
+            "plan": st.sampled_from([0, 0, 0, 1, 2]),
+            "keeps_plan": st.booleans(),
         }
     ),
 )
@@ -48,6 +58,7 @@ ASK = st.tuples(
             "max_tokens": st.integers(0, 40),
             "n": st.sampled_from([1, 1, 2]),
             "ignore_eos": st.booleans(),
+            "plan": st.sampled_from([0, 0, 0, 0, 1]),
         }
     ),
 )
@@ -136,7 +147,8 @@ class Driver:
         self.next_id += 1
         names = ("n", "max_tokens", "ignore_eos")
         sampling = SamplingParams(seed=5, **{name: options[name] for name in names})
-        extra = {name: options[name] for name in ("priority", "salt") if name in options}
+        extra = {name: options[name] for name in ("priority", "salt", "keeps_plan") if name in options}
+        extra["plan"] = options["plan"] % len(self.world.scheduler.account.pricings)
         request = Request(id=self.next_id, prompt_token_ids=tuple(prompt), sampling=sampling, session=ref, **extra)
         try:
             self.world.scheduler.add(request)
@@ -222,6 +234,21 @@ def test_whatever_happens_every_request_ends_once_with_its_own_tokens(
 ) -> None:
     """No schedule, preemption, cache hit, session or change of capacity changes a token, leaks a slot or hangs."""
     driver = Driver(make_world(name, blocks, sequences))
+    driver.play(actions)
+    assert driver.world.shortfalls == 0, "the store had less than the scheduler counted on"
+
+
+@pytest.mark.parametrize("name", list(CODECS))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(actions=st.lists(ACTION, max_size=25), blocks=st.integers(8, 60), sequences=st.integers(1, 6))
+def test_so_it_is_with_several_plans_and_under_relief(
+    name: str, actions: list[tuple[str, Any]], blocks: int, sequences: int
+) -> None:
+    """Sequences of several plans share the memory, and go over from one to another, and nothing else changes."""
+    layers, texts, relief = CODECS[name]
+    plans = [KVPlan.parse(text).bind(layers, "float32") for text in texts]
+    limits = {"max_sequences": sequences, "max_step_tokens": 128, "max_positions": 600}
+    driver = Driver(World(plans, blocks * 4 * plans[0].block_bytes // 3, relief_plan=relief, **limits))
     driver.play(actions)
     assert driver.world.shortfalls == 0, "the store had less than the scheduler counted on"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -74,6 +75,41 @@ def test_a_completion_has_text_usage_and_the_shape_of_openai(call: Call) -> None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (2, 5, 7)
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_a_request_asks_for_a_plan_of_the_server(tmp_path: Path) -> None:
+    llm = tiny_llm(tmp_path, kv_choices=["bfp(n=16)"])
+    try:
+        call, fields = caller(llm), {"prompt": "abc " * 60, "max_tokens": 30, "temperature": 0}
+        usual, chosen = (
+            call("POST", "/v1/completions", json=fields | extra).json() for extra in ({}, {"kv": " bfp( n=16 )"})
+        )
+        assert usual["choices"][0]["text"] != chosen["choices"][0]["text"]
+        assert "kv_relieved" not in chosen["usage"]
+        assert call("POST", "/v1/chat/completions", json={"messages": USER, "max_tokens": 2, "kv": "plain"}).is_success
+        for kv, words in (("int8", "not one of the plans"), ("nothing", "unknown"), ("plain(", "cannot read")):
+            error = error_of(call("POST", "/v1/completions", json=fields | {"kv": kv}))
+            assert (error["code"], error["param"]) == ("invalid_request", "kv")
+            assert words in error["message"]
+    finally:
+        assert_no_leak(llm)
+        llm.engine.close()
+
+
+def test_usage_says_who_went_over_to_the_relief_plan(tmp_path: Path) -> None:
+    llm = tiny_llm(tmp_path, kv_relief="int8", context=2048, prefix_cache=False)
+    try:
+        held = llm.engine.parts.ledger.total("host") - llm.engine.parts.ledger.held("kv", "host")
+        llm.engine.set_budget(held + 5 * 2**19)
+        prompts = [chr(97 + i) * 200 for i in range(6)]
+        fields = {"prompt": prompts, "max_tokens": 1200, "temperature": 0, "ignore_eos": True}
+        answer = caller(llm)("POST", "/v1/completions", json=fields).json()
+        assert answer["usage"]["completion_tokens"] == 7200
+        assert answer["usage"]["kv_relieved"] is True
+        assert llm.engine.stats().reliefs > 0
+    finally:
+        assert_no_leak(llm)
+        llm.engine.close()
 
 
 def test_choices_are_numbered_prompt_by_prompt(call: Call) -> None:

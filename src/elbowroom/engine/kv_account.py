@@ -17,6 +17,7 @@ from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.types import KVOp, Request
 from elbowroom.kv.conversion import RUN_BLOCKS
 
+
 @dataclass(slots=True)
 class KVAccount:
     """Slots, bytes, cached prefixes and parked sessions."""

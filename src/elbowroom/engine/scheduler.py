@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from elbowroom.core import STRIP_TOKENS
@@ -175,7 +175,7 @@ class Scheduler:
         """
         state, account = self._state, self.account
         if account.free_bytes < 0:
-            self._make_room(0, None)
+            self._make_room(lambda: 0, None)
         rows: Rows = []
         budget, preemptions = self.config.max_step_tokens, state.stats.preemptions
         for seq in _decodes_first(state.running):
@@ -357,26 +357,22 @@ class Scheduler:
         return Row(seq.slot, "chunk", start, stop - start, seq.tokens[start:stop], sample, prompt)
 
     def _afford(self, seq: SeqState, stop: int, prompt: PromptPart) -> bool:
-        """Pay for computing ``seq`` up to ``stop``; see ``_pay``."""
-        if prompt and seq.pricing.chooses:
-            return self._pay(seq, stop, seq.pricing.peak_bytes(stop, seq.dropped, seq.num_computed))
-        if stop > seq.num_blocks * STRIP_TOKENS:
-            return self._pay(seq, stop, seq.pricing.price(num_blocks(stop), seq.dropped))
-        return True
-
-    def _pay(self, seq: SeqState, stop: int, paid_bytes: int) -> bool:
-        """Let a running sequence have paid ``paid_bytes``; it gives way, and False is returned, without room."""
-        if not self._make_room(paid_bytes - seq.paid_bytes, seq):
+        """Pay for computing ``seq`` up to ``stop``; it gives way, and False is returned, without room."""
+        if not (prompt and seq.pricing.chooses) and stop <= seq.num_blocks * STRIP_TOKENS:
+            return True
+        if not self._make_room(lambda: _price(seq, stop, prompt) - seq.paid_bytes, seq):
             self._preempt(seq)
             return False
-        self.account.grow(seq, num_blocks(stop), paid_bytes)
+        self.account.grow(seq, num_blocks(stop), _price(seq, stop, prompt))
         return True
 
-    def _make_room(self, need: int, seq: SeqState | None) -> bool:
-        """Free bytes until ``need`` fits, preempting only what is younger than ``seq`` (anything when it is None)."""
-        account = self.account
-        while account.free_bytes < need:
-            running = self._state.running
+    def _make_room(self, need: Callable[[], int], seq: SeqState | None) -> bool:
+        """Free bytes until ``need`` fits, preempting only what is younger than ``seq`` (anything when it is None).
+
+        What ``seq`` needs is less once it has gone over to the relief plan.
+        """
+        account, running = self.account, self._state.running
+        while account.free_bytes < need():
             if account.evict_one():
                 continue
             if relieve(running, account):
@@ -466,6 +462,13 @@ class Scheduler:
 
     def _live(self) -> list[SeqState]:
         return [*self._state.running, *self._state.waiting]
+
+
+def _price(seq: SeqState, stop: int, prompt: PromptPart) -> int:
+    """Return what a sequence that is computed up to ``stop`` has to have paid."""
+    if prompt and seq.pricing.chooses:
+        return seq.pricing.peak_bytes(stop, seq.dropped, seq.num_computed)
+    return seq.pricing.price(num_blocks(stop), seq.dropped)
 
 
 def _decodes_first(running: list[SeqState]) -> list[SeqState]:
