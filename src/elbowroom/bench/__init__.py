@@ -18,6 +18,7 @@ NAMES = (
     "parity",
     "prefill",
     "release",
+    "relief",
     "retrieval",
 )
 BENCHES: Registry[Benchmark] = Registry(
