@@ -6,15 +6,18 @@ it was; without that it is not (a row for each).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from elbowroom.bench.base import BenchOptions, Claim, Row
+from elbowroom.bench.base import BenchOptions, Row
 from elbowroom.bench.kv_matrix.one_layer import OneLayer, dense
-from elbowroom.bench.kv_matrix.part import Part
+from elbowroom.bench.kv_matrix.part import Part, claimed
 from elbowroom.core import LayerSpec
 from elbowroom.kv.base import PromptPart
 
 NAME = "kvmerger.exact"
+CLAIM = claimed(NAME, "<=", 1e-5, "greatest difference of the output, float32")
 SPEC = LayerSpec(num_q_heads=8, num_kv_heads=2, head_dim=64, v_head_dim=64, scale=0.125, rope=None)
 _TOKENS, _KEPT, _RUNS = 1024, 640, 8
 
@@ -25,12 +28,9 @@ def measure(options: BenchOptions) -> Part:
     for bias in ("on", "off"):
         errors = [_error(bias, options.seed + run) for run in range(_RUNS)]
         rows.append({"part": NAME, "bias": bias, "tokens": _TOKENS, "slots": _KEPT, "greatest_error": max(errors)})
-    claim = Claim(
-        id=NAME,
+    claim = replace(
+        CLAIM,
         value=float(str(rows[0]["greatest_error"])),
-        op="<=",
-        target=1e-5,
-        unit="greatest difference of the output, float32",
         num_runs=_RUNS,
         reason=f"without the count of tokens: {float(str(rows[1]['greatest_error'])):.2g}",
     )
