@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from elbowroom.core import LayerSpec, RopeSpec
+from elbowroom.kernels.rope import inverse_frequencies
 from elbowroom.models.config import ModelConfig
 from elbowroom.models.dense import DenseContext
-from elbowroom.models.rope import inverse_frequencies
 
 HIDDEN, FFN_WIDTH, NUM_LAYERS, VOCAB_SIZE, MAX_POSITIONS = 192, 512, 6, 2048, 4096
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.support.cli import COMMAND
+from tests.support.cli import COMMAND, started
 
 from elbowroom.commands import INTERRUPTED, invoke
 from elbowroom.models.directory import BUILTIN
@@ -21,7 +21,7 @@ def test_a_comparison_is_interrupted_and_goes_on(capsys: pytest.CaptureFixture[s
     out = tmp_path / "compared"
     arguments = ["compare", "int8", "--tasks", "retrieval,mf,perplexity", "--length", "320", "--keys", "2"]
     arguments += ["--num-queries", "6", "--windows", "2", "--contexts", "2", "--memory", "96MiB", "--out", str(out)]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = started([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(out.glob("methods/*/footprint.json")):
         assert process.poll() is None

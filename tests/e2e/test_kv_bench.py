@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from elbowroom.bench import BENCHES, BenchOptions
+from elbowroom.bench.kv_matrix import bfp_gain, defaults, kivi_axes, scbench_turns
+from elbowroom.bench.kv_matrix.joined import PARTS
 
 HAS_QUANTO = all(importlib.util.find_spec(name) for name in ("transformers", "optimum")) and bool(
     importlib.util.find_spec("optimum.quanto")
@@ -55,3 +60,18 @@ def test_speed_compares_plans_and_streams():
     assert sides["ours-kivi2"]["attention_s"].keys() == {"plain(bf16)", "kivi(2,2,64)"}
     quanto = sides["transformers-quanto4"]
     assert (quanto["tokens_per_s"] is not None) == HAS_QUANTO, quanto
+
+
+@pytest.mark.parametrize(
+    "part", [kivi_axes, bfp_gain, scbench_turns, defaults], ids=["kivi_axes", "bfp_gain", "scbench_turns", "defaults"]
+)
+def test_parts_of_the_matrix_measure_what_they_claim(part: Any, monkeypatch: pytest.MonkeyPatch):
+    """The quick form of each, with its processes; the other parts are run by the unit tests."""
+    monkeypatch.setattr(defaults, "QUICK_PLANS", ("plain", "snapkv", "snapkv | int8"))
+    made, claimed = part.measure(BenchOptions(quick=True)), dict(PARTS)[part.measure]
+    assert [replace(claim, value=None, num_runs=0, low=None, high=None, reason="") for claim in made.claims] == [
+        *claimed
+    ]
+    assert all(claim.value is not None and claim.num_runs > 0 for claim in made.claims), made.claims
+    assert made.rows
+    json.dumps(made.rows, allow_nan=False)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -19,3 +23,16 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int)
     assert captured.err.startswith("error: ")
     assert "Traceback" not in captured.err
     return captured.err
+
+
+def started(command: Sequence[str], **settings: Any) -> subprocess.Popen[str]:
+    """Start a process that SIGINT interrupts, whoever runs the tests; ``settings`` are those of ``Popen``.
+
+    A shell without job control lets background jobs ignore SIGINT; children inherit that, and no process of ours
+    takes it back.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, text=True, **settings)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -14,7 +14,7 @@ from tests.support.tiny_model import write_tiny_model
 from elbowroom.bench.gguf_file import interleaved, write_gguf
 from elbowroom.core import RopeSpec
 from elbowroom.errors import ConfigError, ElbowroomError
-from elbowroom.models.rope import RopeTable, rotate
+from elbowroom.kernels.rope import RopeTable, rotate
 
 
 def test_interleaved_rows_rotate_as_neighbours_like_halves_before():

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from elbowroom.bench import BenchOptions
-from elbowroom.bench.kv_matrix import bfp_gain, defaults, kivi_axes, scbench_turns, spatten_bytes
+from elbowroom.bench.kv_matrix import (
+    bfp_gain,
+    defaults,
+    joined,
+    kivi_axes,
+    kvmerger_exact,
+    scbench_turns,
+    spatten_bytes,
+    think_bytes,
+)
 from elbowroom.bench.kv_matrix.columns import COLUMNS
 from elbowroom.bench.kv_matrix.compared import Compared
+from elbowroom.bench.kv_matrix.part import Part
 from elbowroom.bench.kv_matrix.plans import FILLED, PLANS, SHARES, Point, Sizes
 from elbowroom.bench.kv_matrix.verdicts import duels
+from elbowroom.errors import PlanError
 from elbowroom.evals.comparison.plan import PERPLEXITY
 from elbowroom.evals.comparison.quality import TaskRun
 from elbowroom.evals.stats import PairedDifference
@@ -206,3 +218,34 @@ def test_a_trace_of_other_reads_breaks_the_claim(tmp_path: Path):
     (claim,) = spatten_bytes.measure(BenchOptions(), tmp_path).claims
     assert claim.value == 4.0  # the one that prunes is not dense, the dense one is
     assert not claim.holds
+
+
+@pytest.mark.parametrize("part", [kvmerger_exact, think_bytes], ids=lambda part: part.NAME)
+def test_parts_of_one_layer_measure_what_they_claim(part):
+    """The e2e tests run the parts that need a model."""
+    made = part.measure(BenchOptions(quick=True))
+    claimed = dict(joined.PARTS)[part.measure]
+    assert [replace(each, value=None, num_runs=0, reason="") for each in made.claims] == [*claimed]
+    assert all(claim.holds for claim in made.claims), made.claims
+    assert made.rows
+
+
+def test_a_part_that_fails_leaves_its_claims_without_values_and_the_others_theirs(monkeypatch, capsys):
+    good, bad = kvmerger_exact.CLAIM, (think_bytes.BYTES, think_bytes.PACKED)
+
+    def fail(_options: BenchOptions) -> Part:
+        raise PlanError("think is gone", "find it")
+
+    def measure(_options: BenchOptions) -> Part:
+        return Part([{"part": good.id}], [replace(good, value=0.0, num_runs=1)])
+
+    monkeypatch.setattr(joined, "machine_info", dict)
+    monkeypatch.setattr(joined, "PARTS", ((fail, bad), (measure, (good,))))
+    result = joined.run(BenchOptions())
+    *lost, kept = result.to_json()["claims"]
+    assert [(claim["id"], claim["value"], claim["holds"]) for claim in lost] == [(each.id, None, False) for each in bad]
+    assert {claim["reason"] for claim in lost} == {"failed: PlanError: think is gone"}
+    assert kept["holds"]
+    assert result.rows == [{"part": good.id}]
+    assert result.failures == ["think.bytes, think.packed"]
+    assert "think is gone" in capsys.readouterr().err

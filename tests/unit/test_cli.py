@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.support.cli import COMMAND, refused
+from tests.support.cli import COMMAND, refused, started
 
 from elbowroom.commands import INTERRUPTED, invoke
 from elbowroom.commands.questions import answer, common_length, read_document, read_prompts
@@ -210,6 +211,20 @@ def test_ctrl_c_ends_with_130_and_no_traceback(capsys, monkeypatch):
     monkeypatch.setattr("elbowroom.commands.questions.read_prompts", interrupt)
     assert invoke(["run", "x"]) == INTERRUPTED
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_test_starts_is_interrupted_though_the_tests_are_a_background_job():
+    """What such a job starts ignores SIGINT: a comparison once went on to its end and succeeded."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = started([sys.executable, "-c", "print(flush=True); input()"], stdin=-1, stdout=-1, stderr=-1)
+        with process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == -signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_closed_pipe_is_quiet():

@@ -21,11 +21,16 @@ def speed(options: BenchOptions) -> BenchResult:
     return BenchResult(name="speed", machine={}, rows=rows, claims=[ratio, rival])
 
 
+def broken(options: BenchOptions) -> BenchResult:
+    lost = Claim(id="broken.part", value=None, op=">=", target=1.0, unit="x", reason="failed: RuntimeError: bad")
+    return BenchResult(name="broken", machine={}, rows=[], claims=[lost], failures=["broken.part"])
+
+
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """Replace the benchmarks by a fake one."""
     this = types.ModuleType("fake_benches")
-    this.speed = speed
+    this.speed, this.broken = speed, broken
     monkeypatch.setitem(sys.modules, "fake_benches", this)
     monkeypatch.setattr("elbowroom.bench.BENCHES", Registry("benchmark", {"speed": "fake_benches:speed"}))
 
@@ -77,3 +82,13 @@ def test_a_missing_folder_is_refused_before_anything_runs(tmp_path: Path, capsys
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "--output" in captured.err
+
+
+def test_what_failed_is_shown_kept_and_said_at_the_end(monkeypatch, tmp_path: Path, capsys):
+    known = Registry("benchmark", {name: f"fake_benches:{name}" for name in ("broken", "speed")})
+    monkeypatch.setattr("elbowroom.bench.BENCHES", known)
+    assert invoke(["bench", "--json", "--output", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert [json.loads(line)["name"] for line in captured.out.splitlines()] == ["broken", "speed"]
+    assert len(list(tmp_path.iterdir())) == 2
+    assert "error: could not be measured: broken: broken.part" in captured.err

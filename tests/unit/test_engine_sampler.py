@@ -222,3 +222,15 @@ def test_parameters_out_of_range_are_refused(params: dict[str, object]) -> None:
     """What cannot be sampled with never reaches the engine."""
     with pytest.raises(RequestError):
         SamplingParams(**params)
+
+
+def test_forced_tokens_come_first_whatever_their_logits():
+    """Their log-probabilities are the model's; a sequence that is computed again goes on where it was."""
+    logits = torch.tensor([0.0, 5.0, 1.0, 2.0])
+    state = slot([7, 7], prompt=2, temperature=0.0, logprobs=0, forced=(2, 0))
+    made = [one(logits, state) for _ in range(3)]
+    assert [each.token_id for each in made] == [2, 0, 1]
+    expected = torch.log_softmax(logits, -1)
+    assert [each.logprob for each in made] == pytest.approx([float(expected[token]) for token in (2, 0, 1)])
+    again = slot([7, 7, 2], prompt=2, temperature=0.0, forced=(2, 0))
+    assert [one(logits, again).token_id for _ in range(2)] == [0, 1]

@@ -18,7 +18,7 @@ from elbowroom.kernels.extras import key_channels, slot_bias, slot_tokens
 from elbowroom.kv import KVHandle, KVPlan, PagedStore, Want
 from elbowroom.kv.base import KVStep, PromptPart
 from elbowroom.kv.policies import LayerView
-from elbowroom.kv.policies.kvmerger import KVMergerPolicy, gaussian_weights, join_neighbours
+from elbowroom.kv.policies.kvmerger import KVMergerPolicy, gaussian_weights, join_neighbours, most_looked_at
 from elbowroom.kv.policies.think import ThinKPolicy
 from elbowroom.memory import Arena, Budget, HostTier, Ledger
 
@@ -252,7 +252,9 @@ def test_weights_fall_with_the_distance_to_the_token_that_is_looked_at_most() ->
     """Of a pair the other one has e^-1 of the pivot's weight; equal tokens share evenly; a token alone has all."""
     k, slots = draw(1, 6, 32), torch.tensor([0, 0, 1, 2, 2, 2])
     k[4] = k[5] = k[3]
-    weights = gaussian_weights(k, torch.tensor([1.0, 2.0, 0.1, 0.5, 0.5, 0.4]), slots)
+    pivots = most_looked_at(torch.tensor([1.0, 2.0, 0.1, 0.5, 0.5, 0.4]), slots)
+    assert pivots.tolist() == [1, 1, 2, 4, 4, 4]
+    weights = gaussian_weights(k, pivots, slots)
     pair = math.exp(-1) / (1 + math.exp(-1))
     assert torch.allclose(weights, torch.tensor([pair, 1 - pair, 1.0, 1 / 3, 1 / 3, 1 / 3]))
 

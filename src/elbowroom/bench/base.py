@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 Row = Mapping[str, object]
@@ -59,6 +59,8 @@ class BenchResult:
     machine: Row
     rows: list[Row]
     claims: list[Claim]
+    failures: list[str] = field(default_factory=list)
+    """Claims, by part of the benchmark, whose measurement raised an error: their reason says which."""
 
     def to_json(self) -> dict[str, object]:
         """Return ``{name, machine, rows, claims}``."""

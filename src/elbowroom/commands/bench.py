@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elbowroom.commands.options import Json
-from elbowroom.errors import RequestError
+from elbowroom.errors import ElbowroomError, RequestError
 
 if TYPE_CHECKING:
     from elbowroom.bench.base import BenchResult
@@ -28,7 +28,8 @@ def bench(
 ) -> None:
     """Measure, and say which claims hold.
 
-    With --json, exactly one object {name, machine, rows, claims} is printed for each benchmark, one a line.
+    With --json, exactly one object {name, machine, rows, claims} is printed for each benchmark, one a line. A part that
+    fails leaves its claims without values; the others are measured, and the exit code is 1.
     """
     from elbowroom.commands.terminal import print_json
 
@@ -44,15 +45,19 @@ def bench(
         runs = {name: BENCHES.get(name) for name in chosen}
     except ImportError as missing:
         raise RequestError(f"a benchmark needs the package {missing.name}", "`make bench` installs it") from missing
+    failures: list[str] = []
     for name, run in runs.items():
         sys.stderr.write(f"{name} ...\n")
         result = run(BenchOptions(quick=quick, seed=seed))
+        failures += [f"{name}: {failure}" for failure in result.failures]
         if output is not None:
             _write(result, output)
         if json:
             print_json(result.to_json())
         else:
             _print(result)
+    if failures:
+        raise ElbowroomError(f"could not be measured: {'; '.join(failures)}", "the reasons of their claims say why")
 
 
 def _write(result: BenchResult, directory: Path) -> None:

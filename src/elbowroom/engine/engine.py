@@ -136,7 +136,8 @@ class Engine:
             keeps_plan=kv is not None,
         )
         tokenizer = self.parts.tokenizer
-        tokenizer.check_ids(request.prompt_token_ids, self.parts.config.vocab_size)
+        for ids in (request.prompt_token_ids, request.sampling.forced):
+            tokenizer.check_ids(ids, self.parts.config.vocab_size)
         if sampling.stop and not tokenizer.available:
             raise TokenizerError("stop strings need a tokenizer, and the model has none", "use stop_token_ids")
         decoders = [tokenizer.stream_decoder() for _ in range(sampling.n)]

@@ -28,6 +28,8 @@ class SlotSampler:
     sample: int
     position: int
     """Tokens before the next one: its position."""
+    num_prompt: int = 0
+    """Of them, those of the prompt."""
     last_token: int = 0
     prompt: frozenset[int] = frozenset()
     output: Counter[int] = field(default_factory=Counter)
@@ -46,11 +48,16 @@ class SlotSampler:
         """Return the state for a slot whose tokens so far are ``spec.history``."""
         assert spec.history is not None
         history = spec.history
-        made = cls(spec.params, spec.seed, spec.sample, len(history))
+        made = cls(spec.params, spec.seed, spec.sample, len(history), spec.num_prompt_tokens)
         if spec.params.has_penalties:
             made.prompt = frozenset(history[: spec.num_prompt_tokens])
             made.output = Counter(history[spec.num_prompt_tokens :])
         return made
+
+    def chosen(self, drawn: int) -> int:
+        """Return the next token: a forced one, or the one that was drawn."""
+        forced, number = self.params.forced, self.position - self.num_prompt
+        return forced[number] if number < len(forced) else drawn
 
     def accept(self, token: int) -> None:
         """Take in a chosen token."""
@@ -82,7 +89,8 @@ def sample(logits: Tensor, slots: Sequence[SlotSampler]) -> list[SampledToken]:
         broken = rows[tokens.index(BROKEN)].max().item()
         raise ModelError(f"the model gave the logit {broken}", "its weights are broken: check the files and reload")
     chosen: list[SampledToken] = []
-    for row, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+    for row, (slot, drawn) in enumerate(zip(slots, tokens, strict=True)):
+        token = slot.chosen(drawn)
         slot.accept(token)
         top = slot.params.logprobs
         chosen.append(SampledToken(token) if top is None else _with_logprobs(originals.get(row, rows[row]), token, top))

@@ -47,6 +47,9 @@ class SamplingParams:
     """Generation ends before the first of these strings."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    forced: tuple[int, ...] = ()
+    """The first new tokens, whatever their logits: to score a text, or to read it as decoding reads. They count in
+    ``max_tokens``, and end what others would end."""
     logprobs: int | None = None
     """None: none. k: the log-probability of each chosen token and of the k most likely ones."""
 
@@ -57,6 +60,7 @@ class SamplingParams:
         else:
             object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "forced", tuple(self.forced))
         self._check_integers()
         self._check_ranges()
         if len(self.stop) > MAX_STOP_STRINGS or any(not text for text in self.stop):

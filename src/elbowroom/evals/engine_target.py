@@ -21,16 +21,32 @@ TASK_BYTES = 16 * 2**20
 
 
 class EngineSession:
-    """A session of the engine, seen through the protocol of evaluations."""
+    """A session of the engine, seen through the protocol of evaluations.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    Args:
+        session: what has been read and asked.
+        tokenizer: of the model.
+        by_token: whether questions are read as decoded tokens are, one by one, and not as prompts. A prompt reads
+            everything, so a plan that reads a part would find what is asked for with the question, and only repeat it.
+    """
+
+    def __init__(self, session: Session, tokenizer: PlainTokenizer, *, by_token: bool = False) -> None:
+        self._session, self._tokenizer, self._by_token = session, tokenizer, by_token
 
     def ask(self, prompt: str, max_tokens: int) -> Reply:
         """Append ``prompt``, generate greedily and keep both."""
+        if self._by_token and prompt and self._session.token_ids:
+            return self._ask_by_token(self._tokenizer.encode(prompt), max_tokens)
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         sample = self._session.ask(prompt, sampling).outputs[0]
         return Reply(sample.text, tuple(sample.token_ids))
+
+    def _ask_by_token(self, prompt: list[int], max_tokens: int) -> Reply:
+        """Ask with all tokens of the question but the first decoded: a request has to read something."""
+        first, *forced = prompt
+        sampling = SamplingParams(max_tokens=len(forced) + max_tokens, temperature=0.0, forced=tuple(forced))
+        reply = self._session.ask([first], sampling).outputs[0].token_ids[len(forced) :]
+        return Reply(self._tokenizer.decode(reply), tuple(reply))
 
     def push(self, text: str) -> None:
         """Append ``text`` without generating."""
@@ -38,7 +54,7 @@ class EngineSession:
 
     def fork(self) -> EngineSession:
         """Return a copy that shares what has been read."""
-        return EngineSession(self._session.fork())
+        return EngineSession(self._session.fork(), self._tokenizer, by_token=self._by_token)
 
     def close(self) -> None:
         """Free the session."""
@@ -64,7 +80,8 @@ class EngineTarget:
 
     def open(self, context: str) -> EngineSession:
         """Read ``context`` into a new session."""
-        return EngineSession(self._llm.session(context))
+        by_token = self._llm.engine.parts.plan.plan.reads is not None
+        return EngineSession(self._llm.session(context), PlainTokenizer(self._llm.tokenizer), by_token=by_token)
 
     def num_parallel(self, context_tokens: int) -> int:
         """Return how many contexts of ``context_tokens`` the KV cache holds at once, 1 to ``MAX_CONTEXTS``."""

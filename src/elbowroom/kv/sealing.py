@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elbowroom.core import STRIP_TOKENS, LayerSpec
+from elbowroom.core import STRIP_TOKENS, LayerSpec, RopeSpec
 from elbowroom.kernels import StripStep, attention
 from elbowroom.kernels.base import PLAIN, UNIT_BYTES, LayerStrips, Tail
 from elbowroom.kernels.extras import key_channels, slot_tokens
+from elbowroom.kernels.rope import turned
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.codecs import Codec
 from elbowroom.kv.compaction import Compaction, checked_choice
@@ -66,6 +67,17 @@ class Kept:
     """Entries of sealed blocks."""
     opened: Tensor | Merged
     """int64 ``[Hkv, m]``: tokens of the open ones; or how those share slots."""
+    rope: RopeSpec | None = None
+    """Of the layer."""
+
+    def keys(self, head: int, keys: Tensor) -> Tensor:
+        """Return what the slots of a KV head hold of the open tokens' ``keys [n, D]``, ``[m, D]``."""
+        if isinstance(self.opened, Merged) and self.opened.moves is not None and self.rope is not None:
+            moves, moved = self.opened.moves[head], keys.float()
+            which = moves.nonzero()[:, 0]
+            moved[which] = turned(moved[which], moves[which], self.rope)
+            return self.rows(head, moved).to(keys.dtype)
+        return self.rows(head, keys)
 
     def rows(self, head: int, rows: Tensor) -> Tensor:
         """Return what the slots of a KV head hold of the open tokens' ``rows [n, D]``, ``[m, D]``."""
@@ -109,7 +121,7 @@ class Sealer:
         if fresh.size:
             newest = compaction.newest(layer, spec, 0 if self._channels is None else self._channels.window)
             count = kept.tokens(0).numel()
-            view = LayerView(layer, spec, newest, lambda head: kept.rows(head, place.open_keys(head)), count)
+            view = LayerView(layer, spec, newest, lambda head: kept.keys(head, place.open_keys(head)), count)
             self._describe(view, kept, place, fresh)
             self._seal(place, waiting, fresh)
         compaction.queries.pop(layer, None)
@@ -125,15 +137,18 @@ class Sealer:
         if held == count or self._policy is None:
             return Kept(place.sealed, torch.arange(place.num_open).expand(spec.num_kv_heads, -1))
         queries = compaction.newest(layer, spec, self._policy.window)
-        view = LayerView(layer, spec, queries, _HeadKeys(self._layout, place), count)
+        adjacent = _num_adjacent(compaction, layer, count)
+        view = LayerView(layer, spec, queries, _HeadKeys(self._layout, place), count, num_adjacent=adjacent)
         merger = self._policy if compaction.ends_prompt and isinstance(self._policy, MergePolicy) else None
         if merger is not None and not place.sealed.size:
-            return Kept(place.sealed, merger.merge(view, held))
+            return Kept(place.sealed, merger.merge(view, held), spec.rope)
         kept = _whole_blocks(checked_choice(self._policy, view, held), place)
         slots = held - kept.sealed.size * STRIP_TOKENS
         if merger is not None and slots < place.num_open:
-            view = LayerView(layer, spec, queries[-place.num_open :], place.open_keys, place.num_open)
-            return Kept(kept.sealed, merger.merge(view, slots))
+            adjacent = min(adjacent, place.num_open)
+            newest = queries[-place.num_open :]
+            view = LayerView(layer, spec, newest, place.open_keys, place.num_open, num_adjacent=adjacent)
+            return Kept(kept.sealed, merger.merge(view, slots), spec.rope)
         return kept
 
     def _write(self, place: OpenLayer, kept: Kept, num_full: int, targets: Table) -> Tensor:
@@ -144,7 +159,9 @@ class Sealer:
         strips += [place.tail.pool.strip(int(entry)) for entry in targets]
         views = [PLAIN.open(strip, fmt) for strip in strips]
         for head in range(fmt.num_kv_heads if strips else 0):
-            k, v = (torch.split(kept.rows(head, rows), STRIP_TOKENS) for rows in place.open_head(head))
+            keys, values = place.open_head(head)
+            k = torch.split(kept.keys(head, keys), STRIP_TOKENS)
+            v = torch.split(kept.rows(head, values), STRIP_TOKENS)
             for (keys, values), new_keys, new_values in zip(views, k, v, strict=True):
                 keys[head, : new_keys.shape[0]] = new_keys
                 values[head, : new_values.shape[0]] = new_values
@@ -212,6 +229,16 @@ def _whole_blocks(chosen: Tensor, place: OpenLayer) -> Kept:
         rank[head, row[mine] - num_sealed] += place.num_open
     opened = rank.topk(held - count * STRIP_TOKENS, dim=1).indices.sort(dim=1).values
     return Kept(place.sealed[best.numpy()], opened)
+
+
+def _num_adjacent(compaction: Compaction, layer: int, count: int) -> int:
+    """Return how many of the newest of ``count`` tokens have nothing dropped between them.
+
+    What came behind the last choice is all there; before it the newest 64 always stay.
+    """
+    if not compaction.sequence.expired_blocks[layer]:
+        return count
+    return min(count, compaction.num_tokens - compaction.sequence.chosen_tokens + STRIP_TOKENS)
 
 
 def open_layer(compaction: Compaction, layer: int, main: Lane, tail: Lane, tails: Tails) -> OpenLayer:

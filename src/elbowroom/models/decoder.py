@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elbowroom.core import RopeSpec
+from elbowroom.kernels.rope import RopeTable, rotate
 from elbowroom.models.base import AttentionContext, Scratch, TorchScratch
 from elbowroom.models.config import ModelConfig
-from elbowroom.models.rope import RopeTable, rotate
 from elbowroom.weights.base import WeightProvider
 
 CosSin = dict[tuple[RopeSpec, int], tuple[Tensor, Tensor]]

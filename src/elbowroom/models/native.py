@@ -16,11 +16,11 @@ from elbowroom import _native
 from elbowroom.core import LayerSpec, RopeSpec
 from elbowroom.kernels import LayerStrips
 from elbowroom.kernels.native import DTYPE_CODES, is_native, selection_tuple, spec_tuple, strips_tuple, tail_tuple
+from elbowroom.kernels.rope import inverse_frequencies
 from elbowroom.models.base import AttentionContext, Scratch
 from elbowroom.models.buffers import native_buffers
 from elbowroom.models.config import ModelConfig
 from elbowroom.models.decoder import Decoder
-from elbowroom.models.rope import inverse_frequencies
 from elbowroom.weights.base import LinearDescriptor, WeightProvider
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}

@@ -16,13 +16,14 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from elbowroom.bench.base import BenchOptions, Claim, Row
 from elbowroom.bench.forced import window_bits
-from elbowroom.bench.kv_matrix.part import Part
+from elbowroom.bench.kv_matrix.part import Part, claimed
 from elbowroom.bench.outliers import FACTOR, NUM_PAIRS, write_with_outliers
 from elbowroom.bench.sorted_channels import Order, channel_orders, sorting
 from elbowroom.engine.executors.local import StoreContext
@@ -42,6 +43,8 @@ DRAWS = 3
 """Of outlier channels."""
 NOTHING = 1e-3
 """Bits per byte that a sum in another order may change."""
+GAIN_CLAIM = claimed(GAIN, ">=", 0.0, f"bits per byte that sorting by {CLAIMED_ORDER} saves in blocks of {CLAIMED}")
+NONE_CLAIM = claimed(NONE, "<=", NOTHING, f"bits per byte that sorting changes where a block is a head of {WHOLE}")
 
 Bits = dict[tuple[int, str, int], float]
 """Bits per byte by draw and window."""
@@ -105,12 +108,9 @@ def _by_draw(unsorted: Bits, ordered: Bits) -> list[float]:
 
 def _gain(saved: PairedDifference) -> Claim:
     low, high = saved.interval
-    return Claim(
-        id=GAIN,
+    return replace(
+        GAIN_CLAIM,
         value=low,
-        op=">=",
-        target=0.0,
-        unit=f"bits per byte that sorting by {CLAIMED_ORDER} saves in blocks of {CLAIMED}",
         num_runs=saved.num_pairs,
         low=low,
         high=high,
@@ -119,12 +119,9 @@ def _gain(saved: PairedDifference) -> Claim:
 
 
 def _none(saved: PairedDifference) -> Claim:
-    return Claim(
-        id=NONE,
+    return replace(
+        NONE_CLAIM,
         value=abs(saved.difference),
-        op="<=",
-        target=NOTHING,
-        unit=f"bits per byte that sorting changes where a block is a head of {WHOLE}",
         num_runs=saved.num_pairs,
         low=saved.interval[0],
         high=saved.interval[1],

@@ -20,14 +20,14 @@ from pathlib import Path
 from elbowroom.bench.base import BenchOptions, Claim, Row
 from elbowroom.bench.kv_matrix.columns import COLUMNS, KEYS, TASKS
 from elbowroom.bench.kv_matrix.compared import Compared, Questions, compare_plans
-from elbowroom.bench.kv_matrix.part import Part, unmeasured
+from elbowroom.bench.kv_matrix.part import Part, claimed
 from elbowroom.bench.kv_matrix.plans import PLANS, SHARES, MatrixPlan, Point, Sizes
 from elbowroom.bench.kv_matrix.verdicts import Duel, best_point, duels
 from elbowroom.models.directory import find_model
 from elbowroom.models.hf_config import read_config
 
 NAME = "matrix.defaults"
-UNIT = "default combinations that beat their parts at no budget"
+CLAIM = claimed(NAME, "<=", 0.0, "default combinations that beat their parts at no budget")
 QUESTIONS = Questions(length=2048, tasks=TASKS, keys=KEYS, num_queries=48, num_windows=6)
 QUICK = replace(QUESTIONS, length=512, num_queries=4, num_windows=2, num_contexts=1)
 QUICK_PLANS, QUICK_SHARES = ("plain", "int8", "snapkv", "snapkv | int8"), (1 / 4,)
@@ -108,15 +108,12 @@ def _claim(
     missing += [f"{text}: {row['error']}" for text, row in compared.rows.items() if row.get("error")]
     missing += [f"{name} met none of its parts" for name in defaults if name not in met]
     if missing:
-        return unmeasured(NAME, "<=", 0.0, UNIT, "; ".join(missing))
+        return replace(CLAIM, reason="; ".join(missing))
     beaten = [f"{name} at {', '.join(f'{share:g}' for share in kept[name])}" for name in kept]
     dropped = [plan.name for plan in combinations if plan.name not in kept]
-    return Claim(
-        id=NAME,
+    return replace(
+        CLAIM,
         value=float(sum(name not in kept for name in defaults)),
-        op="<=",
-        target=0.0,
-        unit=UNIT,
         num_runs=len(defaults),
         reason=f"beat their parts: {'; '.join(beaten) or 'none'}; dropped: {', '.join(dropped) or 'none'}",
     )

@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ import torch
 from elbowroom.bench.axis_codec import AXES, AxisCodec
 from elbowroom.bench.base import BenchOptions, Claim, Row
 from elbowroom.bench.forced import READABLE, ForcedTask, answered, as_forced, window_bits
-from elbowroom.bench.kv_matrix.part import Part
+from elbowroom.bench.kv_matrix.part import Part, claimed
 from elbowroom.bench.outliers import FACTOR, NUM_PAIRS, write_with_outliers
 from elbowroom.bench.paged_logits import paged_logits
 from elbowroom.core import STRIP_TOKENS
@@ -43,6 +43,11 @@ from elbowroom.models.tokenizer import Tokenizer
 NAME = "kivi.axes"
 KIVI = ("channel", "token")
 BITS, CLAIMED_BITS, GROUP = (2, 4), 2, 32
+_SETTING = f"({CLAIMED_BITS} bits, outlier channels)"
+AXES_CLAIM, KEYS_CLAIM = (
+    claimed(name, ">=", 0.0, f"bits per byte by which K by channel, V by token beats {other} {_SETTING}")
+    for name, other in ((NAME, "the closest other way"), (f"{NAME}.keys", "K by token, V by token"))
+)
 LENGTH, NUM_FACTS = 1024, 8
 INJECTED, NATURAL = "injected", "natural"
 SAME_LOGITS = 1e-5
@@ -136,21 +141,14 @@ def claims_of(found: Mapping[tuple[str, str], Values]) -> list[Claim]:
     closest = min(gains, key=lambda way: gains[way].interval[0])
     others = ", ".join(f"K {k} V {v} +{each.difference:.4f}" for (k, v), each in sorted(gains.items()))
     reason = f"closest: K by {closest[0]}, V by {closest[1]}; mean differences: {others}"
-    unit = "bits per byte by which K by channel, V by token beats"
-    return [
-        _claim(NAME, gains[closest], f"{unit} the closest other way", reason),
-        _claim(f"{NAME}.keys", gains["token", "token"], f"{unit} K by token, V by token", ""),
-    ]
+    return [_claim(AXES_CLAIM, gains[closest], reason), _claim(KEYS_CLAIM, gains["token", "token"], "")]
 
 
-def _claim(name: str, gain: PairedDifference, unit: str, reason: str) -> Claim:
+def _claim(claim: Claim, gain: PairedDifference, reason: str) -> Claim:
     what = f"mean {gain.difference:.4f}; the value is the lower end of the 95 % bootstrap interval over windows"
-    return Claim(
-        id=name,
+    return replace(
+        claim,
         value=gain.interval[0],
-        op=">=",
-        target=0.0,
-        unit=f"{unit} ({CLAIMED_BITS} bits, outlier channels)",
         num_runs=gain.num_pairs,
         low=gain.interval[0],
         high=gain.interval[1],

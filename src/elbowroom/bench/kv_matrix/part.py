@@ -1,12 +1,13 @@
-"""What a part of the matrix gives back, and how a number that was not measured is said."""
+"""What a part of the matrix gives back, what it claims, and what becomes of its claims when it fails."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from elbowroom.bench.base import BenchOptions, Claim, Row
+from elbowroom.errors import ElbowroomError
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,12 @@ class Part:
 Measure = Callable[[BenchOptions], Part]
 
 
-def unmeasured(name: str, op: Literal[">=", "<="], target: float, unit: str, reason: str) -> Claim:
-    """Return a claim without a value."""
-    return Claim(id=name, value=None, op=op, target=target, unit=unit, num_runs=0, reason=reason)
+def claimed(name: str, op: Literal[">=", "<="], target: float, unit: str) -> Claim:
+    """Return a claim without a value: what a module is going to measure."""
+    return Claim(id=name, value=None, op=op, target=target, unit=unit, num_runs=0)
+
+
+def broken(claims: tuple[Claim, ...], error: Exception) -> Part:
+    """Return the part of a module whose measurement raised ``error``: no rows, and ``claims`` that say why."""
+    message = error.message if isinstance(error, ElbowroomError) else str(error)
+    return Part([], [replace(claim, reason=f"failed: {type(error).__name__}: {message}") for claim in claims])

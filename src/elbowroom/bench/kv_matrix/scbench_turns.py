@@ -19,7 +19,7 @@ from pathlib import Path
 
 from elbowroom.bench.base import BenchOptions, Claim, Row
 from elbowroom.bench.kv_matrix.compared import Compared, Questions, compare_plans
-from elbowroom.bench.kv_matrix.part import Part, unmeasured
+from elbowroom.bench.kv_matrix.part import Part, claimed
 from elbowroom.bench.kv_matrix.plans import PLANS, MatrixPlan, Sizes
 from elbowroom.evals.comparison.quality import Scores
 from elbowroom.evals.stats import mean_interval, wilson_interval
@@ -27,7 +27,7 @@ from elbowroom.models.directory import find_model
 from elbowroom.models.hf_config import read_config
 
 NAME = "scbench.turns"
-UNIT = "plans and modes that neither fall as policies do nor stay flat as codecs do"
+CLAIM = claimed(NAME, "<=", 0.0, "plans and modes that neither fall as policies do nor stay flat as codecs do")
 LIMIT = 0.1
 """Share of questions lost that tells falling from flat."""
 NUM_TURNS = 5
@@ -109,15 +109,12 @@ def _claim(rows: Sequence[Mapping[str, object]], compared: Compared) -> Claim:
     judged = [row for row in rows if row["kind"] in expected]
     missing = [f"{row['kv']}, {row['mode']}: {row['reason']}" for row in judged if row["verdict"] is None]
     if missing or compared.weak:
-        return unmeasured(NAME, "<=", 0.0, UNIT, "; ".join(missing))
+        return replace(CLAIM, reason="; ".join(missing))
     wrong = [row for row in judged if row["verdict"] != expected[str(row["kind"])]]
     found = [f"{row['kv']}, {row['mode']}: {row['verdict']}, {row['lost']:.3f} lost" for row in wrong]
-    return Claim(
-        id=NAME,
+    return replace(
+        CLAIM,
         value=float(len(wrong)),
-        op="<=",
-        target=0.0,
-        unit=UNIT,
         num_runs=len(judged),
         reason="; ".join(found),
     )

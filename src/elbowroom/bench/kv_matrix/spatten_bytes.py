@@ -8,15 +8,16 @@ The repository has a third one, GPT-2 medium on WikiText-2 with pruned heads: it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from elbowroom.bench.base import BenchOptions, Claim, Row
-from elbowroom.bench.kv_matrix.part import Part, unmeasured
+from elbowroom.bench.base import BenchOptions, Row
+from elbowroom.bench.kv_matrix.part import Part, claimed
 from elbowroom.bench.shared_data import DATA
 from elbowroom.kv.read_trace import ReadTrace, read_trace
 
 NAME = "spatten.bytes"
-UNIT = "reductions that differ in a published digit"
+CLAIM = claimed(NAME, "<=", 0.0, "reductions that differ in a published digit")
 ELEMENTS, DECODE, BITS_32, BITS_16 = "elements", "elements, decode steps", "bits against 32", "bits against 16"
 EXPECTED: Mapping[str, Mapping[str, str]] = {
     "summary-gpt2-small-wikitext2-per8.csv": {ELEMENTS: "6.04", DECODE: "6.59", BITS_32: "28.9", BITS_16: "14.4"},
@@ -39,7 +40,7 @@ def measure(_options: BenchOptions, directory: Path | None = None) -> Part:
     missing = [name for name in EXPECTED if not (folder / name).is_file()]
     if missing:
         reason = f"no {', '.join(missing)} in {folder} (set ELBOWROOM_DATA)"
-        return Part([], [unmeasured(NAME, "<=", 0.0, UNIT, reason)])
+        return Part([], [replace(CLAIM, reason=reason)])
     rows = [
         row
         for name, figures in (*EXPECTED.items(), *OPTIONAL.items())
@@ -49,12 +50,9 @@ def measure(_options: BenchOptions, directory: Path | None = None) -> Part:
     wrong = [row for row in rows if not row["equal"]]
     absent = [name for name in OPTIONAL if not (folder / name).is_file()]
     notes = [f"{row['trace']}, {row['figure']}: {row['value']} instead of {row['expected']}" for row in wrong]
-    claim = Claim(
-        id=NAME,
+    claim = replace(
+        CLAIM,
         value=float(len(wrong)),
-        op="<=",
-        target=0.0,
-        unit=UNIT,
         num_runs=len(rows),
         reason="; ".join([*notes, *(f"not there, not counted: {name}" for name in absent)]),
     )

@@ -6,38 +6,36 @@ held against attention on keys whose dropped channels are 0.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from elbowroom.bench.base import BenchOptions, Claim, Row
+from elbowroom.bench.base import BenchOptions, Row
 from elbowroom.bench.kv_matrix.kvmerger_exact import SPEC
 from elbowroom.bench.kv_matrix.one_layer import OneLayer, dense
-from elbowroom.bench.kv_matrix.part import Part
+from elbowroom.bench.kv_matrix.part import Part, claimed
 from elbowroom.kv.base import PromptPart
 from elbowroom.kv.policies.base import LayerView
 from elbowroom.kv.policies.think import ThinKPolicy
 
-NAME, LOGITS = "think.bytes", "think.packed"
+NAME = "think.bytes"
+BYTES = claimed(NAME, "<=", 0.01, "share of key bytes that is dropped, less the cut")
+PACKED = claimed("think.packed", "<=", 1e-4, "greatest difference of the output, float32")
 _TOKENS, _CUTS = 1024, (0.25, 0.5, 0.75)
 
 
 def measure(options: BenchOptions) -> Part:
     """Count bytes of keys and compare outputs for some cuts."""
     rows = [_row(cut, options.seed) for cut in _CUTS]
-    bytes_claim = Claim(
-        id=NAME,
+    bytes_claim = replace(
+        BYTES,
         value=max(abs(float(str(row["dropped"])) - float(str(row["cut"]))) for row in rows),
-        op="<=",
-        target=0.01,
-        unit="share of key bytes that is dropped, less the cut",
         num_runs=len(rows),
     )
-    packed = Claim(
-        id=LOGITS,
+    packed = replace(
+        PACKED,
         value=max(float(str(row["greatest_error"])) for row in rows),
-        op="<=",
-        target=1e-4,
-        unit="greatest difference of the output, float32",
         num_runs=len(rows),
     )
     return Part(list[Row](rows), [bytes_claim, packed])

@@ -1,8 +1,8 @@
 """Perplexity through the KV store, without any question: bits per byte of what follows a context.
 
 The first tokens of a window are read as a prompt, so that whatever a plan does at a prompt's end is done; the last ones
-are scored one by one, each decoded behind those before it. Only the engine's public interface is used: the true token
-is forced by a bias, and its log-probability is that of the unchanged distribution.
+are scored one by one, each decoded behind those before it. Only the engine's public interface is used: true tokens are
+forced, and a log-probability is that of the unchanged distribution.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from elbowroom.evals.bits_per_byte import text_windows
 FILE = "perplexity.jsonl"
 SCORED_TOKENS = 256
 """Most tokens of a window that are scored; at most half of it."""
-_FORCE = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +106,10 @@ def _line(score: WindowScore) -> str:
 
 def _score(llm: LLM, tokenizer: TextTokenizer, number: int, tokens: list[int]) -> WindowScore:
     count = min(SCORED_TOKENS, len(tokens) // 2)
-    asked, nats = tokens[-count:], 0.0
-    with llm.session(tokens[:-count]) as session:
-        for token in asked:
-            forced = SamplingParams(
-                max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=0, logit_bias={token: _FORCE}
-            )
-            sample = session.ask([], forced).outputs[0]
-            if sample.token_ids != [token] or not sample.logprobs:
-                raise IntegrityError(f"token {token} of the held-out text is less likely than e^-{_FORCE:g}")
-            nats -= sample.logprobs[0].logprob
+    asked = tokens[-count:]
+    forced = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, logprobs=0, forced=tuple(asked))
+    sample = llm.generate({"prompt_token_ids": tokens[:-count]}, forced)[0].outputs[0]
+    if sample.token_ids != asked or sample.logprobs is None:
+        raise IntegrityError(f"window {number} of the held-out text was not decoded as it is written")
+    nats = -math.fsum(each.logprob for each in sample.logprobs)
     return WindowScore(number, nats, len(tokenizer.decode(asked).encode("utf-8")), count)

@@ -65,6 +65,8 @@ class LayerView:
     """Tokens n that are held now."""
     cascade: Cascade | None = None
     """What a cascade knows; None where the policy is none."""
+    num_adjacent: int | None = None
+    """Newest tokens between which none was dropped, so that positions go up by one; None: all of them."""
 
     def received(self) -> Tensor:
         """Return the attention that each token receives, float32 ``[n]``: of all heads, the mean over the queries."""
@@ -97,6 +99,8 @@ class Merged:
     """int64 ``[Hkv, n]``: the slot of each token, ascending from 0; -1: it is dropped."""
     weights: Tensor
     """float32 ``[Hkv, n]``: its share of the slot's key and value; those of a slot add up to 1."""
+    moves: Tensor | None = None
+    """int64 ``[Hkv, n]``: tokens by which its key is moved, in the layer's RoPE, before it is merged; None: by none."""
 
 
 class TokenPolicy(Protocol):

@@ -9,11 +9,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from elbowroom.core import STRIP_TOKENS, LayerSpec
+from elbowroom.core import STRIP_TOKENS, LayerSpec, RopeSpec
 from elbowroom.errors import PlanError
+from elbowroom.kernels.rope import turned
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import LayerView, Merged
-from elbowroom.kv.policies.parameters import READING, check_budget, whole
+from elbowroom.kv.policies.parameters import READING, check_budget, one_of, whole
 from elbowroom.kv.policies.snapkv import SnapKVPolicy
 
 _LEAST_SIMILAR = 0.6
@@ -33,9 +34,13 @@ class KVMergerPolicy:
     equal tokens weigh what they weighed.
 
     Deviations: attention is that of the newest queries, smoothed over 5 neighbours as in snapkv; the threshold follows
-    from the budget; sets are cut at ``longest``; keys are compared and merged after their rotation (the paper's way);
-    between parts of a long prompt tokens are dropped as by snapkv, and merged at the end only. Formulas of the weights
-    are those that secondary summaries agree on: the paper has no public code.
+    from the budget; sets are cut at ``longest``; between parts of a long prompt tokens are dropped as by snapkv, and
+    merged at the end only. Formulas of the weights are those that secondary summaries agree on: the paper has no public
+    code.
+
+    With ``space=pre``, which is ours, keys are compared as they were before their rotation, and merged as if all tokens
+    of a slot stood where the one with the most attention does: high frequencies do not cancel. Tokens behind a part of
+    a long prompt that was chosen from stay alone then where the distance to their neighbours is not known.
 
     Args:
         tokens: most slots that a layer holds when a prompt has been read.
@@ -43,6 +48,7 @@ class KVMergerPolicy:
         protect: share of the budget for tokens that stay alone for their attention, in percent.
         longest: most tokens of a slot, 2 to 64.
         bias: ``on`` or ``off``.
+        space: ``post``, keys after their rotation (the paper's way), or ``pre``.
     """
 
     tokens: int | str = 512
@@ -50,6 +56,7 @@ class KVMergerPolicy:
     protect: int | str = 25
     longest: int | str = 8
     bias: str = "on"
+    space: str = "post"
     name: ClassVar[str] = "kvmerger"
     needs_calibration: ClassVar[bool] = False
     cascades: ClassVar[bool] = False
@@ -65,10 +72,20 @@ class KVMergerPolicy:
                 )
         if self.bias not in ("on", "off"):
             raise PlanError(f"KV policy 'kvmerger' cannot take bias={self.bias}", "give bias=on or bias=off")
+        one_of(self, "space", ("post", "pre"))
         check_budget(self.name, int(self.tokens), int(self.w))
 
     def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> Self:
-        """Return itself."""
+        """Return itself.
+
+        Raises:
+            PlanError: keys shall be merged before a rotation, which no layer has.
+        """
+        if self.space == "pre" and all(layer.rope is None for layer in layers):
+            raise PlanError(
+                "KV policy 'kvmerger' cannot merge with space=pre: the model does not rotate its keys",
+                "leave out space=pre: without a rotation both are the same",
+            )
         return self
 
     @property
@@ -87,23 +104,35 @@ class KVMergerPolicy:
     def merge(self, view: LayerView, count: int) -> Merged:
         """Return how the tokens of a layer share ``count`` slots."""
         heads = [self._merge_head(view, head, count) for head in range(view.spec.num_kv_heads)]
-        return Merged(torch.stack([slots for slots, _ in heads]), torch.stack([weights for _, weights in heads]))
+        slots, weights, moves = (torch.stack(parts) for parts in zip(*heads, strict=True))
+        return Merged(slots, weights, None if self._rope(view) is None else moves)
 
-    def _merge_head(self, view: LayerView, head: int, count: int) -> tuple[Tensor, Tensor]:
+    def _rope(self, view: LayerView) -> RopeSpec | None:
+        """Return the rotation that is taken back before keys are compared and merged."""
+        return view.spec.rope if self.space == "pre" else None
+
+    def _merge_head(self, view: LayerView, head: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         keys, mass = view.keys(head), smoothed(view.window_attention(head).sum((0, 1)))
-        newest = torch.arange(view.num_held) >= view.num_held - int(self.w)
+        place = torch.arange(view.num_held)
+        newest = place >= view.num_held - int(self.w)
         alone = newest.clone()
         protected = min(count * int(self.protect) // 100, count - int(self.w))
         alone[mass.masked_fill(newest, -1.0).topk(protected).indices] = True
+        rope = self._rope(view)
+        if rope is not None:
+            keys = turned(keys, -place, rope)
+            alone |= place < view.num_held - (view.num_held if view.num_adjacent is None else view.num_adjacent)
         joined = join_neighbours(keys, alone, view.num_held - count, int(self.longest))
         sets = torch.cat([torch.zeros(1, dtype=torch.int64), (~joined).cumsum(0)])
         dropped = _least_looked_at(sets, mass, newest, int(sets[-1]) + 1 - count)
         stays = ~torch.isin(sets, dropped)
         slots = torch.full_like(sets, -1)
         slots[stays] = torch.unique_consecutive(sets[stays], return_inverse=True)[1]
-        weights = torch.zeros_like(mass)
-        weights[stays] = gaussian_weights(keys[stays], mass[stays], slots[stays])
-        return slots, weights
+        weights, moves = torch.zeros_like(mass), torch.zeros_like(place)
+        pivots = most_looked_at(mass[stays], slots[stays])
+        weights[stays] = gaussian_weights(keys[stays], pivots, slots[stays])
+        moves[stays] = place[stays][pivots] - place[stays]
+        return slots, weights, moves
 
 
 def smoothed(mass: Tensor) -> Tensor:
@@ -157,19 +186,30 @@ def _least_looked_at(sets: Tensor, mass: Tensor, newest: Tensor, count: int) -> 
     return total.topk(count, largest=False).indices
 
 
-def gaussian_weights(keys: Tensor, mass: Tensor, slots: Tensor) -> Tensor:
-    """Return each token's share of its slot, float32 ``[n]``.
+def most_looked_at(mass: Tensor, slots: Tensor) -> Tensor:
+    """Return for each token the one of its slot that gets the most attention, int64 ``[n]``: the pivot.
 
     Args:
-        keys: float32 ``[n, D]``.
-        mass: attention that tokens get, ``[n]``; the greatest of a slot is its pivot.
+        mass: attention that tokens get, ``[n]``.
         slots: ascending from 0, ``[n]``.
     """
     number = int(slots[-1]) + 1
     greatest = torch.zeros(number).scatter_reduce_(0, slots, mass, "amax", include_self=False)
     candidates = torch.nonzero(mass == greatest[slots]).flatten()
     pivots = torch.zeros(number, dtype=torch.int64).scatter_reduce_(0, slots[candidates], candidates, "amax")
-    squared = (keys - keys[pivots[slots]]).square().sum(1)
+    return pivots[slots]
+
+
+def gaussian_weights(keys: Tensor, pivots: Tensor, slots: Tensor) -> Tensor:
+    """Return each token's share of its slot, float32 ``[n]``.
+
+    Args:
+        keys: float32 ``[n, D]``.
+        pivots: of each token's slot, ``[n]``.
+        slots: ascending from 0, ``[n]``.
+    """
+    number = int(slots[-1]) + 1
+    squared = (keys - keys[pivots]).square().sum(1)
     size = torch.bincount(slots, minlength=number)
     sigma = torch.zeros(number).index_add_(0, slots, squared.sqrt()) / (size - 1).clamp(min=1) / 2**0.5
     variance = sigma.square()[slots]

@@ -86,3 +86,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return ``x [N, H, D]`` rotated by ``cos, sin [N, 1, D / 2]`` (pairs are ``(i, i + D / 2)``)."""
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def turned(keys: Tensor, by: Tensor, spec: RopeSpec) -> Tensor:
+    """Return rotated keys as they would be elsewhere, float32 ``[n, D]``.
+
+    Rotations add up, so a key moves from where it is whatever that place; factors on cos and sin stay in it.
+
+    Args:
+        keys: rotated keys of a head, ``[n, D]``.
+        by: int64 ``[n]``, tokens by which each moves towards the end.
+        spec: RoPE of their layer.
+    """
+    angles = by[:, None].float() * inverse_frequencies(spec, keys.shape[1])[0]
+    return rotate(keys.float()[:, None], angles.cos()[:, None], angles.sin()[:, None])[:, 0]
