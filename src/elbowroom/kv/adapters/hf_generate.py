@@ -38,8 +38,7 @@ def watch_generate(model: Any) -> Any:
     @functools.wraps(inherited)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(inherited, self) if own is None else own
-        given = signature.bind(*args, **kwargs).arguments
-        given = given | given.pop("kwargs", {})
+        given = signature.bind(*args, **kwargs).arguments | kwargs
         cache = given.get("past_key_values")
         if not isinstance(cache, ReadsPrompts):
             return call(*args, **kwargs)
