@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elbowroom.core import LayerSpec, PageFormat
@@ -167,7 +168,9 @@ class KVPlan:
             return fmt
         return replace(fmt, digest_bytes=digest_bytes(fmt.num_kv_heads, fmt.head_dim, self.reads.run_tokens))
 
-    def for_hf(self, model: Any, memory: str | int = "80%") -> StoreCache:
+    def for_hf(
+        self, model: Any, memory: str | int = "80%", calibration: Calibration | str | Path | None = None
+    ) -> StoreCache:
         """Return a cache for ``model.generate(..., past_key_values=cache)`` of a transformers model on the CPU.
 
         Until ``cache.close()`` the model computes attention by this library.
@@ -175,14 +178,17 @@ class KVPlan:
         Args:
             model: a decoder as transformers has it.
             memory: most bytes of keys and values, such as ``512MiB``; a share is one of what is available now.
+            calibration: for plans that need one, what ``elbowroom calibrate`` measured, or the directory where it is;
+                by default the one that the model came from.
 
         Raises:
+            ConfigError: the calibration is malformed.
             PlanError: transformers is missing or too old, or this plan cannot keep what the model attends to.
             RequestError: ``memory`` is not an amount.
         """
         from elbowroom.kv.adapters.hf import open_cache
 
-        return open_cache(self, model, memory)
+        return open_cache(self, model, memory, calibration)
 
 
 @dataclass(frozen=True, slots=True)

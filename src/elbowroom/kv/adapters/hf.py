@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import re
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elbowroom.core import DTYPE_BYTES
 from elbowroom.errors import PlanError
 from elbowroom.kv.adapters.hf_layers import layer_specs
+from elbowroom.kv.calibration import FILE, Calibration
 from elbowroom.kv.paged import PagedStore
 from elbowroom.memory.arena import Arena
 from elbowroom.memory.ledger import Budget, Ledger
@@ -26,11 +28,15 @@ MINIMUM = (5, 23)
 _INSTALL = "pip install 'elbowroom[transformers]'"
 
 
-def open_cache(plan: KVPlan, model: Any, memory: str | int) -> StoreCache:
+def open_cache(
+    plan: KVPlan, model: Any, memory: str | int, calibration: Calibration | str | Path | None = None
+) -> StoreCache:
     """Return an empty cache for ``model``, kept as ``plan`` says, and give the model the attention that reads it.
 
     Raises:
-        PlanError: transformers is missing or too old, the model is one that no plan can keep, or the plan has a policy.
+        ConfigError: the calibration is malformed.
+        PlanError: transformers is missing or too old, the model is one that no plan can keep, or the plan does not suit
+            it or needs a calibration.
         RequestError: ``memory`` is not an amount.
     """
     require_transformers()
@@ -38,14 +44,9 @@ def open_cache(plan: KVPlan, model: Any, memory: str | int) -> StoreCache:
     from elbowroom.kv.adapters.hf_cache import SharedStore, StoreCache
 
     limit_bytes = parse_bytes(memory, available_bytes())
-    choice = plan.policy or plan.channels
-    if choice is not None:
-        raise PlanError(
-            f"policy {choice.name!r} chooses when a prompt ends, which no call of transformers tells",
-            "use a plan of a codec alone, or the plan as it is with elbowroom's own engine",
-        )
     check_model(model)
-    bound = plan.bind(layer_specs(model.config), str(model.dtype).removeprefix("torch."))
+    measured = find_calibration(model, calibration) if plan.needs_calibration else None
+    bound = plan.bind(layer_specs(model.config), str(model.dtype).removeprefix("torch."), measured)
     arena = Arena(HostTier(), Ledger(Budget({HostTier.name: limit_bytes})))
     store = PagedStore(bound, arena, limit_bytes)
     switch_on(model)
@@ -57,6 +58,25 @@ def open_cache(plan: KVPlan, model: Any, memory: str | int) -> StoreCache:
             switch_off(living)
 
     return StoreCache(SharedStore(store, arena, give_back))
+
+
+def find_calibration(model: Any, given: Calibration | str | Path | None) -> Calibration:
+    """Return what was measured of a model: ``given``, or the file in a directory; by default the model's.
+
+    Raises:
+        ConfigError: the file is malformed.
+        PlanError: there is none.
+    """
+    if isinstance(given, Calibration):
+        return given
+    directory = Path(getattr(model, "name_or_path", "") if given is None else given)
+    found = Calibration.load(directory)
+    if found is None:
+        raise PlanError(
+            f"the plan needs a calibration of the model, and there is no {FILE} in {str(directory)!r}",
+            "run: elbowroom calibrate DIR; then give for_hf(model, calibration=DIR)",
+        )
+    return found
 
 
 def require_transformers() -> None:

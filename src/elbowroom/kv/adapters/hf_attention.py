@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from elbowroom.errors import PlanError
+from elbowroom.kv.adapters.hf_generate import unwatch_generate, watch_generate
 from elbowroom.kv.adapters.hf_mask import PaddingMask, padding_mask, read_mask, request_of
 
 NAME = "elbowroom"
@@ -44,9 +45,11 @@ def attention(
 
 @dataclass(slots=True)
 class _Switched:
-    """A model whose attention is ours, and what it was before."""
+    """A model whose attention is ours, and what it had before."""
 
     before: dict[str, str]
+    generate: Any = None
+    """Its own one, if it had one beside that of its class."""
     num_users: int = 0
 
 
@@ -54,7 +57,7 @@ _SWITCHED: weakref.WeakKeyDictionary[nn.Module, _Switched] = weakref.WeakKeyDict
 
 
 def switch_on(model: Any) -> None:
-    """Give ``model`` this attention; each call needs one of ``switch_off``.
+    """Give ``model`` this attention, and watch its prompts; each call needs one of ``switch_off``.
 
     Raises:
         PlanError: the model does not take it.
@@ -70,6 +73,8 @@ def switch_on(model: Any) -> None:
             f"{type(model).__name__} does not let its attention be chosen",
             "generate without past_key_values: this model keeps its own cache",
         )
+    if switched.num_users == 0:
+        switched.generate = watch_generate(model)
     switched.num_users += 1
 
 
@@ -79,6 +84,7 @@ def switch_off(model: Any) -> None:
     switched.num_users -= 1
     if switched.num_users == 0:
         del _SWITCHED[model]
+        unwatch_generate(model, switched.generate)
         model.set_attn_implementation(switched.before)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from elbowroom.errors import IntegrityError, OutOfBudget, RequestError
-from elbowroom.kv.base import KVHandle, KVStep, KVStore
+from elbowroom.kv.adapters.hf_prompts import Prompts
+from elbowroom.kv.base import KVHandle, KVStep, KVStore, PromptPart
 from elbowroom.units import format_bytes
 
 _NO_COLUMNS = torch.empty(0, 0, dtype=torch.bool)
@@ -26,6 +27,9 @@ class PaddedStep:
     """bool ``[B, T]``."""
     is_dense: bool
     """No new column is padding."""
+    part: PromptPart
+    chooses: bool
+    """Something is chosen from behind its layers: it cannot be undone from then on."""
 
     def pack(self, x: Tensor) -> Tensor:
         """Return ``[N, H, D]`` of ``x [B, H, T, D]``: row by row, without padding."""
@@ -51,13 +55,22 @@ class PaddedBatch:
         store: keeps the sequences; others may keep theirs there too.
         handles: the sequences of the rows; none before the first pass.
         is_token: bool ``[B, columns]``, of finished passes.
+        prompts: which passes read and end prompts.
     """
 
-    def __init__(self, store: KVStore, handles: Sequence[KVHandle] = (), is_token: Tensor = _NO_COLUMNS) -> None:
+    def __init__(
+        self,
+        store: KVStore,
+        handles: Sequence[KVHandle] = (),
+        is_token: Tensor = _NO_COLUMNS,
+        prompts: Prompts | None = None,
+    ) -> None:
+        self.prompts = prompts or Prompts()
         self._store = store
         self._handles = list(handles)
         self._is_token = is_token
         self._step: PaddedStep | None = None
+        self._is_lost = False
 
     @property
     def num_rows(self) -> int:
@@ -77,21 +90,26 @@ class PaddedBatch:
             num_new: columns of this pass.
 
         Raises:
-            RequestError: the batch does not continue the stored one.
+            RequestError: the batch does not continue the stored one, or it is no prompt and no single tokens.
             OutOfBudget: the tokens do not fit; nothing changes then.
         """
-        self.abandon()
+        self._settle()
         self._check(is_token, num_new)
+        part = self.prompts.part(self.num_columns, num_new)
+        if part is PromptPart.END:
+            self._check_ends(is_token)
         if self.num_rows != is_token.shape[0]:
             self.clear()
             self._handles = [self._store.open() for _ in range(is_token.shape[0])]
             self._is_token = is_token[:, :0]
         new = is_token[:, self.num_columns :]
-        step = PaddedStep(self._kv_step(new), new, bool(new.all()))
-        if step.kv is not None:
-            self._reserve(step.kv)
-        self._step = step
-        return step
+        kv, chooses = self._kv_step(new, part), False
+        if kv is not None:
+            self._reserve(kv)
+            layers = self.prompts.chosen_layers[:1]
+            chooses = any(self._store.strips(layer, kv) is None for layer in layers)
+        self._step = PaddedStep(kv, new, bool(new.all()), part, chooses)
+        return self._step
 
     def end(self) -> None:
         """Make the columns of the pass final."""
@@ -99,12 +117,17 @@ class PaddedBatch:
         assert step is not None
         if step.kv is not None:
             self._store.end_step(step.kv)
+        self.prompts.end(step.part, self.num_columns)
         self._is_token = torch.cat([self._is_token, step.is_token], dim=1)
 
     def abandon(self) -> None:
-        """Forget a pass that did not end, and free what it took."""
+        """Forget a pass that did not end, and free what it took; if it chose among cached tokens, these are lost."""
         step, self._step = self._step, None
-        if step is not None:
+        if step is not None and step.chooses:
+            held = self.num_columns
+            self.clear()
+            self._is_lost = held > 0
+        elif step is not None:
             for handle in self._handles:
                 self._store.truncate(handle, self._store.num_tokens(handle))
 
@@ -115,7 +138,7 @@ class PaddedBatch:
             RequestError: there are fewer.
             IntegrityError: the plan has sealed or dropped what would be needed; nothing changes then.
         """
-        self.abandon()
+        self._settle()
         if not 0 <= num_removed <= self.num_columns:
             raise RequestError(f"cannot remove {num_removed} of {self.num_columns} cached columns")
         kept, twins = self._is_token[:, : self.num_columns - num_removed], []
@@ -129,10 +152,11 @@ class PaddedBatch:
         for handle in self._handles:
             self._store.close(handle)
         self._handles, self._is_token = twins, kept
+        self.prompts.cut(self.num_columns)
 
     def select(self, rows: Sequence[int]) -> None:
         """Make row i what row ``rows[i]`` was; rows that are named more than once share their tokens."""
-        self.abandon()
+        self._settle()
         unused, chosen = set(range(self.num_rows)), []
         for row in rows:
             chosen.append(self._handles[row] if row in unused else self._store.fork(self._handles[row]))
@@ -143,8 +167,9 @@ class PaddedBatch:
 
     def fork(self) -> PaddedBatch:
         """Return a batch that shares all tokens."""
-        self.abandon()
-        return PaddedBatch(self._store, [self._store.fork(handle) for handle in self._handles], self._is_token)
+        self._settle()
+        handles = [self._store.fork(handle) for handle in self._handles]
+        return PaddedBatch(self._store, handles, self._is_token, self.prompts.fork())
 
     def clear(self) -> None:
         """Forget all rows and free their strips."""
@@ -152,6 +177,21 @@ class PaddedBatch:
         for handle in self._handles:
             self._store.close(handle)
         self._handles, self._is_token = [], _NO_COLUMNS
+        self._is_lost = False
+        self.prompts.cut(0)
+
+    def _settle(self) -> None:
+        """Leave no pass half done.
+
+        Raises:
+            RequestError: the tokens were lost with one.
+        """
+        self.abandon()
+        if self._is_lost:
+            raise RequestError(
+                "a pass died while a policy chose among the cached tokens, which are lost",
+                "call cache.reset() and read the prompt again",
+            )
 
     def _check(self, is_token: Tensor, num_new: int) -> None:
         """Refuse a batch of another shape, or one that calls stored tokens padding or the other way round."""
@@ -172,7 +212,19 @@ class PaddedBatch:
                 f"give the mask that the {past} cached columns came with, and the new ones behind it",
             )
 
-    def _kv_step(self, new: Tensor) -> KVStep | None:
+    def _check_ends(self, is_token: Tensor) -> None:
+        """Refuse to end the prompt of rows that have nothing but padding where it ends."""
+        begun = self.prompts.begun
+        if begun is None or not self.prompts.chosen_layers:
+            return
+        ended = is_token[:, begun : self.num_columns].any(1) & ~is_token[:, self.num_columns :].any(1)
+        if ended.any():
+            raise RequestError(
+                f"row {int(ended.nonzero()[0])} has only padding in the pass that ends its prompt",
+                "pad on the left, so that all prompts end together",
+            )
+
+    def _kv_step(self, new: Tensor, part: PromptPart) -> KVStep | None:
         counts = new.sum(1).numpy()
         active = np.flatnonzero(counts)
         if not active.size:
@@ -182,7 +234,8 @@ class PaddedBatch:
         starts = np.concatenate([[0], np.cumsum(counts)])
         firsts = np.asarray([self._store.num_tokens(handle) for handle in handles], dtype=np.int64)
         positions = np.repeat(firsts - starts[:-1], counts) + np.arange(starts[-1])
-        return KVStep(handles, starts.astype(np.int32), positions.astype(np.int64))
+        prompts = np.full(active.size, part, dtype=np.int8)
+        return KVStep(handles, starts.astype(np.int32), positions.astype(np.int64), prompts)
 
     def _reserve(self, step: KVStep) -> None:
         missing = self._store.reserve(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from elbowroom.kv.adapters.hf_attention import mark
 from elbowroom.kv.adapters.hf_batch import PaddedBatch
 from elbowroom.kv.adapters.hf_mask import PaddingMask
 from elbowroom.kv.adapters.hf_passes import Passes
+from elbowroom.kv.adapters.hf_prompts import Prompts
 from elbowroom.kv.base import KVReport
 from elbowroom.kv.paged import PagedStore
 from elbowroom.memory.arena import Arena
@@ -89,7 +91,8 @@ class StoreCache(Cache):
     def __init__(self, shared: SharedStore, batch: PaddedBatch | None = None) -> None:
         plan, shared.num_users = shared.store.plan, shared.num_users + 1
         self._shared = shared
-        self._passes = Passes(shared.store, plan.layers, batch or PaddedBatch(shared.store), shared.arena)
+        batch = batch or PaddedBatch(shared.store, prompts=Prompts(plan.chosen_layers))
+        self._passes = Passes(shared.store, plan.layers, batch, shared.arena)
         self.ledger = shared.arena.ledger
         super().__init__(layers=[StoreLayer(self._passes, index) for index in range(len(plan.layers))])
 
@@ -101,6 +104,17 @@ class StoreCache(Cache):
     def report(self) -> KVReport:
         """Return what the store holds: this cache's tokens and those of its forks."""
         return self._shared.store.report()
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Return a ``with`` block in which calls of the model read parts of a prompt; the next call behind it ends it.
+
+        ``generate`` needs none, and neither does a prompt that is read in one call.
+        """
+        return self._passes.batch.prompts.reading()
+
+    def generating(self, until: int) -> AbstractContextManager[None]:
+        """Return a ``with`` block in which the prompt ends at column ``until``: how ``generate`` says so."""
+        return self._passes.batch.prompts.generating(until)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last columns; ``tokens_to_remove`` is their number, negated, as in transformers.

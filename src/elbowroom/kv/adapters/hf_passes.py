@@ -12,7 +12,7 @@ from elbowroom.core import LayerSpec
 from elbowroom.errors import PlanError, RequestError
 from elbowroom.kv.adapters.hf_batch import PaddedBatch, PaddedStep
 from elbowroom.kv.adapters.hf_mask import PaddingMask
-from elbowroom.kv.base import KVStore, Want
+from elbowroom.kv.base import KVStore, PromptPart, Want
 from elbowroom.memory.arena import Arena
 
 _NO_STATISTICS = Want()
@@ -93,7 +93,10 @@ class Passes:
         if self._next == len(self._layers):
             self._step, self._next = None, 0
             self.batch.end()
-            self._arena.trim()
+            if step.chooses and step.part is PromptPart.END:
+                self._arena.trim(0.0)  # what a prompt took while it was read comes back with the next one
+            else:
+                self._arena.trim()
         return out
 
 
