@@ -37,6 +37,18 @@ struct AttendArgs {
     }
 };
 
+// A row that reads keys plane by plane: what it has found of the blocks that it may read, and which values it wants.
+struct PlaneRow {
+    int64_t sequence, row;
+    int64_t low, high;                 // slots low .. high - 1
+    int64_t first_block, num_blocks;
+    float* scores;                     // [Hkv, num_blocks, group, 64]: before softcap and mask
+    float* sums;                       // [Hkv, num_blocks, group, 2]: the greatest score, and the sum of weights beside it
+    uint8_t* read;                     // [Hkv, num_blocks]: 1 where values are read
+
+    int64_t index(int head, int64_t block) const { return head * num_blocks + block; }
+};
+
 // Activations of many tokens lie in panels: [width][16], the 16 values of a token's column side by side.
 inline constexpr int64_t kPanelTokens = 16;
 inline constexpr int64_t kMultiplyDepth = 256;  // columns of weights that `multiply` widens at a time
@@ -58,6 +70,14 @@ struct KernelTable {
     const char* name;
     const SamplingTable& sampling;
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
+    // Scores and sums of blocks first .. end - 1 (counted from the row's first) by the high plane of their keys, or with
+    // what the low one adds to them.
+    void (*score_plane)(const AttendArgs& args, const PlaneRow& row, int head, int64_t first, int64_t end, bool low,
+                        float* scratch);
+    // What the values read of those blocks come to for each query head, [group][Dv + 1]: unnormalised, and the score whose
+    // weight is 1.
+    void (*gather_read)(const AttendArgs& args, const PlaneRow& row, int head, int64_t first, int64_t end, float* out,
+                        float* scratch);
     // Keys [64][head_dim] and values [64][v_head_dim] -> a head of a sealed strip; scratch as `seal_floats` says.
     void (*seal)(const SealedHead& head, const char* keys, const char* values, DType dtype, char* target, float* scratch);
     // Brings a head's digest up to date behind writing slots first .. stop - 1; `held` slots hold tokens. Scratch: 4 padded
@@ -119,11 +139,16 @@ struct CodedSizes {
           weight_words(kStripTokens / 2) {}
 
     int64_t floats(int64_t vectors) const {
-        const int64_t scales = (key_blocks + value_blocks) * kStripTokens;
-        return key_quads + value_quads + scales + vectors * (query_words + 2 * key_blocks) +
+        const int64_t scales = (2 * key_blocks + value_blocks) * kStripTokens;
+        return key_quads + value_quads + scales + vectors * (query_words + 3 * key_blocks) +
                kSealedRows * (weight_words + kStripTokens);
     }
 };
+
+// Floats of scratch that a row's group of query vectors needs when it reads plane by plane: queries, sums, and the rest.
+inline int64_t plane_floats(int64_t vectors, const Strips& strips) {
+    return vectors * (padded(strips.head_dim) + padded(strips.v_head_dim) + 2) + 64 + CodedSizes(strips).floats(vectors);
+}
 
 inline int64_t coded_floats(int64_t vectors, const Strips& strips) {
     return strips.coded() ? CodedSizes(strips).floats(vectors) : 0;
