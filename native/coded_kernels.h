@@ -186,13 +186,15 @@ class CodedStrips {
         }
     }
 
-    // All vectors, whose scores [vectors][64] are known.
-    void attend_scored(int64_t vectors, const float* scores, Slots seen) {
-        const Slots slots[kSealedRows] = {seen, seen, seen, seen};
+    // All vectors, whose weights [vectors][64] are known, each with its share.
+    void gather_weights(int64_t vectors, const float* weights, const elbowroom::BlockSum* sums) {
         for (int64_t first = 0; first < vectors; first += kSealedRows) {
             const int64_t count = min(kSealedRows, vectors - first);
-            __builtin_memcpy(scores_, scores + first * kStripTokens, count * kStripTokens * sizeof(float));
-            weigh_few(first, count, slots);
+            float share[kSealedRows];
+            for (int64_t m = 0; m < count; ++m) share[m] = sums[first + m].share;
+            with_bits(strips_.value.bits, [&](auto bits) {
+                gather<bits>(first, count, share, weights + first * kStripTokens);
+            });
         }
     }
 
@@ -216,7 +218,7 @@ class CodedStrips {
             const StripSum sum = weigh_strip(scores_ + m * kStripTokens, slots[m].low, slots[m].high, softcap_, counts_);
             share[m] = merge_strip(rows_, first + m, sum);
         }
-        with_bits(strips_.value.bits, [&](auto bits) { gather<bits>(first, count, share); });
+        with_bits(strips_.value.bits, [&](auto bits) { gather<bits>(first, count, share, scores_); });
     }
 
     template <class F>
@@ -286,13 +288,13 @@ class CodedStrips {
 
     // out += weights . values, one block of channels after the other.
     template <int Bits>
-    void gather(int64_t first, int64_t count, const float* share) {
+    void gather(int64_t first, int64_t count, const float* share, const float* weights) {
         const int64_t block = value_block(), width = min((block + W - 1) / W * W, rows_.ldv);
         const float lacking = unit(strips_.value);
         for (int64_t b = 0; b < sizes_.value_blocks; ++b) {
             Factor factors[kSealedRows];
             for (int64_t m = 0; m < count; ++m) {
-                factors[m] = round_weights<Bits>(scores_ + m * kStripTokens, value_scales_ + b * kStripTokens,
+                factors[m] = round_weights<Bits>(weights + m * kStripTokens, value_scales_ + b * kStripTokens,
                                                  weights_ + m * sizes_.weight_words);
                 factors[m].scale *= lacking * share[m];
             }

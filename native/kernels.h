@@ -37,13 +37,18 @@ struct AttendArgs {
     }
 };
 
+// Weights of a block are exp(score - top); `sum` is theirs, and exp(top - greatest top of the row) their share.
+struct BlockSum {
+    float top, sum, share;
+};
+
 // A row that reads keys plane by plane: what it has found of the blocks that it may read, and which values it wants.
 struct PlaneRow {
     int64_t sequence, row;
     int64_t low, high;                 // slots low .. high - 1
     int64_t first_block, num_blocks;
-    float* scores;                     // [Hkv, num_blocks, group, 64]: before softcap and mask
-    float* sums;                       // [Hkv, num_blocks, group, 2]: the greatest score, and the sum of weights beside it
+    float* weights;                    // [Hkv, num_blocks, group, 64]: see BlockSum; with a softcap, scores before it
+    BlockSum* sums;                    // [Hkv, num_blocks, group]
     uint8_t* read;                     // [Hkv, num_blocks]: 1 where values are read
 
     int64_t index(int head, int64_t block) const { return head * num_blocks + block; }
@@ -70,12 +75,11 @@ struct KernelTable {
     const char* name;
     const SamplingTable& sampling;
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
-    // Scores and sums of blocks first .. end - 1 (counted from the row's first) by the high plane of their keys, or with
+    // Weights and sums of blocks first .. end - 1 (counted from the row's first) by the high plane of their keys, or with
     // what the low one adds to them.
     void (*score_plane)(const AttendArgs& args, const PlaneRow& row, int head, int64_t first, int64_t end, bool low,
                         float* scratch);
-    // What the values read of those blocks come to for each query head, [group][Dv + 1]: unnormalised, and the score whose
-    // weight is 1.
+    // What the values read of those blocks come to for each query head, [group][Dv], by their weights and shares.
     void (*gather_read)(const AttendArgs& args, const PlaneRow& row, int head, int64_t first, int64_t end, float* out,
                         float* scratch);
     // Keys [64][head_dim] and values [64][v_head_dim] -> a head of a sealed strip; scratch as `seal_floats` says.
@@ -145,9 +149,10 @@ struct CodedSizes {
     }
 };
 
-// Floats of scratch that a row's group of query vectors needs when it reads plane by plane: queries, sums, and the rest.
+// Floats of scratch that a row's group of query vectors needs when it reads plane by plane: queries, sums, scores, and the rest.
 inline int64_t plane_floats(int64_t vectors, const Strips& strips) {
-    return vectors * (padded(strips.head_dim) + padded(strips.v_head_dim) + 2) + 64 + CodedSizes(strips).floats(vectors);
+    const int64_t widths = padded(strips.head_dim) + padded(strips.v_head_dim);
+    return vectors * (widths + kStripTokens) + CodedSizes(strips).floats(vectors);
 }
 
 inline int64_t coded_floats(int64_t vectors, const Strips& strips) {

@@ -12,7 +12,7 @@ namespace elbowroom {
 namespace {
 
 constexpr int64_t kPieceBlocks = 16;          // of an item; fixed, so results do not depend on threads
-constexpr int64_t kMostScores = int64_t{1} << 20;  // of rows that are worked on together, unless one alone has more
+constexpr int64_t kMostScores = int64_t{1} << 18;  // of rows that are worked on together, unless one alone has more
 
 struct Piece {
     int32_t row, head;
@@ -72,7 +72,7 @@ class PlaneRows {
         score(false);
         if (std::find(flat_.begin(), flat_.end(), 1) != flat_.end()) score(true);
         if (selection.tally != nullptr) count(args, selection.tally);
-        const int64_t width = args.strips.v_head_dim + 1;
+        const int64_t width = args.strips.v_head_dim;
         parallel(int64_t(pieces_.size()), scratch, [&](int64_t i, float* floats) {
             const Piece& piece = pieces_[size_t(i)];
             float* partial = partials_.data() + i * group * width;
@@ -84,8 +84,8 @@ class PlaneRows {
     // Cuts the rows into pieces and gives them their buffers.
     void lay_out(const AttendArgs& args, int64_t blocks) {
         const int64_t group = args.group_size(), heads = args.strips.num_kv_heads;
-        scores_.resize(size_t(blocks * heads * group * kStripTokens));
-        sums_.resize(size_t(blocks * heads * group * 2));
+        weights_.resize(size_t(blocks * heads * group * kStripTokens));
+        sums_.resize(size_t(blocks * heads * group));
         read_.resize(size_t(blocks * heads));
         flat_.assign(rows_.size() * size_t(heads), 0);
         totals_.resize(rows_.size() * size_t(heads * group));
@@ -94,8 +94,8 @@ class PlaneRows {
         int64_t before = 0;
         for (size_t r = 0; r < rows_.size(); ++r) {
             PlaneRow& row = rows_[r];
-            row.scores = scores_.data() + before * heads * group * kStripTokens;
-            row.sums = sums_.data() + before * heads * group * 2;
+            row.weights = weights_.data() + before * heads * group * kStripTokens;
+            row.sums = sums_.data() + before * heads * group;
             row.read = read_.data() + before * heads;
             before += row.num_blocks;
             most_blocks_ = std::max(most_blocks_, row.num_blocks);
@@ -107,7 +107,7 @@ class PlaneRows {
             }
         }
         first_piece_.push_back(pieces_.size());
-        partials_.resize(pieces_.size() * size_t(group * (args.strips.v_head_dim + 1)));
+        partials_.resize(pieces_.size() * size_t(group * args.strips.v_head_dim));
     }
 
     // From the sums of the blocks of a head: its totals, which values are read, and (returned) whether a softmax is flat.
@@ -115,12 +115,12 @@ class PlaneRows {
         const int64_t group = args.group_size(), heads = args.strips.num_kv_heads;
         const PlaneRow& row = rows_[size_t(index / heads)];
         const int head = int(index % heads);
-        const float* sums = row.sums + row.index(head, 0) * group * 2;
+        BlockSum* sums = row.sums + row.index(head, 0) * group;
         std::fill(masses, masses + row.num_blocks, 0.0f);
         float *of_vector = masses + row.num_blocks, least = std::numeric_limits<float>::infinity();
         for (int64_t m = 0; m < group; ++m) {
             Total& total = totals_[size_t(index * group + m)];
-            total = total_of(sums + 2 * m, 2 * group, row.num_blocks, of_vector);
+            total = total_of(sums + m, group, row.num_blocks, of_vector);
             const float likeliest = 1.0f / total.denominator;
             if (!(likeliest >= least)) least = likeliest;
             for (int64_t b = 0; b < row.num_blocks; ++b) {
@@ -133,15 +133,17 @@ class PlaneRows {
         return !(least >= selection.tau);
     }
 
-    // Of a vector: the greatest score and what all weights come to beside it; `masses` becomes the part of each block.
-    static Total total_of(const float* sums, int64_t stride, int64_t num_blocks, float* masses) {
-        float top = sums[0], denominator = 0;
+    // Of a vector: the greatest top and what all weights come to beside it; `masses` becomes the part of each block.
+    static Total total_of(BlockSum* sums, int64_t stride, int64_t num_blocks, float* masses) {
+        float top = sums[0].top, denominator = 0;
         for (int64_t b = 1; b < num_blocks; ++b) {
-            const float x = sums[b * stride];
+            const float x = sums[b * stride].top;
             if (top == top && !(x <= top)) top = x;  // NaN is the greatest
         }
         for (int64_t b = 0; b < num_blocks; ++b) {
-            masses[b] = std::exp(sums[b * stride] - top) * sums[b * stride + 1];
+            BlockSum& block = sums[b * stride];
+            block.share = std::exp(block.top - top);
+            masses[b] = block.share * block.sum;
             denominator += masses[b];
         }
         return {top, denominator};
@@ -187,11 +189,10 @@ class PlaneRows {
             const Total total = totals_[size_t(index * group + m)];
             std::fill(sum, sum + width, 0.0f);
             for (size_t i = first_piece_[size_t(index)]; i < first_piece_[size_t(index) + 1]; ++i) {
-                const float* partial = partials_.data() + (int64_t(i) * group + m) * (width + 1);
-                if (partial[width] == -std::numeric_limits<float>::infinity()) continue;  // nothing of it was read
-                const float weight = std::exp(partial[width] - total.top) / total.denominator;
-                for (int64_t d = 0; d < width; ++d) sum[d] += weight * partial[d];
+                const float* partial = partials_.data() + (int64_t(i) * group + m) * width;
+                for (int64_t d = 0; d < width; ++d) sum[d] += partial[d];
             }
+            for (int64_t d = 0; d < width; ++d) sum[d] /= total.denominator;
             const int64_t head = index % heads * group + m;
             const char* source = reinterpret_cast<const char*>(sum);
             kernels().convert(source, DType::float32, args.out.at(row, head), args.out.dtype, width);
@@ -204,7 +205,8 @@ class PlaneRows {
     std::vector<PlaneRow> rows_;
     std::vector<Piece> pieces_;
     std::vector<size_t> first_piece_;  // of each row's heads
-    std::vector<float> scores_, sums_, partials_;
+    std::vector<float> weights_, partials_;
+    std::vector<BlockSum> sums_;
     std::vector<uint8_t> read_, flat_;  // flat: heads that read the low plane
     std::vector<Total> totals_;
     int64_t most_blocks_ = 0;

@@ -115,9 +115,8 @@ def _divide(
 ) -> MemoryPlan:
     workspace = workspace_sizes(config, dtype, path, step_tokens, max_sequences)
     books = budget // HostTier.page_bytes * PAGE_BOOK_BYTES
-    temporary = _temporary_bytes(config, path, step_tokens, max_sequences) + plan.choice_bytes(
-        step_tokens, config.max_positions
-    )
+    temporary = _temporary_bytes(config, path, step_tokens, max_sequences)
+    temporary += plan.choice_bytes(step_tokens, config.max_positions) + plan.reading_bytes(config.max_positions)
     runtime = RUNTIME_BASE_BYTES + books + temporary
     return MemoryPlan(
         budget_bytes=budget,
