@@ -13,6 +13,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "pool.h"
+#include "progressive.h"
 #include "selection.h"
 
 namespace elbowroom {
@@ -51,6 +52,7 @@ class Plan {
         for (int64_t s = 0; s < args.step.num_sequences; ++s) {
             const int32_t start = args.step.row_starts[s], end = args.step.row_starts[s + 1];
             for (int32_t row = start; row < end; row += rows_per_item) {
+                if (selection.by_planes(s)) continue;
                 if (selected_.has(s)) {
                     add_selected(args, int32_t(s), row);
                 } else {
@@ -195,7 +197,7 @@ struct AppendJob {
 // Writes a vector, in the given order of its elements, to its slot of the arrays that begin at codes and scales.
 void append_vector(const Strips& strips, const RowFormat& format, const char* source, DType dtype, int64_t width,
                    const int16_t* order, int64_t slot, char* codes, char* scales, float* scratch) {
-    codes += slot * format.code_bytes(width);
+    codes += slot * format.code_stride(width);
     if (format.kind == RowKind::plain) return kernels().convert(source, dtype, codes, strips.dtype, width);
     kernels().widen(source, dtype, scratch, width);
     if (order != nullptr) {
@@ -203,7 +205,7 @@ void append_vector(const Strips& strips, const RowFormat& format, const char* so
         for (int64_t i = 0; i < width; ++i) ordered[i] = scratch[order[i]];
         scratch = ordered;
     }
-    kernels().encode(format, scratch, width, codes, scales + slot * format.scale_bytes(width));
+    kernels().encode(format, scratch, width, codes, scales + slot * format.scale_stride(width));
 }
 
 void append_row(const AppendJob& job, int64_t sequence, int64_t row, float* scratch) {
@@ -349,6 +351,7 @@ void attend(const Step& step, const LayerStrips& layer, const Spec& spec, const 
     const Strips* tail = layer.tail ? &*layer.tail : nullptr;
     AttendJob job{{step, layer.strips, tail, layer.open_from, spec, q, out, lse, nullptr}, kernels(), plan};
     plan.build(job.args, layer.selection, pool.num_threads());
+    attend_by_planes(job.args, layer.selection);
     job.args.partials = plan.partials();
     const int64_t vectors = std::max(kItemVectors, job.args.group_size());
     const int64_t scratch = scratch_floats(vectors, job.args);

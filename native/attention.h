@@ -13,10 +13,15 @@ struct Seals {
     const uint32_t *from, *to;
 };
 
-// Rows that read the blocks whose keys can score highest with their query (kernels/base.py: Selection).
+// Rows that read the blocks whose keys can score highest with their query, or keys plane by plane and the values that
+// matter (kernels/base.py: Selection, Progress).
 struct Selection {
-    int64_t num_blocks;   // 0: all rows read everything
-    const uint8_t* rows;  // [R]: 1 for sequences whose row, the only one, selects
+    int64_t num_blocks = 0;          // 0: all blocks
+    const uint8_t* rows = nullptr;   // [R]: 1 for sequences whose row, the only one, selects; null: none does
+    float tau = 0, eps = 0;          // of rows that read plane by plane
+    int64_t* tally = nullptr;        // [5]: what those read is added; null: nobody counts
+
+    bool by_planes(int64_t sequence) const { return num_blocks == 0 && rows != nullptr && rows[sequence]; }
 };
 
 // Where the tokens of a step lie in one layer. With `tail`, new tokens go there, full strips are sealed, and a row reads

@@ -54,6 +54,30 @@ void key_quads(const char* codes, int64_t row_bytes, int32_t* quads) {
     }
 }
 
+// The same quads of keys in planes, as signed codes of 8 bits: their two halves put together, less 128.
+inline void plane_quads(const char* high, const char* low, int64_t row_bytes, int32_t* quads) {
+    constexpr int64_t kStep = 2 * kStripTokens;
+    for (int64_t group = 0; group < (row_bytes + 3) / 4; group += W, quads += W * kStep) {
+        for (int64_t token = 0; token < kStripTokens; token += W) {
+            vf above[W], below[W];
+            const int64_t source = token * row_bytes + 4 * group;
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) above[i] = load<vf>(high + source + i * row_bytes);
+            transpose(above);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) below[i] = load<vf>(low + source + i * row_bytes);
+            transpose(below);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) {
+                const vu a = bit_cast<vu>(above[i]), b = bit_cast<vu>(below[i]);
+                int32_t* target = quads + i * kStep + token;
+                store(target, ((a << 4 & 0xf0f0f0f0u) | (b & 0x0f0f0f0fu)) ^ 0x80808080u);
+                store(target + kStripTokens, ((a & 0xf0f0f0f0u) | (b >> 4 & 0x0f0f0f0fu)) ^ 0x80808080u);
+            }
+        }
+    }
+}
+
 // In each 16 bytes, as the instructions have it: the low or the high halves of a and b in turn, bytes or pairs of them.
 template <int Size, int Half, class V, int... I>
 inline V in_turn(V a, V b, std::integer_sequence<int, I...>) {
@@ -165,8 +189,9 @@ inline float inverse_of(float scale) { return scale > 1e-35f ? 1.0f / scale : 0.
 // Rounds to even; the low bits of the result hold the integer.
 inline vi round_lanes(vf x) { return bit_cast<vi>(x + 12582912.0f) - 0x4b400000; }
 
-// The factor of keys: queries x [count], zeros behind them up to whole vectors and quads, in the order of `key_quads`.
-template <int Bits>
+// The factor of keys: queries x [count], zeros behind them up to whole vectors and quads, in the order of `key_quads` for
+// codes of Order bits.
+template <int Bits, int Order = Bits>
 Factor round_queries(const float* x, int64_t count, int32_t* words) {
     vf top{}, magnitudes{};
     for (int64_t i = 0; i < count; i += W) {
@@ -177,7 +202,7 @@ Factor round_queries(const float* x, int64_t count, int32_t* words) {
     const float scale = factor_scale<Bits>(greatest_lane(top), sum_lanes(magnitudes)), inverse = inverse_of(scale);
     int32_t sum = 0;
     for (int64_t quad = 0; 4 * quad < count; ++quad) {
-        const float* source = x + (Bits == 8 ? 4 * quad : quad % 2 * (count / 2) + quad / 2 * 4);
+        const float* source = x + (Order == 8 ? 4 * quad : quad % 2 * (count / 2) + quad / 2 * 4);
         int32_t lanes[4];
         for (int k = 0; k < 4; ++k) {
             lanes[k] = bit_cast<int32_t>(source[k] * inverse + 12582912.0f) - 0x4b400000;

@@ -1,4 +1,4 @@
-// Attention on strips of integer codes that lie token by token (codecs int8, bfp), one instruction set at a time.
+// Attention on strips of integer codes that lie token by token (codecs int8, bfp, planes), one instruction set at a time.
 //
 // A strip is laid out in quads once for all query vectors (see code_quads.h); then q . K and p . V are products of
 // integers, with one multiplication by scales for each block of channels that shares one. Queries are rounded once,
@@ -47,6 +47,66 @@ inline void widen_scales(const RowFormat& format, const char* source, int64_t bl
     }
 }
 
+// Of 64 keys in planes, scale and the key of code `zero` in each group -> scales[group * 64 + token], zeros alike. What is
+// not finite gives NaN.
+inline void widen_planes(const RowFormat& format, const char* source, int64_t groups, float zero, float* scales,
+                         float* zeros) {
+    for (int64_t g = 0; g < groups; ++g, source += 2 * format.number_stride()) {
+        const f16 *first = reinterpret_cast<const f16*>(source),
+                  *second = reinterpret_cast<const f16*>(source + format.number_stride());
+        for (int64_t t = 0; t < kStripTokens; t += W) {
+            const vf scale = widen(first + t), at_zero = widen(second + t) + scale * zero;
+            store(scales + g * kStripTokens + t, scale + scale * 0.0f);
+            store(zeros + g * kStripTokens + t, at_zero + at_zero * 0.0f);
+        }
+    }
+}
+
+// The sum of `count` numbers, zeros behind them up to whole vectors.
+inline float sum_row(const float* x, int64_t count) {
+    vf sums{};
+    for (int64_t i = 0; i < count; i += W) sums += load<vf>(x + i);
+    return sum_lanes(sums);
+}
+
+// What will be read next, fetched some lines at a time between the arithmetic: all at once would wait for each other.
+class Ahead {
+   public:
+    void clear() { count_ = part_ = 0; }
+    void add(const char* data, int64_t bytes) {
+        if (count_ < kMost) runs_[count_++] = {data, data + bytes};
+    }
+    // Keys of a head, or one plane of them with its scales.
+    void add_keys(const Strips& s, char* strip, int head, bool low) {
+        add(s.keys(strip, head) + (low ? s.key.low_at(s.head_dim) : 0), kStripTokens * s.key.code_stride(s.head_dim));
+        add_scales(s, strip, head);
+    }
+    void add_scales(const Strips& s, char* strip, int head) {
+        const int64_t runs = s.planes() ? 2 * (s.head_dim / s.key.block) : 1;
+        for (int64_t i = 0; i < runs; ++i) {
+            add(s.key_scales(strip, head) + i * s.key.number_stride(), kStripTokens * s.key.scale_stride(s.head_dim));
+        }
+    }
+    void add_values(const Strips& s, char* strip, int head) {
+        add(s.values(strip, head), kStripTokens * s.value.code_bytes(s.v_head_dim));
+        add(s.value_scales(strip, head), kStripTokens * s.value.scale_bytes(s.v_head_dim));
+    }
+    void fetch_some() {
+        if (part_ == count_) return;
+        Run& run = runs_[part_];
+        for (int i = 0; i < 8 && run.data < run.end; ++i, run.data += 64) __builtin_prefetch(run.data, 0, 2);
+        if (run.data >= run.end) ++part_;
+    }
+
+   private:
+    static constexpr int kMost = 24;
+    struct Run {
+        const char *data, *end;
+    };
+    Run runs_[kMost];
+    int count_ = 0, part_ = 0;
+};
+
 // Slots low .. high - 1; those outside the strip do not count.
 struct Slots {
     int64_t low, high;
@@ -64,9 +124,10 @@ class CodedStrips {
         weights_ = queries_ + vectors * sizes_.query_words;
         key_scales_ = reinterpret_cast<float*>(weights_ + kSealedRows * sizes_.weight_words);
         value_scales_ = key_scales_ + sizes_.key_blocks * kStripTokens;
-        query_factors_ = reinterpret_cast<Factor*>(value_scales_ + sizes_.value_blocks * kStripTokens);
-        scores_ = reinterpret_cast<float*>(query_factors_ + vectors * sizes_.key_blocks);
-        load_queries(vectors);
+        key_zeros_ = value_scales_ + sizes_.value_blocks * kStripTokens;
+        query_factors_ = reinterpret_cast<Factor*>(key_zeros_ + sizes_.key_blocks * kStripTokens);
+        query_sums_ = reinterpret_cast<float*>(query_factors_ + vectors * sizes_.key_blocks);
+        scores_ = query_sums_ + vectors * sizes_.key_blocks;
     }
 
     // Rounds what stands in the rows of queries now.
@@ -78,18 +139,24 @@ class CodedStrips {
 
     // Lays out a strip; `next` is what will be read then, or null.
     void open(char* strip, char* next) {
-        with_bits(strips_.key.bits, [&](auto bits) {
-            key_quads<bits>(strips_.keys(strip, head_), strips_.key.code_bytes(rows_.Dk), key_quads_);
-        });
+        open_values(strip, nullptr);
+        open_keys(strip);
+        counts_ = strips_.counts(strip, head_);
+        if (next == nullptr) return;
+        ahead_.add_keys(strips_, next, head_, false);
+        if (strips_.planes()) ahead_.add_keys(strips_, next, head_, true);
+        ahead_.add_values(strips_, next, head_);
+    }
+
+    // The same of values alone, for scores that are known.
+    void open_values(char* strip, char* next) {
         with_bits(strips_.value.bits, [&](auto bits) {
             value_quads<bits>(strips_.values(strip, head_), strips_.value.code_bytes(rows_.Dv), value_block(),
                               sizes_.value_stride, value_quads_);
         });
-        widen_scales(strips_.key, strips_.key_scales(strip, head_), sizes_.key_blocks, key_scales_);
         widen_scales(strips_.value, strips_.value_scales(strip, head_), sizes_.value_blocks, value_scales_);
-        counts_ = strips_.counts(strip, head_);
-        next_ = next;
-        begin_ahead(next == nullptr ? 4 : 0);
+        ahead_.clear();
+        if (next != nullptr) ahead_.add_values(strips_, next, head_);
     }
 
     // Puts what the vectors gathered into the order of channels.
@@ -113,19 +180,45 @@ class CodedStrips {
                 slots[m] = seen(first + m);
                 any |= slots[m].low < kStripTokens && slots[m].high > max(0, slots[m].low);
             }
-            if (any) attend_few(first, count, slots);
+            if (!any) continue;
+            with_bits(strips_.key.bits, [&](auto bits) { score<bits>(first, count); });
+            weigh_few(first, count, slots);
+        }
+    }
+
+    // All vectors, whose weights [vectors][64] are known, each with its share.
+    void gather_weights(int64_t vectors, const float* weights, const elbowroom::BlockSum* sums) {
+        for (int64_t first = 0; first < vectors; first += kSealedRows) {
+            const int64_t count = min(kSealedRows, vectors - first);
+            float share[kSealedRows];
+            for (int64_t m = 0; m < count; ++m) share[m] = sums[first + m].share;
+            with_bits(strips_.value.bits, [&](auto bits) {
+                gather<bits>(first, count, share, weights + first * kStripTokens);
+            });
         }
     }
 
    private:
-    void attend_few(int64_t first, int64_t count, const Slots* slots) {
-        with_bits(strips_.key.bits, [&](auto bits) { score<bits>(first, count); });
+    void open_keys(char* strip) {
+        const char* keys = strips_.keys(strip, head_);
+        const int64_t row_bytes = strips_.key.code_stride(rows_.Dk);
+        if (strips_.planes()) {
+            plane_quads(keys, keys + strips_.key.low_at(rows_.Dk), row_bytes, key_quads_);
+            return widen_planes(strips_.key, strips_.key_scales(strip, head_), sizes_.key_blocks, 128.0f, key_scales_,
+                                key_zeros_);
+        }
+        with_bits(strips_.key.bits, [&](auto bits) { key_quads<bits>(keys, row_bytes, key_quads_); });
+        widen_scales(strips_.key, strips_.key_scales(strip, head_), sizes_.key_blocks, key_scales_);
+    }
+
+    // Scores of some vectors become weights, which gather values.
+    void weigh_few(int64_t first, int64_t count, const Slots* slots) {
         float share[kSealedRows];
         for (int64_t m = 0; m < count; ++m) {
             const StripSum sum = weigh_strip(scores_ + m * kStripTokens, slots[m].low, slots[m].high, softcap_, counts_);
             share[m] = merge_strip(rows_, first + m, sum);
         }
-        with_bits(strips_.value.bits, [&](auto bits) { gather<bits>(first, count, share); });
+        with_bits(strips_.value.bits, [&](auto bits) { gather<bits>(first, count, share, scores_); });
     }
 
     template <class F>
@@ -148,49 +241,40 @@ class CodedStrips {
         const int64_t block = key_block();
         for (int64_t b = 0; b < sizes_.key_blocks; ++b) {
             int32_t* words = queries_ + m * sizes_.query_words + b * (block / 4) * kFactorWords<Bits>;
-            Factor factor = round_queries<Bits>(rows_.q + m * rows_.ldk + b * block, block, words);
+            const float* q = rows_.q + m * rows_.ldk + b * block;
+            Factor factor = strips_.planes() ? round_queries<Bits, 4>(q, block, words) : round_queries<Bits>(q, block, words);
             factor.scale *= unit(strips_.key);
             query_factors_[m * sizes_.key_blocks + b] = factor;
-        }
-    }
-
-    // Some lines of the next strip, between the arithmetic: all at once would wait for each other.
-    void prefetch_some() {
-        if (ahead_ == nullptr) return;
-        for (int i = 0; i < 8 && ahead_ < ahead_end_; ++i, ahead_ += 64) __builtin_prefetch(ahead_, 0, 2);
-        if (ahead_ >= ahead_end_) begin_ahead(part_ + 1);
-    }
-
-    void begin_ahead(int part) {
-        const Strips& s = strips_;
-        const auto from = [&](char* data, int64_t bytes) { ahead_ = data, ahead_end_ = data + kStripTokens * bytes; };
-        part_ = part;
-        switch (part) {
-            case 0: return from(s.keys(next_, head_), s.key.code_bytes(rows_.Dk));
-            case 1: return from(s.key_scales(next_, head_), s.key.scale_bytes(rows_.Dk));
-            case 2: return from(s.values(next_, head_), s.value.code_bytes(rows_.Dv));
-            case 3: return from(s.value_scales(next_, head_), s.value.scale_bytes(rows_.Dv));
-            default: ahead_ = nullptr;
+            query_sums_[m * sizes_.key_blocks + b] = sum_row(q, block);
         }
     }
 
     // scores = q . keys, one block of channels after the other.
     template <int Bits>
     void score(int64_t first, int64_t count) {
-        score_block<Bits, false>(first, count, 0);
-        for (int64_t b = 1; b < sizes_.key_blocks; ++b) score_block<Bits, true>(first, count, b);
+        if (strips_.planes()) return score_blocks<Bits, true>(first, count);
+        score_blocks<Bits, false>(first, count);
     }
 
-    template <int Bits, bool Add>
+    // Affine: codes stand for scale * code + zero.
+    template <int Bits, bool Affine>
+    void score_blocks(int64_t first, int64_t count) {
+        score_block<Bits, Affine, false>(first, count, 0);
+        for (int64_t b = 1; b < sizes_.key_blocks; ++b) score_block<Bits, Affine, true>(first, count, b);
+    }
+
+    template <int Bits, bool Affine, bool Add>
     void score_block(int64_t first, int64_t count, int64_t b) {
         const int64_t quads = (key_block() + 3) / 4;
         const int32_t* words = queries_ + first * sizes_.query_words + b * quads * kFactorWords<Bits>;
-        const float* scales = key_scales_ + b * kStripTokens;
+        const float *scales = key_scales_ + b * kStripTokens, *zeros = key_zeros_ + b * kStripTokens;
         const Factor* factors = query_factors_ + first * sizes_.key_blocks + b;
+        const float* query_sums = query_sums_ + first * sizes_.key_blocks + b;
         const auto use = [&](int m, int64_t t, vi sums) __attribute__((always_inline)) {
-            if (m == 0) prefetch_some();
+            if (m == 0) ahead_.fetch_some();
             const Factor factor = factors[m * sizes_.key_blocks];
-            const vf part = to_float(sums - kBias<Bits> * factor.sum) * (load<vf>(scales + t) * factor.scale);
+            vf part = to_float(sums - kBias<Bits> * factor.sum) * (load<vf>(scales + t) * factor.scale);
+            if constexpr (Affine) part += load<vf>(zeros + t) * query_sums[m * sizes_.key_blocks];
             float* target = scores_ + m * kStripTokens + t;
             if constexpr (Add) {
                 store(target, load<vf>(target) + part);
@@ -204,18 +288,18 @@ class CodedStrips {
 
     // out += weights . values, one block of channels after the other.
     template <int Bits>
-    void gather(int64_t first, int64_t count, const float* share) {
+    void gather(int64_t first, int64_t count, const float* share, const float* weights) {
         const int64_t block = value_block(), width = min((block + W - 1) / W * W, rows_.ldv);
         const float lacking = unit(strips_.value);
         for (int64_t b = 0; b < sizes_.value_blocks; ++b) {
             Factor factors[kSealedRows];
             for (int64_t m = 0; m < count; ++m) {
-                factors[m] = round_weights<Bits>(scores_ + m * kStripTokens, value_scales_ + b * kStripTokens,
+                factors[m] = round_weights<Bits>(weights + m * kStripTokens, value_scales_ + b * kStripTokens,
                                                  weights_ + m * sizes_.weight_words);
                 factors[m].scale *= lacking * share[m];
             }
             const auto use = [&](int m, int64_t d, vi sums) __attribute__((always_inline)) {
-                if (m == 0) prefetch_some();
+                if (m == 0) ahead_.fetch_some();
                 float* target = rows_.out + (first + m) * rows_.ldv + b * block + d;
                 const vf part = to_float(sums - kBias<Bits> * factors[m].sum) * factors[m].scale;
                 store(target, load<vf>(target) + part);
@@ -231,11 +315,10 @@ class CodedStrips {
     const Gathered rows_;
     const CodedSizes sizes_;
     int32_t *key_quads_, *value_quads_, *queries_, *weights_;
-    float *key_scales_, *value_scales_, *scores_;
+    float *key_scales_, *key_zeros_, *value_scales_, *query_sums_, *scores_;
     Factor* query_factors_;
     const uint8_t* counts_ = nullptr;
-    char *next_ = nullptr, *ahead_ = nullptr, *ahead_end_ = nullptr;
-    int part_ = 0;
+    Ahead ahead_;
 };
 
 }  // namespace

@@ -15,20 +15,6 @@ using elbowroom::kStripTokens;
 using elbowroom::SealedHead;
 using elbowroom::Strips;
 
-// The float16 next to x that is not below it, and the one that is not above it.
-inline f16 round_up(float x) {
-    f16 near;
-    narrow(x, &near);
-    if (widen_one(near) < x) near.bits = uint16_t(near.bits & 0x8000u ? near.bits - 1 : near.bits + 1);
-    return near;
-}
-
-inline f16 round_down(float x) {
-    f16 near = round_up(-x);
-    near.bits ^= 0x8000u;
-    return near;
-}
-
 // The least and the greatest key of the slots first .. end - 1 of a head, on top of those in low and high; infinite where
 // one is not finite; channels as the model has them. Scratch: 3 rows.
 void widen_bounds(const Strips& strips, char* strip, int head, int64_t first, int64_t end, float* low, float* high,
@@ -38,11 +24,11 @@ void widen_bounds(const Strips& strips, char* strip, int head, int64_t first, in
     const int16_t* order = strips.order_of(head);
     for (int64_t d = 0; d < width; ++d) poison[d] = 0;
     for (int64_t slot = first; slot < end; ++slot) {
-        const char* codes = strips.keys(strip, head) + slot * strips.key.code_bytes(width);
+        const char* codes = strips.keys(strip, head) + slot * strips.key.code_stride(width);
         if (strips.plain()) {
             widen_row(codes, strips.dtype, row, width);
         } else {
-            decode_rows(strips.key, codes, strips.key_scales(strip, head) + slot * strips.key.scale_bytes(width), width, 1,
+            decode_rows(strips.key, codes, strips.key_scales(strip, head) + slot * strips.key.scale_stride(width), width, 1,
                         stored, width);
             for (int64_t d = 0; d < width; ++d) row[order == nullptr ? d : order[d]] = stored[d];
         }

@@ -11,6 +11,7 @@
 #include "layer_kernels.h"
 #include "matmul_kernels.h"
 #include "peak_kernels.h"
+#include "plane_kernels.h"
 #include "row_formats.h"
 #include "sealed_kernels.h"
 #include "simd.h"
@@ -147,6 +148,7 @@ class Attention {
         const Gathered rows = sealed_rows();
         pick_channels(stored_strip(first), ldk_);
         CodedStrips strips(args_.strips, item_.head, args_.spec.softcap, rows, M_, integer_scratch_);
+        strips.load_queries(M_);
         for (int64_t block = first; block < end; ++block) {
             if (pick_channels(stored_strip(block), ldk_)) strips.load_queries(M_);
             strips.open(stored_strip(block), block + 1 < end ? stored_strip(block + 1) : nullptr);
@@ -176,6 +178,7 @@ class Attention {
     void read_coded() {
         const Gathered rows{Dk_, Dv_, ldk_, ldv_, q_, out_, max_, sum_};
         CodedStrips strips(strips_, item_.head, args_.spec.softcap, rows, M_, integer_scratch_);
+        strips.load_queries(M_);
         const int64_t end = min(item_.end_block, high_ / kStripTokens + 1);
         for (int64_t block = max(item_.first_block, low_ / kStripTokens); block < end; ++block) {
             const int64_t start = block * kStripTokens;
@@ -589,6 +592,8 @@ const KernelTable ELBOWROOM_TABLE = {
     .name = ELBOWROOM_NAME(ELBOWROOM_ISA),
     .sampling = ELBOWROOM_SAMPLING,
     .attend = attend,
+    .score_plane = score_plane,
+    .gather_read = gather_read,
     .seal = seal,
     .digest = digest,
     .bound = bound,

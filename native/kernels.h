@@ -37,6 +37,23 @@ struct AttendArgs {
     }
 };
 
+// Weights of a block are exp(score - top); `sum` is theirs, and exp(top - greatest top of the row) their share.
+struct BlockSum {
+    float top, sum, share;
+};
+
+// A row that reads keys plane by plane: what it has found of the blocks that it may read, and which values it wants.
+struct PlaneRow {
+    int64_t sequence, row;
+    int64_t low, high;                 // slots low .. high - 1
+    int64_t first_block, num_blocks;
+    float* weights;                    // [Hkv, num_blocks, group, 64]: see BlockSum; with a softcap, scores before it
+    BlockSum* sums;                    // [Hkv, num_blocks, group]
+    uint8_t* read;                     // [Hkv, num_blocks]: 1 where values are read
+
+    int64_t index(int head, int64_t block) const { return head * num_blocks + block; }
+};
+
 // Activations of many tokens lie in panels: [width][16], the 16 values of a token's column side by side.
 inline constexpr int64_t kPanelTokens = 16;
 inline constexpr int64_t kMultiplyDepth = 256;  // columns of weights that `multiply` widens at a time
@@ -58,6 +75,13 @@ struct KernelTable {
     const char* name;
     const SamplingTable& sampling;
     void (*attend)(const AttendArgs& args, const Item& item, float* scratch);
+    // Weights and sums of blocks first .. end - 1 (counted from the row's first) by the high plane of their keys, or with
+    // what the low one adds to them.
+    void (*score_plane)(const AttendArgs& args, const PlaneRow& row, int head, int64_t first, int64_t end, bool low,
+                        float* scratch);
+    // What the values read of those blocks come to for each query head, [group][Dv], by their weights and shares.
+    void (*gather_read)(const AttendArgs& args, const PlaneRow& row, int head, int64_t first, int64_t end, float* out,
+                        float* scratch);
     // Keys [64][head_dim] and values [64][v_head_dim] -> a head of a sealed strip; scratch as `seal_floats` says.
     void (*seal)(const SealedHead& head, const char* keys, const char* values, DType dtype, char* target, float* scratch);
     // Brings a head's digest up to date behind writing slots first .. stop - 1; `held` slots hold tokens. Scratch: 4 padded
@@ -119,11 +143,17 @@ struct CodedSizes {
           weight_words(kStripTokens / 2) {}
 
     int64_t floats(int64_t vectors) const {
-        const int64_t scales = (key_blocks + value_blocks) * kStripTokens;
-        return key_quads + value_quads + scales + vectors * (query_words + 2 * key_blocks) +
+        const int64_t scales = (2 * key_blocks + value_blocks) * kStripTokens;
+        return key_quads + value_quads + scales + vectors * (query_words + 3 * key_blocks) +
                kSealedRows * (weight_words + kStripTokens);
     }
 };
+
+// Floats of scratch that a row's group of query vectors needs when it reads plane by plane: queries, sums, scores, and the rest.
+inline int64_t plane_floats(int64_t vectors, const Strips& strips) {
+    const int64_t widths = padded(strips.head_dim) + padded(strips.v_head_dim);
+    return vectors * (widths + kStripTokens) + CodedSizes(strips).floats(vectors);
+}
 
 inline int64_t coded_floats(int64_t vectors, const Strips& strips) {
     return strips.coded() ? CodedSizes(strips).floats(vectors) : 0;

@@ -31,7 +31,7 @@ using RowFormatTuple = std::tuple<int, int, int>;
 using StripsTuple =
     std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple,
                int64_t, uintptr_t, int64_t, int64_t>;
-using SelectionTuple = std::tuple<int64_t, uintptr_t>;
+using SelectionTuple = std::tuple<int64_t, uintptr_t, float, float, uintptr_t>;
 using TailTuple = std::tuple<StripsTuple, uintptr_t, int64_t, uintptr_t, uintptr_t>;
 using SpecTuple = std::tuple<int, int64_t, float, float>;
 using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
@@ -52,23 +52,26 @@ Step to_step(int64_t num_sequences, const StepTuple& t) {
             pointer<const int64_t>(lengths), pointer<const int64_t>(first_slots)};
 }
 
-RowFormat to_row_format(const RowFormatTuple& t) {
+RowFormat to_row_format(const RowFormatTuple& t, int num_kv_heads) {
     const auto [kind, bits, block] = t;
-    return {RowKind(kind), bits, block};
+    return {RowKind(kind), bits, block, int64_t{num_kv_heads} * kStripTokens};
 }
 
 Strips to_strips(const StripsTuple& t) {
     const auto [table, first_blocks, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim, key, value,
                 digest_bytes, order, channels_at, counts_at] = t;
     return {pointer<const uint32_t>(table), pointer<const int64_t>(first_blocks), num_blocks, pointer<char>(base),
-            num_bytes, DType(dtype), num_kv_heads, head_dim, v_head_dim, to_row_format(key), to_row_format(value),
-            digest_bytes, pointer<const int16_t>(order), channels_at, counts_at};
+            num_bytes, DType(dtype), num_kv_heads, head_dim, v_head_dim, to_row_format(key, num_kv_heads),
+            to_row_format(value, num_kv_heads), digest_bytes, pointer<const int16_t>(order), channels_at, counts_at};
 }
 
 LayerStrips to_layer_strips(const StripsTuple& strips, const std::optional<TailTuple>& tail,
                             const std::optional<SelectionTuple>& selection) {
     LayerStrips found{to_strips(strips), {}, nullptr, {}, {}};
-    if (selection) found.selection = {std::get<0>(*selection), pointer<const uint8_t>(std::get<1>(*selection))};
+    if (selection) {
+        const auto [num_blocks, rows, tau, eps, tally] = *selection;
+        found.selection = {num_blocks, pointer<const uint8_t>(rows), tau, eps, pointer<int64_t>(tally)};
+    }
     if (tail) {
         const auto& [open, open_from, count, from, to] = *tail;
         found.tail = to_strips(open);

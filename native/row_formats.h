@@ -103,11 +103,27 @@ inline void decode_bfp(const char* codes, const char* exponents, int64_t width, 
     }
 }
 
+inline void decode_planes(const RowFormat& format, const char* high, const char* scales, int64_t width, float* out) {
+    const char* low = high + format.low_at(width);
+    const int64_t half = format.block / 2;
+    for (int64_t first = 0; first < width; first += format.block, out += format.block, high += half, low += half) {
+        f16 scale, minimum;
+        __builtin_memcpy(&scale, scales, sizeof scale);
+        __builtin_memcpy(&minimum, scales + format.number_stride(), sizeof minimum);
+        scales += 2 * format.number_stride();
+        for (int64_t i = 0; i < half; ++i) {
+            const int above = uint8_t(high[i]), below = uint8_t(low[i]);
+            out[i] = widen_one(minimum) + widen_one(scale) * float((above & 15) << 4 | (below & 15));
+            out[half + i] = widen_one(minimum) + widen_one(scale) * float((above >> 4) << 4 | below >> 4);
+        }
+    }
+}
+
 // `count` vectors that lie one behind the other -> rows of `stride` floats.
 void decode_rows(const RowFormat& format, const char* codes, const char* scales, int64_t width, int64_t count, float* out,
                  int64_t stride) {
-    const int64_t code_bytes = format.code_bytes(width), scale_bytes = format.scale_bytes(width);
-    for (int64_t r = 0; r < count; ++r, codes += code_bytes, scales += scale_bytes, out += stride) {
+    const int64_t code_stride = format.code_stride(width), scale_stride = format.scale_stride(width);
+    for (int64_t r = 0; r < count; ++r, codes += code_stride, scales += scale_stride, out += stride) {
         switch (format.kind) {
             case RowKind::int8: decode_int8(codes, scales, width, out); break;
             case RowKind::fp8: decode_fp8(codes, width, out); break;
@@ -115,6 +131,7 @@ void decode_rows(const RowFormat& format, const char* codes, const char* scales,
                 format.bits == 8 ? decode_bfp<8>(codes, scales, width, format.block, out)
                                  : decode_bfp<4>(codes, scales, width, format.block, out);
                 break;
+            case RowKind::planes: decode_planes(format, codes, scales, width, out); break;
             default: break;
         }
     }
@@ -149,6 +166,20 @@ inline float largest(const float* x, int64_t count) {
 }
 
 inline float clamp(float x, float most) { return x > most ? most : x < -most ? -most : x; }
+
+// The float16 next to x that is not below it, and the one that is not above it.
+inline f16 round_up(float x) {
+    f16 near;
+    narrow(x, &near);
+    if (widen_one(near) < x) near.bits = uint16_t(near.bits & 0x8000u ? near.bits - 1 : near.bits + 1);
+    return near;
+}
+
+inline f16 round_down(float x) {
+    f16 near = round_up(-x);
+    near.bits ^= 0x8000u;
+    return near;
+}
 
 inline void encode_int8(const float* x, int64_t width, char* codes, char* scales) {
     const float least = largest(x, width) / 127.0f;
@@ -198,6 +229,32 @@ inline void encode_bfp(const RowFormat& format, const float* x, int64_t width, c
     }
 }
 
+inline void encode_planes(const RowFormat& format, const float* x, int64_t width, char* high, char* scales) {
+    char* low = high + format.low_at(width);
+    const int64_t half = format.block / 2;
+    for (int64_t first = 0; first < width; first += format.block, x += format.block) {
+        float least = *x, greatest = *x;  // NaN where one is
+        for (int64_t i = 1; i < format.block; ++i) {
+            least = x[i] >= least || least != least ? least : x[i];
+            greatest = x[i] <= greatest || greatest != greatest ? greatest : x[i];
+        }
+        const f16 minimum = round_down(least), scale = round_up((greatest - widen_one(minimum)) / 255.0f);
+        __builtin_memcpy(scales, &scale, sizeof scale);
+        __builtin_memcpy(scales + format.number_stride(), &minimum, sizeof minimum);
+        scales += 2 * format.number_stride();
+        const float divisor = widen_one(scale) == 0 ? 1.0f : widen_one(scale);
+        const auto code = [&](int64_t i) {
+            const float number = __builtin_rintf((x[i] - widen_one(minimum)) / divisor);
+            return number > 0 ? int(number < 255.0f ? number : 255.0f) : 0;  // NaN: 0, scale or minimum says so
+        };
+        for (int64_t i = 0; i < half; ++i) {
+            const int first_code = code(i), second = code(half + i);
+            *high++ = char(first_code >> 4 | (second >> 4) << 4);
+            *low++ = char((first_code & 15) | (second & 15) << 4);
+        }
+    }
+}
+
 void encode_row(const RowFormat& format, const float* x, int64_t width, char* codes, char* scales) {
     switch (format.kind) {
         case RowKind::int8: return encode_int8(x, width, codes, scales);
@@ -205,6 +262,7 @@ void encode_row(const RowFormat& format, const float* x, int64_t width, char* co
             for (int64_t i = 0; i < width; ++i) codes[i] = char(to_fp8(x[i]));
             return;
         case RowKind::bfp: return encode_bfp(format, x, width, codes, scales);
+        case RowKind::planes: return encode_planes(format, x, width, codes, scales);
         default: return;
     }
 }

@@ -22,17 +22,25 @@ struct Step {
 };
 
 // How one head of one token becomes bytes: codes, and scales in an array of their own (kv/codecs/rows.py).
-enum class RowKind : int { plain = 0, int8 = 1, fp8 = 2, bfp = 3, kivi = 4 };
+enum class RowKind : int { plain = 0, int8 = 1, fp8 = 2, bfp = 3, kivi = 4, planes = 5 };
 
 struct RowFormat {
     RowKind kind;
     int bits;   // of a code
     int block;  // codes that share a scale; 0: all
+    int64_t slots = 0;  // heads x tokens of a strip: how far apart planes lie, and the numbers of a group
 
     int64_t code_bytes(int64_t width) const { return width * bits / 8; }
     int64_t scale_bytes(int64_t width) const {
+        if (kind == RowKind::planes) return width / block * 4;
         return kind == RowKind::int8 ? 2 : kind == RowKind::bfp ? width / block : 0;
     }
+    // From one token to the next, where a head's codes (of planes: the high halves) and its scales begin.
+    int64_t code_stride(int64_t width) const { return kind == RowKind::planes ? width / 2 : code_bytes(width); }
+    int64_t scale_stride(int64_t width) const { return kind == RowKind::planes ? 2 : scale_bytes(width); }
+    // Of planes: from a high half to its low one; from a group's scale to its minimum, and on to the next group's scale.
+    int64_t low_at(int64_t width) const { return slots * width / 2; }
+    int64_t number_stride() const { return slots * 2; }
     int64_t bytes(int64_t width) const { return code_bytes(width) + scale_bytes(width); }
 };
 
@@ -59,6 +67,7 @@ struct SealedHead {
 
 // Strips of one layer: block b of a sequence lies at base + 64 * table[sequence][b - first_blocks[sequence]]. Arrays
 // [Hkv, 64, bytes] of key codes, key scales, value codes and value scales; codes of plain strips are elements of `dtype`.
+// Keys in planes have an array of high halves and one of low ones, then two of float16 for each group: scales, minima.
 // Sealed strips hold one head behind the other. Where a policy has dropped channels of keys, head_dim is what is left.
 struct Strips {
     const uint32_t* table;        // [R, num_blocks]
@@ -90,7 +99,10 @@ struct Strips {
     const int16_t* order_of(int head) const { return order == nullptr ? nullptr : order + head * int64_t{head_dim}; }
     bool plain() const { return key.kind == RowKind::plain; }
     bool sealed() const { return key.kind == RowKind::kivi; }
-    bool coded() const { return key.kind == RowKind::int8 || key.kind == RowKind::bfp; }  // integers, token by token
+    bool planes() const { return key.kind == RowKind::planes; }
+    bool coded() const {  // integers, token by token
+        return key.kind == RowKind::int8 || key.kind == RowKind::bfp || planes();
+    }
     bool decoded() const { return key.kind == RowKind::fp8; }  // read as floats
     SealedHead head() const { return {head_dim, v_head_dim, key.block, key.bits, value.bits}; }
     int64_t slots() const { return int64_t{num_kv_heads} * kStripTokens; }
@@ -105,9 +117,9 @@ struct Strips {
         return table[sequence * num_blocks + column(sequence, block)] * kUnitBytes;
     }
     char* strip(int64_t sequence, int64_t block) const { return base + start(sequence, block); }
-    char* keys(char* strip, int head) const { return strip + head * kStripTokens * key.code_bytes(head_dim); }
+    char* keys(char* strip, int head) const { return strip + head * kStripTokens * key.code_stride(head_dim); }
     char* key_scales(char* strip, int head) const {
-        return strip + slots() * key.code_bytes(head_dim) + head * kStripTokens * key.scale_bytes(head_dim);
+        return strip + slots() * key.code_bytes(head_dim) + head * kStripTokens * key.scale_stride(head_dim);
     }
     char* values(char* strip, int head) const {
         return strip + slots() * key.bytes(head_dim) + head * kStripTokens * value.code_bytes(v_head_dim);

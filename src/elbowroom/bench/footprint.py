@@ -20,7 +20,8 @@ from elbowroom.engine.session import Session
 from elbowroom.errors import IntegrityError, RequestError
 from elbowroom.evals.comparison.table import Footprint
 from elbowroom.evals.heldout import heldout_texts
-from elbowroom.kernels.base import LayerStrips
+from elbowroom.kernels.base import LayerStrips, Progress
+from elbowroom.kv.read_count import plane_reads
 
 NEW_TOKENS = 32
 """Tokens decoded behind each context; with them it has the stated length."""
@@ -86,12 +87,15 @@ def strips_read_bytes(strips: LayerStrips, layer: LayerSpec) -> int:
     """Return the bytes of all strips that the step's last token reads in ``layer``: formats times blocks.
 
     A strip counts whole, with its scales, although of the newest one only the tokens so far are read. Where the token
-    selects, it reads the bounds on the keys of all others, and as many of those as it may.
+    selects, it reads the bounds on the keys of all others, and as many of those as it may. Where it reads plane by plane,
+    this is what was counted, the mean over all tokens so far.
     """
     position, first_slot = int(strips.step.positions[-1]), int(strips.step.first_slots[-1])
     if layer.window is not None:
         first_slot = max(first_slot, position - layer.window + 1)
     before, selection, fmt = position // STRIP_TOKENS - first_slot // STRIP_TOKENS, strips.selection, strips.fmt
+    if isinstance(selection, Progress):
+        return _plane_bytes(strips)
     if selection is None or not selection.rows[-1] or before < selection.num_blocks:
         return before * _content_bytes(fmt) + _content_bytes(strips.open_fmt)
     return (
@@ -99,6 +103,13 @@ def strips_read_bytes(strips: LayerStrips, layer: LayerSpec) -> int:
         + _content_bytes(strips.open_fmt)
         + (before - 1) * _bound_bytes(fmt)
     )
+
+
+def _plane_bytes(strips: LayerStrips) -> int:
+    """Return the bytes that a token has read on average, of keys plane by plane and of values."""
+    assert strips.tally is not None
+    reads = plane_reads(strips.tally[None], [strips.fmt])
+    return 0 if reads is None else round(reads.bytes * strips.fmt.num_kv_heads / reads.num_reads)
 
 
 def _content_bytes(fmt: PageFormat) -> int:

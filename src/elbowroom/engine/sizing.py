@@ -128,7 +128,8 @@ def _divide(
     workspace = workspace_sizes(config, dtype, path, step_tokens, max_sequences)
     books = budget // HostTier.page_bytes * PAGE_BOOK_BYTES
     temporary = _temporary_bytes(config, path, step_tokens, max_sequences) + extra
-    temporary += max(plan.choice_bytes(step_tokens, config.max_positions) for plan in plans)
+    most = config.max_positions
+    temporary += max(plan.choice_bytes(step_tokens, most) + plan.reading_bytes(most) for plan in plans)
     runtime = RUNTIME_BASE_BYTES + books + temporary
     return MemoryPlan(
         budget_bytes=budget,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -208,6 +208,29 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Progress:
+    """Rows that read keys plane by plane, and values where they matter; strips are those of codec ``planes``.
+
+    All keys are scored by their high plane. A KV head one of whose query heads has no probability of at least ``tau``
+    reads the low plane too: what that says is added to its scores. Then values: blocks whose probabilities together
+    are at most ``eps`` are left out and count as 0, the least likely first, where a block's probability is the
+    greatest among the query heads. Nothing is left out where a score is not finite.
+    """
+
+    tau: float
+    """0: the low plane is never read; 1 or more: always."""
+    eps: float
+    """0: all values are read."""
+    rows: npt.NDArray[np.uint8]
+    """uint8 ``[R]``: 1 for sequences whose row, the only one, reads so."""
+
+
+Reading: TypeAlias = Selection | Progress
+TALLY = ("heads", "refetches", "high strips", "low strips", "value strips")
+"""What rows that read by ``Progress`` count: KV heads; those that read the low plane; and heads' parts of strips."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerStrips:
     """Where the tokens of a step lie in one layer: all that a backend needs to append them and to attend."""
 
@@ -219,8 +242,10 @@ class LayerStrips:
     """How tokens lie in strips of ``fmt``."""
     tail: Tail | None = None
     """Strips are sealed whole, and this is where new tokens go; None: they are written one by one."""
-    selection: Selection | None = None
-    """Rows that read the blocks which matter to them; None: all rows read everything."""
+    selection: Reading | None = None
+    """Rows that read what matters to them; None: all rows read everything."""
+    tally: npt.NDArray[np.int64] | None = None
+    """int64 ``[5]``, in the order of ``TALLY``: what such rows read is added here, where they count it."""
 
     @property
     def open_fmt(self) -> PageFormat:
@@ -287,17 +312,30 @@ def check_strips(strips: LayerStrips) -> None:
         raise ValueError(f"a tail needs the first open block of {step.num_sequences} sequences")
 
 
-def _check_selection(strips: LayerStrips, selection: Selection) -> None:
+def _check_selection(strips: LayerStrips, selection: Reading) -> None:
     rows, step = selection.rows, strips.step
-    if rows.dtype != np.uint8 or rows.shape != (step.num_sequences,) or selection.num_blocks < 2:
-        raise ValueError(
-            f"a selection has a flag uint8 for each of {step.num_sequences} sequences and 2 blocks or more"
-        )
+    if rows.dtype != np.uint8 or rows.shape != (step.num_sequences,):
+        raise ValueError(f"a selection has a flag uint8 for each of {step.num_sequences} sequences")
     counts = np.diff(step.row_starts.numpy())
     if (counts[rows != 0] != 1).any():
         raise ValueError("only sequences with one row in the step can select what it reads")
+    if isinstance(selection, Progress):
+        _check_progress(strips, selection)
+        return
+    if selection.num_blocks < 2:
+        raise ValueError(f"a selection has 2 blocks or more, not {selection.num_blocks}")
     if strips.tail is None and not strips.fmt.digest_bytes:
         raise ValueError(f"a row selects strips by their digests; those of format {strips.fmt.codec} have none")
+
+
+def _check_progress(strips: LayerStrips, progress: Progress) -> None:
+    tally = strips.tally
+    if strips.fmt.codec != "planes" or strips.fmt.sealed:
+        raise ValueError(f"keys are read plane by plane in strips of codec planes, not in those of {strips.fmt.codec}")
+    if not (progress.tau >= 0 and 0 <= progress.eps < 1):
+        raise ValueError(f"tau is 0 or more and eps a share from 0 to below 1, not {progress.tau} and {progress.eps}")
+    if tally is not None and (tally.dtype != np.int64 or tally.shape != (len(TALLY),) or not tally.flags.c_contiguous):
+        raise ValueError(f"what is read is counted in {len(TALLY)} numbers int64, not in {tally.dtype} {tally.shape}")
 
 
 def _check_table(table: StripTable, base: Tensor, fmt: PageFormat, step: StripStep) -> None:

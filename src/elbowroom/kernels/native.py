@@ -11,13 +11,14 @@ from torch import Tensor
 from elbowroom import _native
 from elbowroom.core import DTYPE_BYTES, LayerSpec, PageFormat
 from elbowroom.kernels import reference
-from elbowroom.kernels.base import LayerStrips, StripTable
+from elbowroom.kernels.base import LayerStrips, Progress, StripTable
 from elbowroom.kernels.extras import extras_at
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _TORCH_CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
-FORMATS = {"plain": 0, "int8": 1, "fp8": 2, "bfp": 3, "kivi": 4}
+FORMATS = {"plain": 0, "int8": 1, "fp8": 2, "bfp": 3, "kivi": 4, "planes": 5}
 """Formats that are read and written here, with their numbers; of others the readable path takes care."""
+_VALUES_OF_PLANES = {8: "int8", 4: "bfp"}
 
 
 class NativeKernels:
@@ -92,11 +93,17 @@ def tail_tuple(strips: LayerStrips) -> _native.Tail | None:
 def selection_tuple(strips: LayerStrips) -> _native.Selection | None:
     """Return which rows read a part of their sequence as C++ takes it; None where all read everything."""
     selection = strips.selection
-    return None if selection is None else (selection.num_blocks, _address(selection.rows))
+    if selection is None:
+        return None
+    rows = _address(selection.rows)
+    if not isinstance(selection, Progress):
+        return selection.num_blocks, rows, 0.0, 0.0, 0
+    return 0, rows, selection.tau, selection.eps, 0 if strips.tally is None else _address(strips.tally)
 
 
 def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat, order: int = 0) -> _native.Strips:
     kind, plain_bits = FORMATS[fmt.codec], 8 * DTYPE_BYTES.get(fmt.dtype, 0)
+    values = FORMATS[_VALUES_OF_PLANES[fmt.value_bits]] if fmt.codec == "planes" else kind
     return (
         _address(table),
         first_blocks,
@@ -108,7 +115,7 @@ def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat,
         fmt.key_channels or fmt.head_dim,
         fmt.v_head_dim,
         (kind, fmt.key_bits or plain_bits, fmt.block),
-        (kind, fmt.value_bits or plain_bits, fmt.block),
+        (values, fmt.value_bits or plain_bits, 0 if values == FORMATS["int8"] else fmt.block),
         fmt.digest_bytes,
         order,
         *_extras(fmt),

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
-from elbowroom.kernels.base import PLAIN, LayerStrips, StripLayout, StripStep, StripTable, Tail, strip_at
+from elbowroom.kernels import progressive
+from elbowroom.kernels.base import (
+    PLAIN,
+    LayerStrips,
+    Progress,
+    Selection,
+    StripLayout,
+    StripStep,
+    StripTable,
+    Tail,
+    strip_at,
+)
 from elbowroom.kernels.digest import write_digest
 from elbowroom.kernels.extras import slot_bias
 
@@ -54,10 +65,15 @@ class ReferenceKernels:
         sealed = None if strips.tail is None else _Part(strips.table, None, strips.base, strips.fmt, strips.layout)
         for sequence, start, end in _row_blocks(step, TILE_ROWS):
             low, high = _visible(step, sequence, start, end, spec.window)
+            if isinstance(strips.selection, Progress):
+                if strips.selection.rows[sequence]:
+                    progressive.attend_row(strips, spec, sequence, q[start], out[start], lse[start])
+                    continue
             merged = _Softmax(q[start:end], spec, strips.open_fmt)
             read = None
-            if strips.selection is not None and strips.selection.rows[sequence] and not _waits(strips, sequence, high):
-                read = _selected(sealed or opened, sequence, q[start], low, high, strips.selection.num_blocks)
+            selection = strips.selection
+            if isinstance(selection, Selection) and selection.rows[sequence] and not _waits(strips, sequence, high):
+                read = _selected(sealed or opened, sequence, q[start], low, high, selection.num_blocks)
             if sealed is not None:
                 first = step.positions[start:end] // STRIP_TOKENS
                 if strips.tail is not None and strips.tail.open_from is not None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from elbowroom.kernels import LayerStrips
+from elbowroom.kv.read_count import ReadCount
 
 Positions = npt.NDArray[np.int64]
 
@@ -105,6 +106,8 @@ class KVReport:
     """Tokens of sequences that a policy has dropped: the mean over the layers it chooses from."""
     bf16_bytes: int
     """What ``num_tokens`` would take in bfloat16 without sharing, expiry or compression."""
+    reads: ReadCount | None = None
+    """What decoding tokens have read of keys in planes and of their values; None: no plan to, or none has."""
 
 
 class KVStore(Protocol):

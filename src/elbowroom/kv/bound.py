@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from elbowroom.kv.plan import KVPlan
 
 
+_TOGETHER = 2**18
+"""Weights of rows that kernels work on together, unless one alone has more."""
+
+
 @dataclass(frozen=True, slots=True)
 class KVCurve:
     """Bytes of one sequence: resident after each length, and on top while a step runs."""
@@ -212,6 +216,20 @@ class BoundPlan:
             moved = 8 * (layer.head_dim + layer.v_head_dim) * (layer.num_kv_heads if self.defers else 1)
             most = max(most, tokens * (scores + 8 * layer.head_dim + moved))
         return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
+
+    def reading_bytes(self, max_tokens: int) -> int:
+        """Return the most temporary bytes of rows that read plane by plane: a weight for each query head and token.
+
+        Kernels take several rows together up to 2^18 weights; sums of blocks and pieces of values come on top.
+        """
+        reads = self.plan.reads
+        if reads is None or reads.digest_run is not None:
+            return 0
+        most = 0
+        for layer in self.layers:
+            num_blocks = max(-(-max_tokens // STRIP_TOKENS), _TOGETHER // (layer.num_q_heads * STRIP_TOKENS))
+            most = max(most, num_blocks * layer.num_q_heads * 4 * (STRIP_TOKENS + 4 + layer.v_head_dim))
+        return most
 
     def _staging_bytes(self, step_tokens: int) -> int:
         """Return what a step holds on top: blocks that wait, in one layer a pool, to be sealed or chosen from."""

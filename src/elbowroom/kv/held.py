@@ -14,11 +14,12 @@ from elbowroom.kv.codecs import Codec, token_codec
 from elbowroom.kv.holding import blocks_of
 from elbowroom.kv.layout import PoolSet
 from elbowroom.kv.pool import StripPool
+from elbowroom.kv.read_count import ReadCount
 from elbowroom.kv.sequence import Sequence
 
 
-def report(pools: PoolSet, plan: BoundPlan, sequences: Rows[Sequence]) -> KVReport:
-    """Return the bytes and tokens of ``sequences``, which are all that ``pools`` hold."""
+def report(pools: PoolSet, plan: BoundPlan, sequences: Rows[Sequence], reads: ReadCount | None) -> KVReport:
+    """Return the bytes and tokens of ``sequences``, which are all that ``pools`` hold, and what was read of them."""
     tokens = sum(sequence.num_tokens for sequence in sequences)
     layers = [layer for layer in plan.layers if layer.kv_source is None]
     width = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in layers)
@@ -35,6 +36,7 @@ def report(pools: PoolSet, plan: BoundPlan, sequences: Rows[Sequence]) -> KVRepo
         num_dropped=STRIP_TOKENS * dropped // max(choosing, 1),
         num_shared_strips=sum(pool.num_shared_strips for pool in pools.pools),
         bf16_bytes=tokens * width * 2,
+        reads=reads,
     )
 
 

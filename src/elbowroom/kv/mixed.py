@@ -16,6 +16,7 @@ from elbowroom.kernels import LayerStrips
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Shortfall, Want
 from elbowroom.kv.conversion import convert
 from elbowroom.kv.paged import PagedStore
+from elbowroom.kv.read_count import sum_reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +154,10 @@ class MixedStore:
     def report(self) -> KVReport:
         """Return what is held under all plans."""
         reports = [store.report() for store in self.stores]
-        sums = {each.name: sum(getattr(report, each.name) for report in reports) for each in fields(KVReport)}
-        return KVReport(**sums | {"capacity_bytes": reports[0].capacity_bytes})
+        names = [each.name for each in fields(KVReport) if each.name not in ("capacity_bytes", "reads")]
+        sums = {name: sum(getattr(report, name) for report in reports) for name in names}
+        reads = sum_reads([report.reads for report in reports if report.reads is not None])
+        return KVReport(**sums, capacity_bytes=reports[0].capacity_bytes, reads=reads)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the books of each plan agree."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
-from elbowroom.kernels.base import LayerStrips, Tail
+from elbowroom.kernels.base import TALLY, LayerStrips, Tail
 from elbowroom.kernels.extras import check_extras
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
 from elbowroom.kv.bound import BoundPlan
@@ -30,6 +30,7 @@ from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.prepare import Prepared, Preparer
+from elbowroom.kv.read_count import plane_reads
 from elbowroom.kv.sealing import Sealer, open_layer
 from elbowroom.kv.sequence import Rows, Sequence
 from elbowroom.kv.slots import Slots
@@ -70,6 +71,8 @@ class PagedStore:
         self._sealer = Sealer(plan) if plan.defers else None
         self._last_reader = {source: layer for layer, source in enumerate(self._pools.source_of)}
         """For each layer with keys of its own the last one that reads them."""
+        self._tallies = np.zeros((len(plan.layers), len(TALLY)), dtype=np.int64)
+        """Of each layer, what rows read that read its keys plane by plane."""
         self._selects = [plan.selects(layer) for layer in range(len(plan.layers))]
         self._sequences: dict[int, Sequence] = {}
         self._next_id = 0
@@ -221,7 +224,13 @@ class PagedStore:
         selection = prepared.selection if self._selects[layer] else None
         if tails is None:
             return LayerStrips(
-                prepared.steps[source], table, pool.base, pool.fmt, self._codecs[source], None, selection
+                prepared.steps[source],
+                table,
+                pool.base,
+                pool.fmt,
+                self._codecs[source],
+                selection=selection,
+                tally=self._tallies[layer],
             )
         open_pool = self._pools.tails[number].pool
         tail = Tail(
@@ -463,7 +472,8 @@ class PagedStore:
 
     def report(self) -> KVReport:
         """Return what is held."""
-        return report(self._pools, self.plan, list(self._sequences.values()))
+        reads = plane_reads(self._tallies, self.plan.formats)
+        return report(self._pools, self.plan, list(self._sequences.values()), reads)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless reference counts, free stacks and pages agree with the tables."""

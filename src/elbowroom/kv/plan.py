@@ -83,13 +83,15 @@ class KVPlan:
         Raises:
             PlanError: names both and the way out.
         """
+        if self.reads is not None:
+            self.reads.check(self.codec)
         if self.layout is self.codec:
             return
         part = self.channels or self.policy
         assert part is not None
         if self.reads is not None:
             raise PlanError(
-                f"KV read policy {self.reads.name!r} has no bounds on keys that {part.name!r} has changed",
+                f"KV read policy {self.reads.name!r} cannot choose among keys that {part.name!r} has changed",
                 f"leave {self.reads.name} or {part.name} out",
             )
         if self.codec.name == "fp8":
@@ -164,9 +166,10 @@ class KVPlan:
         Sealed strips tell theirs without.
         """
         readers = [reader for reader, layer in enumerate(layers) if index in (reader, layer.kv_source)]
-        if self.reads is None or self.codec.seals or not any(self.selects(layers, reader) for reader in readers):
+        run = None if self.reads is None else self.reads.digest_run
+        if run is None or self.codec.seals or not any(self.selects(layers, reader) for reader in readers):
             return fmt
-        return replace(fmt, digest_bytes=digest_bytes(fmt.num_kv_heads, fmt.head_dim, self.reads.run_tokens))
+        return replace(fmt, digest_bytes=digest_bytes(fmt.num_kv_heads, fmt.head_dim, run))
 
     def for_hf(
         self, model: Any, memory: str | int = "80%", calibration: Calibration | str | Path | None = None

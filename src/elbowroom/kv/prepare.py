@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
-from elbowroom.kernels.base import PLAIN, Selection, StripStep
+from elbowroom.kernels.base import PLAIN, Reading, StripStep
 from elbowroom.kernels.extras import key_channels, slot_tokens
 from elbowroom.kv.base import KVStep, Positions, PromptPart, Shortfall
 from elbowroom.kv.bound import BoundPlan
@@ -43,7 +43,7 @@ class Prepared:
     """Rows behind which a policy chooses."""
     waiting: dict[int, npt.NDArray[np.int64]]
     """Rows whose prompt waits, unsealed, for its end -> first open block ``[num_layers]``."""
-    selection: Selection | None = None
+    selection: Reading | None = None
     """Rows that read a part of their sequence, in layers that let them."""
 
 
@@ -128,7 +128,7 @@ class Preparer:
                 found[row][self._plan.chosen_layers] = sequence.num_tokens // STRIP_TOKENS
         return found
 
-    def _selection(self, step: KVStep, waiting: Collection[int]) -> Selection | None:
+    def _selection(self, step: KVStep, waiting: Collection[int]) -> Reading | None:
         """Return which rows choose what they read: those that decode."""
         reads = self._plan.plan.reads
         if reads is None:
@@ -137,7 +137,7 @@ class Preparer:
         if step.prompts is not None:
             decodes &= step.prompts == PromptPart.NONE
         decodes[list(waiting)] = False
-        return Selection(reads.num_blocks, decodes.astype(np.uint8)) if decodes.any() else None
+        return reads.reading(decodes.astype(np.uint8)) if decodes.any() else None
 
     def _staged(self, tables: Table, compactions: Rows[Compaction]) -> Table:
         """Return tables in which the blocks that are staged stand where layers look for them."""

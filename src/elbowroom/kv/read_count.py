@@ -7,9 +7,15 @@ a key first and the low ones only where they matter (SpAtten, Wang, Zhang and Ha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
+import numpy.typing as npt
+
+from elbowroom.core import STRIP_TOKENS, PageFormat
 from elbowroom.errors import IntegrityError
+
+_BF16_BYTES, _AFFINE_BYTES = 2, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +92,42 @@ class ReadCount:
     def refetch_rate(self) -> float:
         """Share of the reads that needed the second pass."""
         return self.num_refetches / self.num_reads
+
+
+def plane_reads(tallies: npt.NDArray[np.int64], formats: Sequence[PageFormat]) -> ReadCount | None:
+    """Return the totals of what kernels have counted; None if that is nothing.
+
+    A block counts whole, with the scales that a pass over it reads; dense is bfloat16.
+
+    Args:
+        tallies: ``[layers, 5]``, each in the order of ``kernels.base.TALLY``.
+        formats: of the layers' strips, those of codec ``planes`` where something was counted.
+    """
+    found = [_plane_read(row, fmt) for row, fmt in zip(tallies.tolist(), formats, strict=True) if row[0]]
+    if not found:
+        return None
+    names = [field.name for field in fields(ReadCount)]
+    return ReadCount(**{name: sum(getattr(each, name) for each in found) for name in names})
+
+
+def _plane_read(tally: Sequence[int], fmt: PageFormat) -> ReadCount:
+    """Return what one layer has read."""
+    heads, refetches, high, low, values = tally
+    scales = fmt.head_dim // fmt.block * _AFFINE_BYTES
+    plane = STRIP_TOKENS * (fmt.head_dim // 2 + scales)
+    whole = (fmt.payload_bytes + fmt.overhead_bytes) // fmt.num_kv_heads
+    dense = STRIP_TOKENS * high * (fmt.head_dim + fmt.v_head_dim)
+    return ReadCount(
+        dense_elements=dense,
+        key_elements=STRIP_TOKENS * high * fmt.head_dim,
+        value_elements=STRIP_TOKENS * values * fmt.v_head_dim,
+        dense_bytes=dense * _BF16_BYTES,
+        key_bytes=high * plane,
+        refetch_bytes=low * plane,
+        value_bytes=values * (whole - STRIP_TOKENS * (fmt.head_dim + scales)),
+        num_reads=heads,
+        num_refetches=refetches,
+    )
 
 
 def count_reads(reads: Sequence[HeadRead], num_layers: int, num_heads: int, dense_bits: int) -> ReadCount:

@@ -15,6 +15,7 @@ CODECS: Registry[Callable[..., Codec]] = Registry(
         "int8": "elbowroom.kv.codecs.int8:Int8Codec",
         "bfp": "elbowroom.kv.codecs.bfp:BfpCodec",
         "kivi": "elbowroom.kv.codecs.kivi:KiviCodec",
+        "planes": "elbowroom.kv.codecs.planes:PlanesCodec",
     },
 )
 

@@ -29,7 +29,7 @@ class RowFormat(Protocol):
         """Elements that share a scale; 0: all."""
 
     def num_bytes(self, width: int) -> tuple[int, ...]:
-        """Return the bytes of each part (codes, then scales) of a vector of ``width``.
+        """Return the bytes of each part (codes, which may lie in planes, then scales) of a vector of ``width``.
 
         Raises:
             PlanError: vectors of that width cannot be encoded.
@@ -66,7 +66,8 @@ class RowCodec(ABC):
             PlanError: heads of this width cannot be encoded.
         """
         keys, values = self.formats()
-        parts = keys.num_bytes(layer.head_dim), values.num_bytes(layer.v_head_dim)
+        bytes_each = sum(keys.num_bytes(layer.head_dim)) + sum(values.num_bytes(layer.v_head_dim))
+        codes = (layer.head_dim * keys.bits + layer.v_head_dim * values.bits) // 8
         rows = layer.num_kv_heads * STRIP_TOKENS
         return PageFormat(
             codec=self.name,
@@ -74,8 +75,8 @@ class RowCodec(ABC):
             num_kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,
             v_head_dim=layer.v_head_dim,
-            payload_bytes=rows * sum(part[0] for part in parts),
-            overhead_bytes=rows * sum(sum(part[1:]) for part in parts),
+            payload_bytes=rows * codes,
+            overhead_bytes=rows * (bytes_each - codes),
             key_bits=keys.bits,
             value_bits=values.bits,
             block=keys.block,

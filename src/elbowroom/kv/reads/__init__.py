@@ -1,4 +1,4 @@
-"""Read policies by name: which strips a decoding token reads; nothing is dropped."""
+"""Read policies by name: how much of what is stored a decoding token reads; nothing is dropped."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,11 @@ from elbowroom.kv.reads.base import ReadPolicy
 from elbowroom.registry import Registry
 
 READS: Registry[Callable[..., ReadPolicy]] = Registry(
-    "KV read policy", {"quest": "elbowroom.kv.reads.quest:QuestPolicy"}
+    "KV read policy",
+    {
+        "progressive": "elbowroom.kv.reads.progressive:ProgressivePolicy",
+        "quest": "elbowroom.kv.reads.quest:QuestPolicy",
+    },
 )
 
 __all__ = ["READS", "ReadPolicy"]

@@ -6,8 +6,13 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import PlanError
+from elbowroom.kernels.base import Selection
+from elbowroom.kv.codecs import Codec
 
 _FEWEST_BLOCKS = 3
 _MOST = 2**31
@@ -60,7 +65,7 @@ class QuestPolicy:
             object.__setattr__(self, name, number)
 
     @property
-    def run_tokens(self) -> int:
+    def digest_run(self) -> int:
         """Tokens that share bounds."""
         return int(self.run)
 
@@ -72,3 +77,10 @@ class QuestPolicy:
     def selects(self, layer: int) -> bool:
         """Return whether the layer is not one of the first, whose attention is spread widely."""
         return layer >= int(self.skip)
+
+    def check(self, codec: Codec) -> None:
+        """Take every codec: all tell bounds on their keys."""
+
+    def reading(self, rows: npt.NDArray[np.uint8]) -> Selection:
+        """Return how the sequences read whose flag in ``rows``, uint8 ``[R]``, is 1."""
+        return Selection(self.num_blocks, rows)
