@@ -24,6 +24,7 @@ from elbowroom.kv.cascade import check_history, read_history
 from elbowroom.kv.codecs import token_codec
 from elbowroom.kv.codecs.ordered import in_order
 from elbowroom.kv.compaction import Compactor
+from elbowroom.kv.heads import Places, check_heads, read_places, write_places
 from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
 from elbowroom.kv.pool import ABSENT, StripPool
@@ -219,6 +220,7 @@ class PagedStore:
             full=tails.full[source],
             sealed=tails.sealed[source],
             open_from=tails.open_in(source),
+            places=tails.places[source] if pool.fmt.kept_heads else None,
         )
         return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, tail, selection)
 
@@ -269,6 +271,8 @@ class PagedStore:
             each.sequence.chosen_tokens = each.num_tokens
             if each.cascade is not None:
                 each.sequence.history = each.cascade.finish()
+            if each.heads is not None:
+                each.sequence.places = each.heads.finish()
             if each.open_after is not None:
                 each.sequence.open_from[:count] = each.open_after
             self._pools.drop_spare(each.sequence)
@@ -354,7 +358,7 @@ class PagedStore:
             )
         self._check_rollback(sequence, stop)
         extent = self._pools.extent(sequence, stop)
-        if start and not extent.is_even:
+        if start and (self.plan.kept_heads or not extent.is_even):
             raise IntegrityError(
                 f"plan {self.plan.plan} has dropped tokens: what is left has no part that begins at {start}",
                 "start at 0",
@@ -365,7 +369,7 @@ class PagedStore:
             if stop < end * STRIP_TOKENS:
                 held[-1] = self._slots.blanked(held[-1], pool, row, stop % STRIP_TOKENS)
             strips.extend(strip.numpy() for strip in held)
-        noted = b"" if sequence.history is None else sequence.history.to_bytes()
+        noted = write_places(sequence.places) if sequence.history is None else sequence.history.to_bytes()
         return pack_span(self.fingerprint, start, extent, strips, noted)
 
     def import_span(self, handle: KVHandle, span: bytes) -> int:
@@ -382,10 +386,16 @@ class PagedStore:
         pieces, count = self._pools.pieces(start, extent), extent.num_tokens - start
         if sum((end - first) * pool.strip_bytes for _, pool, first, end in pieces) != len(payload):
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {count} tokens")
-        history = read_history(noted, extent, self.plan.cascade_layers)
-        self._check_import(extent, pieces, payload)
+        kept = self.plan.kept_heads
+        history = read_history(b"" if kept else noted, extent, self.plan.cascade_layers)
+        places = read_places(noted, self.plan.layers, kept) if kept else ()
+        if start and kept:
+            raise IntegrityError("a span cannot follow tokens behind which KV heads were chosen", "start at 0")
+        self._check_import(extent, pieces, payload, places)
         self._extend(sequence, start, extent)
-        sequence.history = history
+        sequence.history, sequence.places = history, places
+        if places:
+            sequence.chosen_tokens = extent.num_tokens
         offset = 0
         for row, pool, first, end in pieces:
             for entry in sequence.table[row, first:end].tolist():
@@ -394,7 +404,9 @@ class PagedStore:
                 offset += pool.strip_bytes
         return count
 
-    def _check_import(self, extent: Extent, pieces: list[tuple[int, StripPool, int, int]], payload: memoryview) -> None:
+    def _check_import(
+        self, extent: Extent, pieces: list[tuple[int, StripPool, int, int]], payload: memoryview, places: Places
+    ) -> None:
         """Refuse what no store would have exported: it would be read as places and channels."""
         full, chosen = extent.num_tokens // STRIP_TOKENS, self.plan.chosen_layers
         for layer, block in enumerate(extent.open_from):
@@ -403,10 +415,11 @@ class PagedStore:
             if not waits and block != NEVER:
                 raise IntegrityError(f"the KV span names block {block} of layer {layer} as open")
         offset = 0
-        for _, pool, first, end in pieces:
+        for row, pool, first, end in pieces:
             for _ in range(first, end):
                 chunk = np.frombuffer(payload, dtype=np.uint8, count=pool.strip_bytes, offset=offset)
                 check_extras(chunk, pool.fmt)
+                check_heads(chunk, pool.fmt, places, row)
                 offset += pool.strip_bytes
 
     def _extend(self, sequence: Sequence, start: int, extent: Extent) -> None:
@@ -478,3 +491,7 @@ def _check_part(sequence: Sequence, lane: Lane, rows: Rows, _: int, end: int) ->
     held, gone = sequence.table[rows] != ABSENT, int(sequence.expired_blocks[rows[0]])
     if held.shape[1] < end or not held[:, gone:end].all() or held[:, :gone].any():
         raise IntegrityError("a table lacks strips that did not expire, or holds some that did")
+    if lane.holding.part == "sealed" and lane.pool.fmt.kept_heads:
+        for row, entries in zip(rows.tolist(), sequence.table[rows], strict=True):
+            for entry in entries[entries != ABSENT].tolist():
+                check_heads(lane.pool.strip(entry).numpy(), lane.pool.fmt, sequence.places, row)

@@ -38,7 +38,7 @@ def open_cache(plan: KVPlan, model: Any, memory: str | int) -> StoreCache:
     from elbowroom.kv.adapters.hf_cache import SharedStore, StoreCache
 
     limit_bytes = parse_bytes(memory, available_bytes())
-    choice = plan.policy or plan.channels
+    choice = plan.policy or plan.heads or plan.channels
     if choice is not None:
         raise PlanError(
             f"policy {choice.name!r} chooses when a prompt ends, which no call of transformers tells",

@@ -1,0 +1,264 @@
+"""KV heads that go behind a first prompt: which ones, that their bytes go, and that nobody reads them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tests.support.kv_world import make_spec
+from torch import Tensor
+
+from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
+from elbowroom.kernels.base import PLAIN
+from elbowroom.kernels.extras import kept_heads, slot_bias
+from elbowroom.kv import KVHandle, KVPlan, PagedStore, Want
+from elbowroom.kv.base import KVStep, PromptPart
+from elbowroom.kv.heads import HeadRun
+from elbowroom.memory import Arena, Budget, HostTier, Ledger
+
+SPEC = make_spec(q_heads=8, kv_heads=4, dim=32, v_dim=16)
+WINDOW = make_spec(q_heads=8, kv_heads=4, dim=32, v_dim=16, window=50)
+LAYERS = [SPEC, WINDOW, SPEC, SPEC]
+NONE, PART, END = PromptPart
+CODECS = ("plain", "plain(bf16)", "int8", "bfp(n=16)", "kivi(4,4,32)", "kivi(2,2,32)")
+PLANS = (
+    *(f"heads(0.5,skip=1) | {codec}" for codec in CODECS),
+    "heads(0.75,last=0.25,skip=0) | plain",
+    "heads(0.5,rank=layer) | int8",
+    "snapkv(200) | heads(0.5) | kivi",
+    "streaming(200) | heads(0.25,skip=0) | bfp(n=16)",
+    "heads(0.5) | think(0.5) | plain",
+    "kvmerger(256) | heads(0.75,last=0.5,skip=0) | think(0.5) | int8",
+)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Reader:
+    """A store of some layers; what its strips hold is read back and attended to in plain torch."""
+
+    def __init__(self, plan: str, layers: list[LayerSpec] = LAYERS, capacity: int = 2**24) -> None:
+        self.layers = layers
+        self.bound = KVPlan.parse(plan).bind(layers, "float32")
+        self.ledger = Ledger(Budget({}))
+        self.store = PagedStore(self.bound, Arena(HostTier(), self.ledger), capacity)
+        self.random = torch.Generator().manual_seed(3)
+        self.checked, self.checks = 0, plan != "plain"
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.random)
+
+    def strips(self, handle: KVHandle, layer: int) -> list[tuple[Tensor, PageFormat]]:
+        """Sealed strips and the open one, in the order of their slots."""
+        sequence, pools = self.store._sequences[handle.id], self.store._pools
+        number = pools.number_of[layer]
+        main, tail = pools.main[number].pool, pools.tails[number].pool
+        found = []
+        for block in range(int(sequence.expired_blocks[layer]), -(-sequence.num_tokens // STRIP_TOKENS)):
+            row = layer + len(self.layers)
+            if sequence.holds(row, block):
+                found.append((tail.strip(int(sequence.table[row, block])), tail.fmt))
+            else:
+                found.append((main.strip(int(sequence.table[layer, block])), main.fmt))
+        return found
+
+    def alive(self, handle: KVHandle, layer: int) -> list[int]:
+        """KV heads that sealed strips of a layer say they hold; they must agree."""
+        sealed = [(strip, fmt) for strip, fmt in self.strips(handle, layer) if fmt.sealed]
+        if not sealed or not sealed[0][1].kept_heads:
+            return list(range(self.layers[layer].num_kv_heads))
+        lists = {tuple(kept_heads(strip, fmt).tolist()) for strip, fmt in sealed}
+        assert len(lists) == 1
+        return list(lists.pop())
+
+    def run(
+        self, *rows: tuple[KVHandle, int, PromptPart], data: list[tuple[Tensor, ...]] | None = None
+    ) -> list[Tensor]:
+        """Append tokens; a decoding step is checked against what the strips hold."""
+        starts = np.cumsum([0, *(count for _, count, _ in rows)]).astype(np.int32)
+        before = [self.store.num_tokens(handle) for handle, *_ in rows]
+        positions = [np.arange(count) + start for (_, count, _), start in zip(rows, before, strict=True)]
+        parts = np.array([part for *_, part in rows], dtype=np.int8)
+        step = KVStep(tuple(handle for handle, *_ in rows), starts, np.concatenate(positions), parts)
+        assert self.store.reserve(step) is None
+        outs, count = [], int(starts[-1])
+        for layer, spec in enumerate(self.layers):
+            q = self.rand(count, spec.num_q_heads, spec.head_dim)
+            k, v = (self.rand(count, spec.num_kv_heads, width) for width in (spec.head_dim, spec.v_head_dim))
+            q, k, v = (q, k, v) if data is None else data[layer]
+            got = self.store.attend(layer, q, k, v, step, Want())
+            outs.append(got.out)
+            decodes = self.checks and spec.window is None and bool((parts == NONE).all())
+            for row, (handle, *_) in enumerate(rows) if decodes else ():
+                if 2 <= self.store.num_tokens(handle) % STRIP_TOKENS < 62 and step.positions[0] % 8:
+                    continue
+                self.check(handle, layer, q[row], k[row], v[row], got.out[row], got.lse[row])
+            self.store.end_layer(layer, step)
+        self.store.end_step(step)
+        self.store.check_integrity()
+        return outs
+
+    def check(self, handle: KVHandle, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """A decoded token's attention is that on what the strips hold, its own included, for heads that are alive."""
+        spec, layout = self.layers[layer], self.bound.plan.layout
+        places = self.store._sequences[handle.id].places
+        alive = np.flatnonzero(places[layer] >= 0).tolist() if places else list(range(spec.num_kv_heads))
+        keys, values, biases = [], [], []
+        for strip, fmt in self.strips(handle, layer):
+            opened, bias = (
+                (layout.open(strip, fmt), slot_bias(strip, fmt)) if fmt.sealed else (PLAIN.open(strip, fmt), None)
+            )
+            keys.append(opened[0].float())
+            values.append(opened[1].float())
+            biases.append(torch.zeros(spec.num_kv_heads, STRIP_TOKENS) if bias is None else bias)
+        sequence = self.store._sequences[handle.id]
+        held = sequence.num_tokens - STRIP_TOKENS * int(sequence.expired_blocks[layer])
+        whole_k, whole_v = (torch.cat(parts, dim=1)[:, :held] for parts in (keys, values))
+        whole_k, whole_v = torch.cat([whole_k, k[:, None]], dim=1), torch.cat([whole_v, v[:, None]], dim=1)
+        bias = torch.nn.functional.pad(torch.cat(biases, dim=1)[:, :held], (0, 1))
+        fmt = self.bound.formats[layer]
+        tolerance = {"float32": 1e-5, "bfloat16": 5e-3}.get(fmt.dtype, 0.05)
+        gone = torch.ones(spec.num_kv_heads, dtype=torch.bool).index_fill_(0, torch.tensor(alive), value=False)
+        out, lse, queries = (x.view(spec.num_kv_heads, spec.group_size, -1) for x in (out, lse, q))
+        assert not out[gone].any()
+        assert (lse[gone] == -torch.inf).all()
+        scores = queries @ whole_k.transpose(1, 2) * spec.scale + bias[:, None]
+        assert float((out - scores.softmax(-1) @ whole_v)[~gone].abs().max()) <= tolerance
+        assert float((lse[..., 0] - scores.logsumexp(-1))[~gone].abs().max()) <= tolerance
+        self.checked += len(alive)
+
+    def close(self) -> None:
+        self.store.close_all()
+        assert self.ledger.held("kv", "host") == 0
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_heads_that_are_gone_read_nothing_and_others_what_the_strips_say(plan: str) -> None:
+    """Prompts in parts, turns, decoding over the ends of blocks, forks and spans; every decoded token is checked."""
+    world = Reader(plan)
+    first, second = world.store.open(), world.store.open()
+    world.run((first, 130, PART))
+    world.run((first, 170, END))
+    world.run((second, 30, END))  # nothing of it is sealed, but its heads are chosen
+    for _ in range(40):
+        world.run((first, 1, NONE), (second, 1, NONE))
+    world.run((first, 20, PART), (second, 150, END))
+    world.run((first, 60, END))
+    twin = world.store.fork(first)
+    for _ in range(10):
+        world.run((first, 1, NONE), (twin, 1, NONE))
+    copy, count = world.store.open(), world.store.num_tokens(twin)
+    world.store.import_span(copy, world.store.export_span(twin, 0, count))
+    data = [(draw(1, 1, 8, 32), draw(2, 1, 4, 32), draw(3, 1, 4, 16)) for _ in LAYERS]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(world.run((twin, 1, NONE), data=data), world.run((copy, 1, NONE), data=data), strict=True)
+    )
+    world.store.truncate(copy, count)
+    for _ in range(30):
+        world.run((copy, 1, NONE))
+    gone = [4 - kept for kept in world.bound.kept_heads]
+    assert [4 - len(world.alive(first, layer)) for layer in range(4)] == gone
+    assert [4 - len(world.alive(second, layer)) for layer in range(4)] == gone
+    assert sum(gone) > 0
+    assert world.checked > 100
+    world.close()
+
+
+def outputs(spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor, window: int) -> list[float]:
+    """Sum of the magnitudes of each query head's output over the last queries, the slow way."""
+    sums, count = [], q.shape[0]
+    for head in range(spec.num_q_heads):
+        total, source = 0.0, head // spec.group_size
+        for row in range(count - window, count):
+            weights = (k[: row + 1, source].double() @ q[row, head].double() * spec.scale).softmax(0)
+            total += float((weights @ v[: row + 1, source].double()).abs().sum())
+        sums.append(total)
+    return sums
+
+
+@pytest.mark.parametrize(("rank", "length"), [("cascade", 200), ("layer", 200), ("cascade", 40)])
+def test_heads_with_the_largest_output_stay(rank: str, length: int) -> None:
+    """Sums over the layers so far choose among what the layer before keeps; the first layer only votes."""
+    layers = [SPEC, SPEC, SPEC, SPEC]
+    world = Reader(f"heads(keep=0.75,last=0.25,skip=1,w=8,rank={rank}) | plain", layers)
+    assert world.bound.kept_heads == (4, 3, 2, 1)
+    data = []
+    for layer in range(4):
+        size = draw(70 + layer, 4).exp()
+        data.append(
+            (
+                draw(layer, length, 8, 32),
+                draw(10 + layer, length, 4, 32),
+                draw(20 + layer, length, 4, 16) * size[:, None],
+            )
+        )
+    handle = world.store.open()
+    world.run((handle, length, END), data=data)
+    alive, sums, expected = set(range(4)), [0.0] * 4, []
+    for layer, kept in enumerate((4, 3, 2, 1)):
+        seen = outputs(SPEC, *data[layer], 8)
+        pairs = [seen[2 * head] + seen[2 * head + 1] for head in range(4)]
+        if rank == "layer":
+            alive, sums = set(range(4)), [0.0] * 4
+        for head in alive:
+            sums[head] += pairs[head]
+        alive = set(sorted(alive, key=lambda head: -sums[head])[:kept])
+        expected.append(sorted(alive))
+    found = [np.flatnonzero(places >= 0).tolist() for places in world.store._sequences[handle.id].places]
+    assert found == expected
+    if rank == "layer":
+        assert any(not set(b) <= set(a) for a, b in itertools.pairwise(found)), "else the test shows nothing"
+    world.close()
+
+
+def test_a_cascade_remembers_and_never_brings_back() -> None:
+    run = HeadRun([SPEC] * 3, (4, 2, 2), cascades=True)
+    assert run.choose(0, torch.tensor([4.0, 3.0, 2.0, 1.0])).tolist() == [0, 1, 2, 3]
+    assert run.choose(1, torch.tensor([0.0, 0.0, 9.0, 1.0])).tolist() == [0, 2]
+    assert run.choose(2, torch.tensor([0.0, 99.0, 1.0, 99.0])).tolist() == [0, 2]
+    assert [places.tolist() for places in run.finish()] == [[0, 1, 2, 3], [0, -1, 1, -1], [0, -1, 1, -1]]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_bytes_of_heads_that_go_are_freed_to_the_digit(codec: str) -> None:
+    """A strip of half the heads is half a strip and a byte for each; the store holds what the curve says."""
+    layers = [SPEC] * 4
+    whole = KVPlan.parse(codec).bind(layers, "float32").formats[0]
+    world = Reader(f"heads(0.5,skip=2) | {codec}", layers)
+    sizes = [fmt.payload_bytes + fmt.overhead_bytes for fmt in world.bound.formats]
+    full = whole.payload_bytes + whole.overhead_bytes
+    assert sizes == [full, full, full // 2 + 2, full // 2 + 2]
+    handle = world.store.open()
+    world.run((handle, 400, PART))
+    world.run((handle, 52, END))
+    strips = [sum(fmt.strip_bytes for _, fmt in world.strips(handle, layer)) for layer in range(4)]
+    tail = world.bound.tails[0].strip_bytes
+    assert strips == [7 * fmt.strip_bytes + tail for fmt in world.bound.formats]
+    priced = world.bound.curve(452, np.array([453])).resident_bytes[0]
+    assert sum(strips) == priced
+    assert 0 <= world.store.report().live_bytes - sum(strips) <= 2 * 4 * 2 * 4096, "the ends of pages"
+    world.close()
+
+
+def test_packed_heads_attend_as_if_the_others_were_masked() -> None:
+    """Logits of a plain store of all heads, with the heads that go set to 0 behind attention."""
+    world, plain = Reader("heads(0.5,skip=0) | plain", [SPEC]), Reader("plain", [SPEC])
+    data = (draw(1, 300, 8, 32), draw(2, 300, 4, 32), draw(3, 300, 4, 16))
+    pair = world.store.open(), plain.store.open()
+    made, expected = world.run((pair[0], 300, END), data=[data]), plain.run((pair[1], 300, END), data=[data])
+    torch.testing.assert_close(made[0], expected[0], rtol=1e-5, atol=1e-5)  # the prompt itself is read with all heads
+    alive = world.alive(pair[0], 0)
+    assert len(alive) == 2
+    for number in range(70):
+        token = draw(100 + number, 1, 8, 32), draw(200 + number, 1, 4, 32), draw(300 + number, 1, 4, 16)
+        out = world.run((pair[0], 1, NONE), data=[token])[0]
+        wanted = plain.run((pair[1], 1, NONE), data=[token])[0]
+        wanted.view(4, 2, 16)[[head for head in range(4) if head not in alive]] = 0.0
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    world.close()
+    plain.close()
