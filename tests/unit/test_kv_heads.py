@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,11 +12,15 @@ from tests.support.kv_world import make_spec
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
+from elbowroom.errors import IntegrityError, PlanError
+from elbowroom.kernels import attention
+from elbowroom.kernels.attention import BACKENDS
 from elbowroom.kernels.base import PLAIN
 from elbowroom.kernels.extras import kept_heads, slot_bias
+from elbowroom.kernels.native import is_native
 from elbowroom.kv import KVHandle, KVPlan, PagedStore, Want
 from elbowroom.kv.base import KVStep, PromptPart
-from elbowroom.kv.heads import HeadRun
+from elbowroom.kv.heads import HeadRun, places_of
 from elbowroom.memory import Arena, Budget, HostTier, Ledger
 
 SPEC = make_spec(q_heads=8, kv_heads=4, dim=32, v_dim=16)
@@ -24,7 +29,8 @@ LAYERS = [SPEC, WINDOW, SPEC, SPEC]
 NONE, PART, END = PromptPart
 CODECS = ("plain", "plain(bf16)", "int8", "bfp(n=16)", "kivi(4,4,32)", "kivi(2,2,32)")
 PLANS = (
-    *(f"heads(0.5,skip=1) | {codec}" for codec in CODECS),
+    "heads(0.5,skip=1) | plain(bf16)",
+    "heads(0.5,skip=1) | kivi(2,2,32)",
     "heads(0.75,last=0.25,skip=0) | plain",
     "heads(0.5,rank=layer) | int8",
     "snapkv(200) | heads(0.5) | kivi",
@@ -75,17 +81,23 @@ class Reader:
         assert len(lists) == 1
         return list(lists.pop())
 
-    def run(
-        self, *rows: tuple[KVHandle, int, PromptPart], data: list[tuple[Tensor, ...]] | None = None
-    ) -> list[Tensor]:
-        """Append tokens; a decoding step is checked against what the strips hold."""
+    def step(self, *rows: tuple[KVHandle, int, PromptPart]) -> KVStep:
+        """Return a reserved step that appends tokens."""
         starts = np.cumsum([0, *(count for _, count, _ in rows)]).astype(np.int32)
         before = [self.store.num_tokens(handle) for handle, *_ in rows]
         positions = [np.arange(count) + start for (_, count, _), start in zip(rows, before, strict=True)]
         parts = np.array([part for *_, part in rows], dtype=np.int8)
         step = KVStep(tuple(handle for handle, *_ in rows), starts, np.concatenate(positions), parts)
         assert self.store.reserve(step) is None
-        outs, count = [], int(starts[-1])
+        return step
+
+    def run(
+        self, *rows: tuple[KVHandle, int, PromptPart], data: list[tuple[Tensor, ...]] | None = None
+    ) -> list[Tensor]:
+        """Append tokens; a decoding step is checked against what the strips hold."""
+        step = self.step(*rows)
+        parts = np.array([part for *_, part in rows], dtype=np.int8)
+        outs, count = [], len(step.positions)
         for layer, spec in enumerate(self.layers):
             q = self.rand(count, spec.num_q_heads, spec.head_dim)
             k, v = (self.rand(count, spec.num_kv_heads, width) for width in (spec.head_dim, spec.v_head_dim))
@@ -165,7 +177,7 @@ def test_heads_that_are_gone_read_nothing_and_others_what_the_strips_say(plan: s
     assert [4 - len(world.alive(first, layer)) for layer in range(4)] == gone
     assert [4 - len(world.alive(second, layer)) for layer in range(4)] == gone
     assert sum(gone) > 0
-    assert world.checked > 100
+    assert world.checked > 50
     world.close()
 
 
@@ -254,7 +266,7 @@ def test_packed_heads_attend_as_if_the_others_were_masked() -> None:
     torch.testing.assert_close(made[0], expected[0], rtol=1e-5, atol=1e-5)  # the prompt itself is read with all heads
     alive = world.alive(pair[0], 0)
     assert len(alive) == 2
-    for number in range(70):
+    for number in range(25):
         token = draw(100 + number, 1, 8, 32), draw(200 + number, 1, 4, 32), draw(300 + number, 1, 4, 16)
         out = world.run((pair[0], 1, NONE), data=[token])[0]
         wanted = plain.run((pair[1], 1, NONE), data=[token])[0]
@@ -262,3 +274,161 @@ def test_packed_heads_attend_as_if_the_others_were_masked() -> None:
         torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     world.close()
     plain.close()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_strip_holds_what_its_codec_makes_of_the_heads_that_stay(codec: str) -> None:
+    """As bytes: those of a strip of the same tokens in which these are all heads."""
+    world = Reader(f"heads(0.5,skip=0) | {codec}", [SPEC])
+    handle, k, v = world.store.open(), draw(2, 130, 4, 32), draw(3, 130, 4, 16)
+    world.run((handle, 129, END), data=[(draw(1, 129, 8, 32), k[:129], v[:129])])
+    alive, inner = world.alive(handle, 0), KVPlan.parse(codec).codec
+    fmt = inner.page_format(make_spec(q_heads=4, kv_heads=2, dim=32, v_dim=16), "float32")
+    dtype = getattr(torch, world.bound.tails[0].dtype)
+    for number, (strip, _) in enumerate(world.strips(handle, 0)[:2]):
+        expected, rows = torch.zeros(fmt.strip_bytes, dtype=torch.uint8), slice(64 * number, 64 * number + 64)
+        keys, values = (x[rows, alive].transpose(0, 1).to(dtype) for x in (k, v))
+        inner.store(expected, fmt, torch.arange(STRIP_TOKENS), keys, values)
+        count = fmt.payload_bytes + fmt.overhead_bytes
+        assert torch.equal(strip[:count], expected[:count])
+    world.close()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_backends_agree(codec: str) -> None:
+    """Rows of three sequences: a long one that is cut into pieces, one without a choice, and one of many rows."""
+    if not BACKENDS.names() or not is_native(KVPlan.parse(codec).bind([SPEC], "float32").formats[0]):
+        pytest.skip("the codec has one backend")
+    world = Reader(f"heads(0.5,skip=0) | {codec}", [SPEC])
+    rows = [(world.store.open(), count, part) for count, part in ((1100, END), (90, PART), (200, END))]
+    for each in rows:
+        world.run(each)
+    step = world.step((rows[0][0], 1, NONE), (rows[1][0], 9, PART), (rows[2][0], 40, PART))
+    q, k, v = draw(1, 50, 8, 32), draw(2, 50, 4, 32), draw(3, 50, 4, 16)
+    world.store.attend(0, q, k, v, step, Want())
+    strips = world.store._strips(0, step)
+    (out, lse), (slow, slow_lse) = (
+        attention.attend(strips, SPEC, q, backend=BACKENDS.get(name)) for name in ("native", "reference")
+    )
+    tolerance = 1e-5 if codec == "plain" else 0.05
+    assert float((out - slow).abs().max()) <= tolerance
+    gone = slow_lse == -torch.inf
+    assert torch.equal(gone, lse == -torch.inf)
+    assert gone.any(1).tolist() == [True] + 9 * [False] + 40 * [True]
+    assert not out[gone].any()
+    assert float((lse - slow_lse)[~gone].abs().max()) <= tolerance
+    world.store.end_layer(0, step)
+    world.store.end_step(step)
+    world.close()
+
+
+def test_columns_receive_nothing_from_heads_that_are_gone() -> None:
+    world = Reader("heads(0.5,skip=0) | plain", [SPEC])
+    handle = world.store.open()
+    world.run((handle, 200, END))
+    alive, step = world.alive(handle, 0), world.step((handle, 1, NONE))
+    got = world.store.attend(
+        0, draw(1, 1, 8, 32), draw(2, 1, 4, 32), draw(3, 1, 4, 16), step, Want(colsum=True, pmax=True)
+    )
+    assert got.colsum is not None
+    assert got.pmax is not None
+    expected = torch.tensor([2.0 * (head in alive) for head in range(4)])
+    torch.testing.assert_close(got.colsum[0].sum(1), expected)
+    assert (got.pmax[0].view(4, 2) > 0).all(1).tolist() == [head in alive for head in range(4)]
+    world.store.end_step(step)
+    world.close()
+
+
+def test_heads_are_not_guessed() -> None:
+    """Without a word on where the prompt ends, nothing is sealed; the sequence stays usable."""
+    world = Reader("heads | plain", [SPEC] * 3)
+    handle = world.store.open()
+    with pytest.raises(IntegrityError, match="chooses KV heads where a prompt ends"):
+        world.run((handle, 100, NONE))
+    world.run((handle, 100, END))
+    with pytest.raises(IntegrityError, match="cannot go back to token 64"):
+        world.store.truncate(handle, 64)
+    world.close()
+
+
+def test_spans_that_name_other_heads_are_refused() -> None:
+    """A checksum can be made by anyone; nothing of such a span is taken."""
+    world = Reader("heads(0.5,skip=0) | int8", [SPEC])
+    handle = world.store.open()
+    world.run((handle, 200, END))
+    strip, fmt = world.strips(handle, 0)[1]
+    sequence, heads = world.store._sequences[handle.id], kept_heads(strip, fmt)
+    good, places = heads.clone(), sequence.places
+    alive = good.tolist()
+    other = [head for head in range(4) if head not in alive]
+    cases = [
+        (alive[::-1], places, "names KV heads"),
+        ([alive[0], 4], places, "names KV heads"),
+        (other, places, "not those of its sequence"),
+        (alive, (places_of(np.array([head in other for head in range(4)])),), "not those of its sequence"),
+        (alive, (np.arange(4, dtype=np.int8),), "other numbers of KV heads"),
+        (alive, (np.arange(3, dtype=np.int8),), "do not say which"),
+        (alive, (), "not those of its sequence"),
+    ]
+    for named, noted, found in cases:
+        heads.copy_(torch.tensor(named))
+        sequence.places = noted
+        span, twin = world.store.export_span(handle, 0, 200), world.store.open()
+        held = world.store.report().num_strips
+        with pytest.raises(IntegrityError, match=found):
+            world.store.import_span(twin, span)
+        assert world.store.report().num_strips == held
+        world.store.close(twin)
+    heads.copy_(good)
+    sequence.places = places
+    twin = world.store.open()
+    assert world.store.import_span(twin, world.store.export_span(handle, 0, 200)) == 200
+    with pytest.raises(IntegrityError, match="start at 0"):
+        world.store.export_span(handle, 64, 200)
+    world.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "fix"),
+    [
+        ("heads(0)", "keep=0", "between 0 and 1"),
+        ("heads(1.0)", "keep=1.0", "between 0 and 1"),
+        ("heads(x)", "keep=x", "between 0 and 1"),
+        ("heads(0.5,last=0.6)", "last=0.6", "up to keep"),
+        ("heads(skip=-1)", "skip=-1", "above -1"),
+        ("heads(rank=best)", "rank=best", "cascade, layer"),
+        ("heads | heads", "two head policies", "parts joined"),
+        ("heads | fp8", "codec 'fp8' does not know", "int8, bfp or kivi"),
+        ("heads | quest | int8", "no bounds on keys that 'heads' has changed", "leave quest or heads out"),
+        ("heads | bfp(sort=on)", "cannot sort channels", "leave out sort=on"),
+        (
+            "spatten | heads | int8",
+            "part 'heads' seals whole blocks",
+            "leave heads out of the plan; or the policy snapkv",
+        ),
+        ("heads(skip=4)", "drops nothing of 4 layers with 4 KV heads", "lower keep or skip"),
+        ("heads(0.9)", "drops nothing", "lower keep or skip"),
+    ],
+)
+def test_plans_that_cannot_work_name_the_way_out(text: str, found: str, fix: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        KVPlan.parse(text).bind([SPEC] * 4, "float32")
+    assert found in caught.value.message
+    assert fix in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("changed", [{"num_kv_heads": 2}, {"kv_source": 2}])
+def test_a_cascade_needs_layers_that_follow_each_other(changed: dict[str, int]) -> None:
+    layers = [SPEC, SPEC, SPEC, dataclasses.replace(SPEC, **changed)]
+    with pytest.raises(PlanError) as caught:
+        KVPlan.parse("heads").bind(layers, "float32")
+    assert "rank=layer" in str(caught.value.hint)
+    assert KVPlan.parse("heads(rank=layer)").bind(layers, "float32").kept_heads[2:] in ((2, 1), (2, 4))
+
+
+def test_plans_have_one_spelling() -> None:
+    plan = KVPlan.parse("int8|heads(0.50)|snapkv(256)")
+    assert plan.text == (
+        "snapkv(tokens=256,w=32,kernel=5) | heads(keep=0.5,last=0.0,skip=2,w=32,rank=cascade) | int8()"
+    )
+    assert KVPlan.parse(plan.text) == plan
