@@ -426,6 +426,18 @@ def test_a_cascade_needs_layers_that_follow_each_other(changed: dict[str, int]) 
     assert KVPlan.parse("heads(rank=layer)").bind(layers, "float32").kept_heads[2:] in ((2, 1), (2, 4))
 
 
+def test_a_layer_that_reads_keys_of_another_reads_the_heads_that_stayed_there() -> None:
+    """Which the last of them sees off: it reads all of a prompt."""
+    world = Reader("heads(0.5,skip=0,rank=layer) | plain", [SPEC, SPEC, dataclasses.replace(SPEC, kv_source=0)])
+    world.checks, handle = False, world.store.open()
+    assert all(out.any(2).all() for out in world.run((handle, 100, END)))
+    outs = world.run((handle, 1, NONE))
+    read = [out.view(4, 2, 16).any(2).any(1).nonzero()[:, 0].tolist() for out in outs]
+    assert read[:2] == [world.alive(handle, layer) for layer in range(2)]
+    assert read[2] == read[0]
+    world.close()
+
+
 def test_plans_have_one_spelling() -> None:
     plan = KVPlan.parse("int8|heads(0.50)|snapkv(256)")
     assert plan.text == (

@@ -86,12 +86,20 @@ def write_places(places: Places) -> bytes:
     return b"".join((each >= 0).tobytes() for each in places)
 
 
-def read_places(noted: bytes, layers: Rows[LayerSpec], kept: Rows[int]) -> Places:
-    """Return places from their bytes; empty: nothing was chosen yet.
+def read_places(noted: bytes, start: int, layers: Rows[LayerSpec], kept: Rows[int]) -> Places:
+    """Return the places of a span from their bytes; empty: nothing was chosen yet.
+
+    Args:
+        noted: made by ``write_places``.
+        start: first token of the span.
+        layers: of the model.
+        kept: KV heads that stay in each of them.
 
     Raises:
-        IntegrityError: they are not of ``layers`` that keep so many heads.
+        IntegrityError: they are not of such layers, or the span is to follow tokens that have their own.
     """
+    if start:
+        raise IntegrityError("a span cannot follow tokens behind which KV heads were chosen", "start at 0")
     if not noted:
         return ()
     flags = np.frombuffer(noted, dtype=np.uint8)

@@ -388,9 +388,7 @@ class PagedStore:
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {count} tokens")
         kept = self.plan.kept_heads
         history = read_history(b"" if kept else noted, extent, self.plan.cascade_layers)
-        places = read_places(noted, self.plan.layers, kept) if kept else ()
-        if start and kept:
-            raise IntegrityError("a span cannot follow tokens behind which KV heads were chosen", "start at 0")
+        places = read_places(noted, start, self.plan.layers, kept) if kept else ()
         self._check_import(extent, pieces, payload, places)
         self._extend(sequence, start, extent)
         sequence.history, sequence.places = history, places
