@@ -45,7 +45,7 @@ class Plan {
         selected_.build(args, selection);
         partial_vectors_ = 0;
         const int rows_per_item = std::max(1, kItemVectors / args.group_size());
-        const int64_t heads = args.strips.num_kv_heads;
+        const int64_t heads = args.num_kv_heads();
         const int64_t rows = args.step.row_starts[args.step.num_sequences];
         // Large items are cut only when there are too few for the threads: their partial results are large as well.
         may_cut_ = heads * ((rows + rows_per_item - 1) / rows_per_item) < 2 * num_threads;
@@ -83,8 +83,13 @@ class Plan {
                 check_strip(*args.tail, sequence, b);
             }
         }
-        for (int32_t head = 0; head < args.strips.num_kv_heads; ++head) {
-            add_item(args, {sequence, head, row, num_rows, first, end, -1, -1, nullptr, 0});
+        for (int32_t head = 0; head < args.num_kv_heads(); ++head) {
+            const int32_t place = args.places == nullptr ? head : args.places[sequence * args.num_kv_heads() + head];
+            if (first < sealed_end && place >= args.strips.num_kv_heads) {
+                throw std::invalid_argument("strips of " + std::to_string(args.strips.num_kv_heads) +
+                                            " KV heads are read at place " + std::to_string(place));
+            }
+            add_item(args, {sequence, head, row, num_rows, first, place < 0 ? first : end, -1, -1, nullptr, 0, place});
         }
     }
 
@@ -92,9 +97,9 @@ class Plan {
     void add_selected(const AttendArgs& args, int32_t sequence, int32_t row) {
         const int64_t own = args.step.positions[row] / kStripTokens, count = selected_.num_blocks();
         if (args.tail != nullptr) check_strip(*args.tail, sequence, own);
-        for (int32_t head = 0; head < args.strips.num_kv_heads; ++head) {
+        for (int32_t head = 0; head < args.num_kv_heads(); ++head) {
             const uint32_t* entries = selected_.entries(sequence, head);
-            add_item(args, {sequence, head, row, 1, 0, count, -1, -1, entries, own + 1 - count});
+            add_item(args, {sequence, head, row, 1, 0, count, -1, -1, entries, own + 1 - count, head});
         }
     }
 
@@ -268,9 +273,10 @@ void pick_channels(const char* keys, int64_t width, const uint8_t* channels, int
     }
 }
 
-// Seals a head of a full strip; scratch holds its keys and what encoding takes.
+// Seals the head of a full strip that has a place in its target; scratch holds its keys and what encoding takes.
 void seal_head(const Strips& tail, const Strips& sealed, char* strip, char* target, int head, float* scratch) {
-    const char *keys = tail.keys(strip, head), *values = tail.values(strip, head);
+    const int source = sealed.head_at(target, head);
+    const char *keys = tail.keys(strip, source), *values = tail.values(strip, source);
     if (const uint8_t* channels = sealed.channels(target, head)) {
         char* picked = reinterpret_cast<char*>(scratch);
         if (size_of(tail.dtype) == 4) {
@@ -299,17 +305,21 @@ void seal(const LayerStrips& layer) {
     const Strips &tail = layer.open(), &sealed = layer.strips;
     const int64_t scratch_floats = seal_floats(sealed) + kStripTokens * padded(tail.head_dim);
     for (int64_t i = 0; i < layer.seals.count * sealed.num_kv_heads; ++i) {
-        const uint8_t* channels = sealed.channels(sealed.base + layer.seals.to[i / sealed.num_kv_heads] * kUnitBytes,
-                                                  int(i % sealed.num_kv_heads));
+        const char* target = sealed.base + layer.seals.to[i / sealed.num_kv_heads] * kUnitBytes;
+        const int head = int(i % sealed.num_kv_heads);
+        if (sealed.head_at(target, head) >= tail.num_kv_heads) {
+            throw std::invalid_argument("a strip names a KV head that its layer does not have");
+        }
+        const uint8_t* channels = sealed.channels(target, head);
         for (int64_t c = 0; channels != nullptr && c < sealed.head_dim; ++c) {
             if (channels[c] >= tail.head_dim) throw std::invalid_argument("a strip names a channel that keys do not have");
         }
     }
-    parallel(layer.seals.count * tail.num_kv_heads, scratch_floats, [&](int64_t item, float* scratch) {
-        const int64_t i = item / tail.num_kv_heads;
+    parallel(layer.seals.count * sealed.num_kv_heads, scratch_floats, [&](int64_t item, float* scratch) {
+        const int64_t i = item / sealed.num_kv_heads;
         char* strip = tail.base + layer.seals.from[i] * kUnitBytes;
         char* target = sealed.base + layer.seals.to[i] * kUnitBytes;
-        seal_head(tail, sealed, strip, target, int(item % tail.num_kv_heads), scratch);
+        seal_head(tail, sealed, strip, target, int(item % sealed.num_kv_heads), scratch);
     });
 }
 
@@ -349,7 +359,7 @@ void attend(const Step& step, const LayerStrips& layer, const Spec& spec, const 
     thread_local Plan plan;
     Pool& pool = Pool::instance();
     const Strips* tail = layer.tail ? &*layer.tail : nullptr;
-    AttendJob job{{step, layer.strips, tail, layer.open_from, spec, q, out, lse, nullptr}, kernels(), plan};
+    AttendJob job{{step, layer.strips, tail, layer.open_from, layer.places, spec, q, out, lse, nullptr}, kernels(), plan};
     plan.build(job.args, layer.selection, pool.num_threads());
     attend_by_planes(job.args, layer.selection);
     job.args.partials = plan.partials();

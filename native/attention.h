@@ -30,6 +30,8 @@ struct LayerStrips {
     Strips strips;
     std::optional<Strips> tail;
     const int64_t* open_from;  // [R]; null: nothing stays open
+    // [R, Hkv]: the place of each KV head in sealed strips; -1: it is gone and reads nothing; null: all are there.
+    const int8_t* places;
     Seals seals;
     Selection selection;
 

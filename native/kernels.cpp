@@ -52,7 +52,8 @@ class Attention {
           Dk_(strips_.head_dim),
           Dv_(strips_.v_head_dim),
           ldk_(round_up(Dk_, kPanel)),
-          ldv_(round_up(Dv_, kPanel)) {
+          ldv_(round_up(Dv_, kPanel)),
+          head_(item.head) {
         q_ = scratch;
         out_ = q_ + M_ * ldk_;
         scores_ = out_ + M_ * ldv_;
@@ -100,6 +101,7 @@ class Attention {
           Dv_(strips_.v_head_dim),
           ldk_(round_up(Dk_, kPanel)),
           ldv_(whole.ldv_),
+          head_(item_.place),
           is_sealed_(true) {
         q_ = q, out_ = whole.out_, scores_ = whole.scores_, keys_ = whole.keys_, values_ = whole.values_;
         max_ = whole.max_, sum_ = whole.sum_, open_keys_ = whole.open_keys_, open_values_ = whole.open_values_;
@@ -115,7 +117,7 @@ class Attention {
 
     // Queries with the channels that the keys of a strip have; returns whether they are others than before.
     bool pick_channels(const char* strip, int64_t stride) {
-        const uint8_t* channels = args_.strips.channels(strip, item_.head);
+        const uint8_t* channels = args_.strips.channels(strip, item_.place);
         const int64_t count = args_.strips.head_dim, width = round_up(count, kPanel);
         if (channels == nullptr) return false;
         if (channels_ != nullptr && __builtin_memcmp(channels_, channels, count) == 0) return false;
@@ -147,7 +149,7 @@ class Attention {
         if (first >= end) return;
         const Gathered rows = sealed_rows();
         pick_channels(stored_strip(first), ldk_);
-        CodedStrips strips(args_.strips, item_.head, args_.spec.softcap, rows, M_, integer_scratch_);
+        CodedStrips strips(args_.strips, item_.place, args_.spec.softcap, rows, M_, integer_scratch_);
         strips.load_queries(M_);
         for (int64_t block = first; block < end; ++block) {
             if (pick_channels(stored_strip(block), ldk_)) strips.load_queries(M_);
@@ -177,7 +179,7 @@ class Attention {
     // Strips of integer codes, which are multiplied as such.
     void read_coded() {
         const Gathered rows{Dk_, Dv_, ldk_, ldv_, q_, out_, max_, sum_};
-        CodedStrips strips(strips_, item_.head, args_.spec.softcap, rows, M_, integer_scratch_);
+        CodedStrips strips(strips_, head_, args_.spec.softcap, rows, M_, integer_scratch_);
         strips.load_queries(M_);
         const int64_t end = min(item_.end_block, high_ / kStripTokens + 1);
         for (int64_t block = max(item_.first_block, low_ / kStripTokens); block < end; ++block) {
@@ -194,20 +196,20 @@ class Attention {
     // Slots low .. high - 1 of a block whose tokens lie one by one.
     void read_open(int64_t block, int64_t low, int64_t high) {
         char* strip = open_strip(block);
-        const T* keys = reinterpret_cast<const T*>(strips_.keys(strip, item_.head));
-        const T* values = reinterpret_cast<const T*>(strips_.values(strip, item_.head));
+        const T* keys = reinterpret_cast<const T*>(strips_.keys(strip, head_));
+        const T* values = reinterpret_cast<const T*>(strips_.values(strip, head_));
         const bool packed = std::is_same_v<T, f16> && strips_.decoded();
         if (packed) keys = opened(strip, true, low, high);
         if (M_ <= kFewVectors) {
-            score_few(keys, strips_.values(strip, item_.head), low, high);
+            score_few(keys, strips_.values(strip, head_), low, high);
         } else {
             score_many(keys, low, high);
         }
-        softmax(block * kStripTokens, strips_.counts(strip, item_.head));
+        softmax(block * kStripTokens, strips_.counts(strip, head_));
         if (packed) values = opened(strip, false, low, high);
         if (M_ <= kFewVectors) {
             const bool last = block + 1 == (is_sealed_ ? end_block_ : item_.end_block);
-            weigh_few(values, last ? nullptr : strips_.keys(open_strip(block + 1), item_.head), low, high);
+            weigh_few(values, last ? nullptr : strips_.keys(open_strip(block + 1), head_), low, high);
         } else {
             weigh_many(values, low, high);
         }
@@ -218,12 +220,12 @@ class Attention {
         const Strips& strips = args_.strips;
         const Gathered rows = sealed_rows();
         const int64_t head_bytes = strips.head().bytes();
-        const auto head = [&](int64_t block) { return stored_strip(block) + item_.head * head_bytes; };
+        const auto head = [&](int64_t block) { return stored_strip(block) + item_.place * head_bytes; };
         const int64_t end = sealed_end();
         for (int64_t block = item_.first_block; block < end; ++block) {
             const char* next = block + 1 < end ? head(block + 1) : nullptr;
             pick_channels(stored_strip(block), ldk_);
-            const uint8_t* counts = strips.counts(stored_strip(block), item_.head);
+            const uint8_t* counts = strips.counts(stored_strip(block), item_.place);
             SealedStrip strip(strips, head(block), next, args_.spec.softcap, counts);
             for (int64_t first = 0; first < M_; first += kSealedRows) {
                 const int64_t count = min(kSealedRows, M_ - first);
@@ -330,7 +332,7 @@ class Attention {
     const T* opened(char* strip, bool is_keys, int64_t low, int64_t high) const {
         const Strips& strips = strips_;
         const int64_t width = is_keys ? Dk_ : Dv_, first = low / kPanel * kPanel, count = round_up(high, kPanel) - first;
-        const char* codes = is_keys ? strips.keys(strip, item_.head) : strips.values(strip, item_.head);
+        const char* codes = is_keys ? strips.keys(strip, head_) : strips.values(strip, head_);
         f16* rows = reinterpret_cast<f16*>(is_keys ? open_keys_ : open_values_);
         fp8_to_halves(codes + first * width, count * width, rows + first * width);
         return reinterpret_cast<const T*>(rows);
@@ -562,6 +564,7 @@ class Attention {
     const int64_t M_;
     const Strips& strips_;
     const int64_t Dk_, Dv_, ldk_, ldv_;
+    const int head_;                // in strips_
     const bool is_sealed_ = false;  // these are the sealed strips of an item
     int64_t end_block_ = 0;         // of those
     const uint8_t* channels_ = nullptr;  // whose queries are picked

@@ -16,6 +16,7 @@ struct Item {
     int32_t group;    // pieces that are merged together; -1: alone
     const uint32_t* selected;  // places of the blocks that the item reads in `strips`, counted from 0; null: all
     int64_t num_hidden;        // blocks before the row's own one that are not counted then
+    int32_t place;             // of the head in sealed strips
 };
 
 struct AttendArgs {
@@ -23,12 +24,14 @@ struct AttendArgs {
     Strips strips;
     const Strips* tail;        // null, or: a row reads its own block here, and only those before it in `strips`
     const int64_t* open_from;  // [R]: blocks from here on are read in the tail as well; null: only the own one
+    const int8_t* places;      // [R, Hkv]: see LayerStrips
     Spec spec;
     Rows q, out;
     float* lse;       // [N, Hq], or null: nobody asks
     float* partials;  // [vectors, Dv + 2]: unnormalised output, maximum, denominator
 
-    int group_size() const { return spec.num_q_heads / strips.num_kv_heads; }
+    int num_kv_heads() const { return open_strips().num_kv_heads; }
+    int group_size() const { return spec.num_q_heads / num_kv_heads(); }
     const Strips& open_strips() const { return tail == nullptr ? strips : *tail; }
     // With a tail: the block from which on a row at `position` reads there.
     int64_t first_open(int64_t sequence, int64_t position) const {

@@ -30,9 +30,9 @@ using StepTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 using RowFormatTuple = std::tuple<int, int, int>;
 using StripsTuple =
     std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple,
-               int64_t, uintptr_t, int64_t, int64_t>;
+               int64_t, uintptr_t, int64_t, int64_t, int64_t>;
 using SelectionTuple = std::tuple<int64_t, uintptr_t, float, float, uintptr_t>;
-using TailTuple = std::tuple<StripsTuple, uintptr_t, int64_t, uintptr_t, uintptr_t>;
+using TailTuple = std::tuple<StripsTuple, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
 using SpecTuple = std::tuple<int, int64_t, float, float>;
 using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t>;
@@ -59,23 +59,25 @@ RowFormat to_row_format(const RowFormatTuple& t, int num_kv_heads) {
 
 Strips to_strips(const StripsTuple& t) {
     const auto [table, first_blocks, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim, key, value,
-                digest_bytes, order, channels_at, counts_at] = t;
+                digest_bytes, order, channels_at, counts_at, heads_at] = t;
     return {pointer<const uint32_t>(table), pointer<const int64_t>(first_blocks), num_blocks, pointer<char>(base),
             num_bytes, DType(dtype), num_kv_heads, head_dim, v_head_dim, to_row_format(key, num_kv_heads),
-            to_row_format(value, num_kv_heads), digest_bytes, pointer<const int16_t>(order), channels_at, counts_at};
+            to_row_format(value, num_kv_heads), digest_bytes, pointer<const int16_t>(order), channels_at, counts_at,
+            heads_at};
 }
 
 LayerStrips to_layer_strips(const StripsTuple& strips, const std::optional<TailTuple>& tail,
                             const std::optional<SelectionTuple>& selection) {
-    LayerStrips found{to_strips(strips), {}, nullptr, {}, {}};
+    LayerStrips found{to_strips(strips), {}, nullptr, nullptr, {}, {}};
     if (selection) {
         const auto [num_blocks, rows, tau, eps, tally] = *selection;
         found.selection = {num_blocks, pointer<const uint8_t>(rows), tau, eps, pointer<int64_t>(tally)};
     }
     if (tail) {
-        const auto& [open, open_from, count, from, to] = *tail;
+        const auto& [open, open_from, count, from, to, places] = *tail;
         found.tail = to_strips(open);
         found.open_from = pointer<const int64_t>(open_from);
+        found.places = pointer<const int8_t>(places);
         found.seals = {count, pointer<const uint32_t>(from), pointer<const uint32_t>(to)};
     }
     return found;

@@ -1,6 +1,7 @@
 // The plain descriptors that cross the seam: what Python says about a step, its strips, a layer and row tensors.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace elbowroom {
@@ -68,7 +69,8 @@ struct SealedHead {
 // Strips of one layer: block b of a sequence lies at base + 64 * table[sequence][b - first_blocks[sequence]]. Arrays
 // [Hkv, 64, bytes] of key codes, key scales, value codes and value scales; codes of plain strips are elements of `dtype`.
 // Keys in planes have an array of high halves and one of low ones, then two of float16 for each group: scales, minima.
-// Sealed strips hold one head behind the other. Where a policy has dropped channels of keys, head_dim is what is left.
+// Sealed strips hold one head behind the other. Where a policy has dropped channels of keys, head_dim is what is left;
+// where it has dropped KV heads, num_kv_heads is.
 struct Strips {
     const uint32_t* table;        // [R, num_blocks]
     const int64_t* first_blocks;  // [R]; null: 0
@@ -82,6 +84,7 @@ struct Strips {
     const int16_t* order;  // [Hkv, Dk]: the channel at each place of an encoded key; null: as they come
     int64_t channels_at;   // byte of a strip at which its keys' channels [Hkv, Dk] lie, uint8; 0: all are there
     int64_t counts_at;     // byte of a strip at which the tokens of its slots [Hkv, 64] lie, uint8; 0: one each
+    int64_t heads_at;      // byte of a strip at which the KV heads [Hkv] lie that it holds, uint8; 0: all of the layer's
 
     const uint8_t* channels(const char* strip, int head) const {
         return channels_at == 0 ? nullptr : reinterpret_cast<const uint8_t*>(strip + channels_at) + head * int64_t{head_dim};
@@ -89,12 +92,16 @@ struct Strips {
     const uint8_t* counts(const char* strip, int head) const {
         return counts_at == 0 ? nullptr : reinterpret_cast<const uint8_t*>(strip + counts_at) + head * kStripTokens;
     }
+    // The layer's KV head that lies at a place of a strip.
+    int head_at(const char* strip, int place) const {
+        return heads_at == 0 ? place : reinterpret_cast<const uint8_t*>(strip + heads_at)[place];
+    }
     // Bytes with what a strip says about itself.
     int64_t whole_bytes() const {
         const int64_t channels = channels_at == 0 ? 0 : channels_at + num_kv_heads * int64_t{head_dim};
         const int64_t counts = counts_at == 0 ? 0 : counts_at + num_kv_heads * int64_t{kStripTokens};
-        const int64_t plain = strip_bytes() + digest_bytes;
-        return channels > counts ? (channels > plain ? channels : plain) : (counts > plain ? counts : plain);
+        const int64_t heads = heads_at == 0 ? 0 : heads_at + num_kv_heads;
+        return std::max({channels, counts, heads, strip_bytes() + digest_bytes});
     }
     const int16_t* order_of(int head) const { return order == nullptr ? nullptr : order + head * int64_t{head_dim}; }
     bool plain() const { return key.kind == RowKind::plain; }

@@ -92,12 +92,19 @@ class PageFormat:
     """Elements that share a scale; 0: all of a head."""
     key_channels: int = 0
     """Channels of a key that are stored, where a policy has dropped some (``kv.codecs.reduced``); 0: all."""
+    kept_heads: int = 0
+    """KV heads that are stored, where a policy has dropped some; 0: all."""
     counts: bool = False
     """Whether a slot may stand for several tokens, which the strip counts."""
     sealed: bool = False
     """Whether a strip is encoded whole, once it is full, so that new tokens need a plain one beside it."""
     digest_bytes: int = 0
     """Bytes of bounds on the keys behind all that (``kernels.digest``); 0: there are none."""
+
+    @property
+    def stored_heads(self) -> int:
+        """KV heads that a strip holds."""
+        return self.kept_heads or self.num_kv_heads
 
     @property
     def strip_bytes(self) -> int:

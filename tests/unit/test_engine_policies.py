@@ -29,6 +29,7 @@ PLANS = (
     "spatten(150,w=16) | fp8",
     TAPERING,
     "compresskv(160) | int8",
+    "snapkv(160) | heads(0.5,skip=1) | int8",
 )
 
 

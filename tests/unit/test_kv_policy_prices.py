@@ -96,6 +96,7 @@ print(json.dumps([growth, plan.choice_bytes(count, 2 * count)]))
     [
         ("snapkv(tokens=512,w=64)", "bfloat16", (1024, 8, 2, 64)),  # scores weigh most
         ("spatten(tokens=512,w=64)", "bfloat16", (1024, 8, 2, 64)),  # and the books of tokens
+        ("heads(0.5,skip=0,w=64)", "bfloat16", (1024, 8, 2, 64)),  # scores of a whole prompt, and values
         ("streaming(512)", "float32", (1024, 1, 8, 128)),  # keys, strips and the output of attention
     ],
 )

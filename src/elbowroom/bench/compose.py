@@ -23,7 +23,7 @@ from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.codecs import CODECS
 from elbowroom.kv.plan import KVPlan
-from elbowroom.kv.policies import CHANNELS, POLICIES
+from elbowroom.kv.policies import CHANNELS, HEADS, POLICIES
 from elbowroom.kv.reads import READS
 from elbowroom.models.decoder import Decoder
 from elbowroom.models.loader import load_model
@@ -42,7 +42,8 @@ _ARGUMENTS = {
 
 def run(options: BenchOptions) -> BenchResult:
     """Try every ordered pair of parts (quick: unordered ones)."""
-    machine, names = machine_info(), sorted([*CODECS.names(), *POLICIES.names(), *CHANNELS.names(), *READS.names()])
+    kinds = (CODECS, POLICIES, HEADS, CHANNELS, READS)
+    machine, names = machine_info(), sorted(name for kind in kinds for name in kind.names())
     pairs = list(itertools.combinations(names, 2) if options.quick else itertools.permutations(names, 2))
     with tempfile.TemporaryDirectory() as scratch:
         decoder = load_model(write_random_model(Path(scratch) / "model", "20M", seed=options.seed), torch.bfloat16)

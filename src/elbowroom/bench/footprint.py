@@ -97,7 +97,8 @@ def strips_read_bytes(strips: LayerStrips, layer: LayerSpec) -> int:
     if isinstance(selection, Progress):
         return _plane_bytes(strips)
     if selection is None or not selection.rows[-1] or before < selection.num_blocks:
-        return before * _content_bytes(fmt) + _content_bytes(strips.open_fmt)
+        opened = _content_bytes(strips.open_fmt) * fmt.stored_heads // fmt.num_kv_heads  # others are not read there
+        return before * _content_bytes(fmt) + opened
     return (
         (selection.num_blocks - 1) * _content_bytes(fmt)
         + _content_bytes(strips.open_fmt)

@@ -184,6 +184,9 @@ class Tail:
     """uint32 ``[S]``: places of the same strips where they are sealed."""
     open_from: npt.NDArray[np.int64] | None = None
     """int64 ``[R]``: blocks of sequence r from here on are read in the tail; None: nothing stays open."""
+    places: npt.NDArray[np.int8] | None = None
+    """int8 ``[R, Hkv]``: place of each KV head of sequence r in sealed strips; -1: it is gone, and its query heads read
+    nothing, here neither; None: all heads are there."""
 
     @property
     def seals(self) -> int:
@@ -310,6 +313,19 @@ def check_strips(strips: LayerStrips) -> None:
         raise ValueError("strips to be sealed need a place in the tail and a place where they are sealed, both uint32")
     if tail.open_from is not None and tail.open_from.shape != (step.num_sequences,):
         raise ValueError(f"a tail needs the first open block of {step.num_sequences} sequences")
+    _check_places(strips, tail)
+
+
+def _check_places(strips: LayerStrips, tail: Tail) -> None:
+    if tail.places is None:
+        if strips.fmt.kept_heads and strips.step.num_rows:
+            raise ValueError(f"strips hold {strips.fmt.kept_heads} KV heads of {strips.fmt.num_kv_heads}: which ones?")
+        return
+    shape = strips.step.num_sequences, tail.fmt.num_kv_heads
+    if tail.places.dtype != np.int8 or tail.places.shape != shape or not tail.places.flags.c_contiguous:
+        raise ValueError(f"places of KV heads must be a contiguous int8 array {list(shape)}, got {tail.places.shape}")
+    if strips.selection is not None:
+        raise ValueError("rows cannot select what they read of a layer whose KV heads are partly gone")
 
 
 def _check_selection(strips: LayerStrips, selection: Reading) -> None:

@@ -12,7 +12,7 @@ from elbowroom import _native
 from elbowroom.core import DTYPE_BYTES, LayerSpec, PageFormat
 from elbowroom.kernels import reference
 from elbowroom.kernels.base import LayerStrips, Progress, StripTable
-from elbowroom.kernels.extras import extras_at
+from elbowroom.kernels.extras import counts_at, extras_at, heads_at
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _TORCH_CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
@@ -87,7 +87,8 @@ def tail_tuple(strips: LayerStrips) -> _native.Tail | None:
         return None
     where = _strips(tail.table, _address(tail.first_blocks), tail.base, tail.fmt)
     open_from = 0 if tail.open_from is None else _address(tail.open_from)
-    return where, open_from, tail.seals, _address(tail.full), _address(tail.sealed)
+    places = 0 if tail.places is None else _address(tail.places)
+    return where, open_from, tail.seals, _address(tail.full), _address(tail.sealed), places
 
 
 def selection_tuple(strips: LayerStrips) -> _native.Selection | None:
@@ -111,7 +112,7 @@ def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat,
         base.data_ptr(),
         base.numel(),
         DTYPE_CODES.get(fmt.dtype, 0),
-        fmt.num_kv_heads,
+        fmt.stored_heads,
         fmt.key_channels or fmt.head_dim,
         fmt.v_head_dim,
         (kind, fmt.key_bits or plain_bits, fmt.block),
@@ -122,11 +123,10 @@ def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat,
     )
 
 
-def _extras(fmt: PageFormat) -> tuple[int, int]:
-    """Return the bytes of a strip at which its channels and its counts lie; 0: it has none."""
-    start = extras_at(fmt)
-    counts = start + fmt.num_kv_heads * fmt.key_channels
-    return start if fmt.key_channels else 0, counts if fmt.counts else 0
+def _extras(fmt: PageFormat) -> tuple[int, int, int]:
+    """Return the bytes of a strip at which its channels, its counts and its KV heads lie; 0: it has none."""
+    channels, counts = extras_at(fmt) if fmt.key_channels else 0, counts_at(fmt) if fmt.counts else 0
+    return channels, counts, heads_at(fmt) if fmt.kept_heads else 0
 
 
 def _address(array: npt.NDArray[Any]) -> int:

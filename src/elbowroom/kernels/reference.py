@@ -70,7 +70,9 @@ class ReferenceKernels:
                     progressive.attend_row(strips, spec, sequence, q[start], out[start], lse[start])
                     continue
             merged = _Softmax(q[start:end], spec, strips.open_fmt)
-            read = None
+            read, readers = None, None
+            if strips.tail is not None and strips.tail.places is not None:
+                readers = torch.from_numpy(strips.tail.places[sequence] >= 0)
             selection = strips.selection
             if isinstance(selection, Selection) and selection.rows[sequence] and not _waits(strips, sequence, high):
                 read = _selected(sealed or opened, sequence, q[start], low, high, selection.num_blocks)
@@ -78,9 +80,9 @@ class ReferenceKernels:
                 first = step.positions[start:end] // STRIP_TOKENS
                 if strips.tail is not None and strips.tail.open_from is not None:
                     first = first.clamp(max=int(strips.tail.open_from[sequence]))
-                _add_tiles(merged, sealed, sequence, low, torch.minimum(high, first * STRIP_TOKENS - 1), read)
+                _add_tiles(merged, sealed, sequence, low, torch.minimum(high, first * STRIP_TOKENS - 1), read, readers)
                 low = torch.maximum(low, first * STRIP_TOKENS)
-            _add_tiles(merged, opened, sequence, low, high, read)
+            _add_tiles(merged, opened, sequence, low, high, read, readers)
             merged.write(out[start:end], lse[start:end])
         return lse
 
@@ -175,26 +177,31 @@ def _selected(part: _Part, sequence: int, q_HD: Tensor, low: Tensor, high: Tenso
 
 
 def _add_tiles(
-    merged: _Softmax, part: _Part, sequence: int, low: Tensor, high: Tensor, read: Tensor | None = None
+    merged: _Softmax,
+    part: _Part,
+    sequence: int,
+    low: Tensor,
+    high: Tensor,
+    read: Tensor | None = None,
+    readers: Tensor | None = None,
 ) -> None:
     """Merge all slots of a part that any row of a block reads; row b reads ``low[b] .. high[b]``.
 
-    With ``read``, bool ``[Hkv, blocks]``, each KV head reads its own blocks of that.
+    With ``read``, bool ``[Hkv, blocks]``, each KV head reads its own blocks of that; with ``readers``, bool ``[Hkv]``,
+    only those heads read.
     """
     first, last = int(low.min()), int(high.max())
     if read is not None:
         for block in range(first // STRIP_TOKENS, last // STRIP_TOKENS + 1):
             slot, stop = max(first, block * STRIP_TOKENS), min(last + 1, (block + 1) * STRIP_TOKENS)
             if slot < stop and read[:, block].any():
-                keys, values, bias = part.tile(sequence, slot, stop)
-                k, v = (x.masked_fill(~read[:, block, None, None], 0.0) for x in (keys, values))
-                merged.add(k, v, bias, torch.arange(slot, stop), low, high, read[:, block])
+                merged.add(*part.tile(sequence, slot, stop), torch.arange(slot, stop), low, high, read[:, block])
         return
     for block in range(first // STRIP_TOKENS, last // STRIP_TOKENS + 1, TILE_STRIPS):
         slot = max(first, block * STRIP_TOKENS)
         stop = min(last + 1, (block + TILE_STRIPS) * STRIP_TOKENS)
         if slot < stop:
-            merged.add(*part.tile(sequence, slot, stop), torch.arange(slot, stop), low, high)
+            merged.add(*part.tile(sequence, slot, stop), torch.arange(slot, stop), low, high, readers)
 
 
 class _Softmax:
@@ -220,6 +227,8 @@ class _Softmax:
         readers_H: Tensor | None = None,
     ) -> None:
         """Merge one tile of slots; row b reads the slots ``low[b] .. high[b]``, and only heads that are readers."""
+        if readers_H is not None:  # what is not read may be anything, and 0 times that not 0
+            k_HSD, v_HSD = (x.masked_fill(~readers_H[:, None, None], 0.0) for x in (k_HSD, v_HSD))
         scores = self._q @ k_HSD.transpose(1, 2)
         if self._spec.softcap is not None:
             scores = torch.tanh(scores / self._spec.softcap) * self._spec.softcap

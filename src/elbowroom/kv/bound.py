@@ -13,7 +13,7 @@ from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.kv.cascade import CASCADE_BYTES
 from elbowroom.kv.codecs.ordered import Order
 from elbowroom.kv.holding import ROLLBACK_TOKENS
-from elbowroom.kv.policies import NO_LIMIT, TokenPolicy
+from elbowroom.kv.policies import NO_LIMIT, ChannelPolicy, HeadPolicy, TokenPolicy
 
 if TYPE_CHECKING:
     from elbowroom.kv.plan import KVPlan
@@ -46,6 +46,8 @@ class BoundPlan:
     """The plan's policy, calibrated for the model."""
     orders: tuple[Order, ...] = ()
     """Order of the channels of keys in each layer; empty where they lie as they come."""
+    kept_heads: tuple[int, ...] = ()
+    """KV heads that stay in each layer behind a sequence's first prompt; empty: nothing is chosen among them."""
 
     def selects(self, layer: int) -> bool:
         """Return whether decoding tokens choose what they read in ``layer``."""
@@ -68,14 +70,18 @@ class BoundPlan:
         return sum(fmt.strip_bytes for layer, fmt in pairs if is_chosen(layer))
 
     @property
+    def _parts(self) -> tuple[TokenPolicy | HeadPolicy | ChannelPolicy | None, ...]:
+        return self.policy, self.plan.heads, self.plan.channels
+
+    @property
     def chooses(self) -> bool:
         """Whether something is chosen when a prompt ends."""
-        return self.policy is not None or self.plan.channels is not None
+        return any(part is not None for part in self._parts)
 
     @property
     def window(self) -> int:
         """Newest queries that are looked at then."""
-        return max([part.window for part in (self.policy, self.plan.channels) if part is not None], default=0)
+        return max([part.window for part in self._parts if part is not None], default=0)
 
     @property
     def chosen_layers(self) -> list[int]:
@@ -204,7 +210,7 @@ class BoundPlan:
         """
         if not self.chooses:
             return 0
-        policy, most = self.policy, 0
+        policy, heads, most = self.policy, self.plan.heads, 0
         for index, layer in enumerate(self.layers):
             limit = self.limit(index, ends_prompt=False)
             if limit >= NO_LIMIT and not self.defers:
@@ -213,6 +219,8 @@ class BoundPlan:
             scores = 0
             if policy is not None:
                 scores = (12 * layer.group_size + 1) * policy.window + CASCADE_BYTES * policy.cascades
+            if heads is not None:  # behind the tokens' scores; and values of a head
+                scores = max(scores, (12 * layer.group_size + 1) * heads.window + 8 * layer.v_head_dim)
             moved = 8 * (layer.head_dim + layer.v_head_dim) * (layer.num_kv_heads if self.defers else 1)
             most = max(most, tokens * (scores + 8 * layer.head_dim + moved))
         return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from elbowroom.core import LayerSpec
 from elbowroom.errors import ConfigError, PlanError
 from elbowroom.kv.bound import BoundPlan, owns_kv
-from elbowroom.kv.policies import NO_LIMIT, ChannelPolicy, TokenPolicy
+from elbowroom.kv.policies import NO_LIMIT, ChannelPolicy, HeadPolicy, TokenPolicy
 
 
-def check_choice(policy: TokenPolicy | ChannelPolicy, layers: Sequence[LayerSpec]) -> None:
+def check_choice(policy: TokenPolicy | HeadPolicy | ChannelPolicy, layers: Sequence[LayerSpec]) -> None:
     """A policy needs a layer that reads everything; what a window reads must not have been chosen from."""
     if all(layer.window is not None for layer in layers):
         raise PlanError(
@@ -31,10 +31,14 @@ def check_sealing(plan: BoundPlan) -> None:
     """Blocks of earlier prompts that are sealed go or stay whole, and all that is sealed has waited for its prompt."""
     policy, limits = plan.policy, plan.limits(ends_prompt=True)
     if policy is not None and (policy.cascades or max(limits[plan.chosen_layers]) >= NO_LIMIT):
+        part, seals = plan.plan.heads or plan.plan.channels, f"codec {plan.plan.codec.name!r}"
+        fix = "use a codec that writes tokens one by one: bfp, int8, fp8 or plain"
+        if part is not None:
+            seals, fix = f"part {part.name!r}", f"leave {part.name} out of the plan"
         raise PlanError(
             f"KV policy {policy.name!r} chooses single tokens of layers that depend on each other, or keeps layers "
-            f"whole; codec {plan.plan.codec.name!r} seals whole blocks of each",
-            "use a codec that writes tokens one by one: bfp, int8, fp8 or plain; or the policy snapkv",
+            f"whole; {seals} seals whole blocks of each",
+            f"{fix}; or the policy snapkv",
         )
 
 

@@ -20,6 +20,7 @@ from elbowroom.errors import IntegrityError
 from elbowroom.kernels.digest import write_digest
 from elbowroom.kv.cascade import CascadeRun
 from elbowroom.kv.codecs import TokenCodec
+from elbowroom.kv.heads import HeadRun
 from elbowroom.kv.holding import blocks_of
 from elbowroom.kv.layout import Lane
 from elbowroom.kv.policies import LayerView, TokenPolicy
@@ -45,6 +46,8 @@ class Compaction:
     """Layer -> the newest queries."""
     cascade: CascadeRun | None = None
     """Where the policy is a cascade: what it has chosen until now."""
+    heads: HeadRun | None = None
+    """Where KV heads are chosen, behind a first prompt: what was chosen until now."""
 
     def note(self, layer: int, queries: Tensor, window: int) -> None:
         """Remember the newest ``window`` of a row's ``queries [n, Hq, D]`` of a layer."""

@@ -47,10 +47,10 @@ def check_conversion(source: KVPlan, target: KVPlan) -> None:
     """Refuse to turn sequences of one plan into another.
 
     Raises:
-        PlanError: one of them chooses among tokens or channels, or both are the same.
+        PlanError: one of them chooses among tokens, heads or channels, or both are the same.
     """
     for plan in (source, target):
-        if plan.policy is not None or plan.channels is not None:
+        if plan.policy is not None or plan.heads is not None or plan.channels is not None:
             raise PlanError(
                 f"sequences of plan {source.text!r} cannot be turned into {target.text!r}: {plan.text!r} chooses "
                 "when a prompt ends, with queries that are gone by then",

@@ -17,18 +17,18 @@ from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
 from elbowroom.kernels.base import TALLY, LayerStrips, Tail
-from elbowroom.kernels.extras import check_extras
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.capacity import Capacity
 from elbowroom.kv.cascade import check_history, read_history
+from elbowroom.kv.checks import check_import, check_part
 from elbowroom.kv.codecs import token_codec
 from elbowroom.kv.codecs.ordered import in_order
 from elbowroom.kv.compaction import Compactor
+from elbowroom.kv.heads import read_places, write_places
 from elbowroom.kv.held import read_tokens, report
 from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
-from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.prepare import Prepared, Preparer
 from elbowroom.kv.read_count import plane_reads
 from elbowroom.kv.sealing import Sealer, open_layer
@@ -241,6 +241,7 @@ class PagedStore:
             full=tails.full[source],
             sealed=tails.sealed[source],
             open_from=tails.open_in(source),
+            places=tails.places[source] if pool.fmt.kept_heads else None,
         )
         return LayerStrips(prepared.steps[source], table, pool.base, pool.fmt, self._codec, tail, selection)
 
@@ -291,6 +292,8 @@ class PagedStore:
             each.sequence.chosen_tokens = each.num_tokens
             if each.cascade is not None:
                 each.sequence.history = each.cascade.finish()
+            if each.heads is not None:
+                each.sequence.places = each.heads.finish()
             if each.open_after is not None:
                 each.sequence.open_from[:count] = each.open_after
             self._pools.drop_spare(each.sequence)
@@ -394,7 +397,7 @@ class PagedStore:
             )
         self._check_rollback(sequence, stop)
         extent = self._pools.extent(sequence, stop)
-        if start and not extent.is_even:
+        if start and (self.plan.kept_heads or not extent.is_even):
             raise IntegrityError(
                 f"plan {self.plan.plan} has dropped tokens: what is left has no part that begins at {start}",
                 "start at 0",
@@ -405,7 +408,7 @@ class PagedStore:
             if stop < end * STRIP_TOKENS:
                 held[-1] = self._slots.blanked(held[-1], pool, row, stop % STRIP_TOKENS)
             strips.extend(strip.numpy() for strip in held)
-        noted = b"" if sequence.history is None else sequence.history.to_bytes()
+        noted = write_places(sequence.places) if sequence.history is None else sequence.history.to_bytes()
         return pack_span(self.fingerprint, start, extent, strips, noted)
 
     def import_span(self, handle: KVHandle, span: bytes) -> int:
@@ -422,10 +425,14 @@ class PagedStore:
         pieces, count = self._pools.pieces(start, extent), extent.num_tokens - start
         if sum((end - first) * pool.strip_bytes for _, pool, first, end in pieces) != len(payload):
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {count} tokens")
-        history = read_history(noted, extent, self.plan.cascade_layers)
-        self._check_import(extent, pieces, payload)
+        kept = self.plan.kept_heads
+        history = read_history(b"" if kept else noted, extent, self.plan.cascade_layers)
+        places = read_places(noted, start, self.plan.layers, kept) if kept else ()
+        check_import(self.plan, extent, pieces, payload, places)
         self._extend(sequence, start, extent)
-        sequence.history = history
+        sequence.history, sequence.places = history, places
+        if places:
+            sequence.chosen_tokens = extent.num_tokens
         offset = 0
         for row, pool, first, end in pieces:
             for entry in sequence.table[row, first:end].tolist():
@@ -433,21 +440,6 @@ class PagedStore:
                 pool.strip(entry).numpy()[:] = chunk
                 offset += pool.strip_bytes
         return count
-
-    def _check_import(self, extent: Extent, pieces: list[tuple[int, StripPool, int, int]], payload: memoryview) -> None:
-        """Refuse what no store would have exported: it would be read as places and channels."""
-        full, chosen = extent.num_tokens // STRIP_TOKENS, self.plan.chosen_layers
-        for layer, block in enumerate(extent.open_from):
-            dropped = extent.dropped[layer] if extent.dropped else 0
-            waits = self.plan.defers and layer in chosen and dropped <= block <= full
-            if not waits and block != NEVER:
-                raise IntegrityError(f"the KV span names block {block} of layer {layer} as open")
-        offset = 0
-        for _, pool, first, end in pieces:
-            for _ in range(first, end):
-                chunk = np.frombuffer(payload, dtype=np.uint8, count=pool.strip_bytes, offset=offset)
-                check_extras(chunk, pool.fmt)
-                offset += pool.strip_bytes
 
     def _extend(self, sequence: Sequence, start: int, extent: Extent) -> None:
         """Lengthen ``sequence`` from ``start`` to ``extent``, with the strips that it would hold then."""
@@ -485,7 +477,7 @@ class PagedStore:
         for sequence in self._sequences.values():
             extent = self._pools.extent(sequence, sequence.num_tokens)
             for part in self._pools.parts(extent):
-                _check_part(sequence, *part)
+                check_part(sequence, *part)
             check_history(sequence.history, extent, self.plan.cascade_layers)
         if self._arena.ledger.held(OWNER, self._arena.tier.name) < self._pools.live_bytes:
             raise IntegrityError("the ledger charges fewer bytes than the pages that hold strips")
@@ -495,12 +487,3 @@ class PagedStore:
         for handle_id in list(self._sequences):
             self.close(KVHandle(handle_id))
         self._pools.close()
-
-
-def _check_part(sequence: Sequence, lane: Lane, rows: Rows, _: int, end: int) -> None:
-    """Rows of a lane hold what they should between steps; blocks of a step that never ran may lie behind that."""
-    if lane.holding.part == "fresh":
-        return
-    held, gone = sequence.table[rows] != ABSENT, int(sequence.expired_blocks[rows[0]])
-    if held.shape[1] < end or not held[:, gone:end].all() or held[:, :gone].any():
-        raise IntegrityError("a table lacks strips that did not expire, or holds some that did")

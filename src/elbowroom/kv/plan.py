@@ -22,7 +22,7 @@ from elbowroom.kv.codecs import CODECS, Codec
 from elbowroom.kv.codecs.ordered import channel_orders
 from elbowroom.kv.codecs.plain import PlainCodec
 from elbowroom.kv.codecs.reduced import ReducedCodec
-from elbowroom.kv.policies import CHANNELS, POLICIES, ChannelPolicy, MergePolicy, TokenPolicy
+from elbowroom.kv.policies import CHANNELS, HEADS, POLICIES, ChannelPolicy, HeadPolicy, MergePolicy, TokenPolicy
 from elbowroom.kv.reads import READS, ReadPolicy
 from elbowroom.registry import Registry
 
@@ -40,6 +40,8 @@ class KVPlan:
     codec: Codec
     policy: TokenPolicy | None = None
     """Which tokens of a prompt stay; None: all."""
+    heads: HeadPolicy | None = None
+    """Which KV heads of a sequence stay; None: all."""
     channels: ChannelPolicy | None = None
     """Which channels of its keys stay; None: all."""
     reads: ReadPolicy | None = None
@@ -48,7 +50,7 @@ class KVPlan:
     @property
     def text(self) -> str:
         """The plan as text, one spelling for equal plans; ``parse`` reads it back."""
-        parts = self.policy, self.channels, self.reads, self.codec
+        parts = self.policy, self.heads, self.channels, self.reads, self.codec
         return " | ".join(_canonical(part) for part in parts if part is not None)
 
     def __str__(self) -> str:
@@ -87,7 +89,7 @@ class KVPlan:
             self.reads.check(self.codec)
         if self.layout is self.codec:
             return
-        part = self.channels or self.policy
+        part = self.heads or self.channels or self.policy
         assert part is not None
         if self.reads is not None:
             raise PlanError(
@@ -110,7 +112,7 @@ class KVPlan:
     def layout(self) -> Codec:
         """How tokens lie in strips: those of the codec, and what policies have left of them."""
         merges = isinstance(self.policy, MergePolicy)
-        if self.channels is None and not merges:
+        if self.heads is None and self.channels is None and not merges:
             return self.codec
         counts = isinstance(self.policy, MergePolicy) and self.policy.bias == "on"
         return ReducedCodec(self.codec, None if self.channels is None else self.channels.share, counts)
@@ -134,20 +136,24 @@ class KVPlan:
         """
         for index in range(len(layers)):
             check_source(layers, index)
-        for part in (self.policy, self.channels):
+        for part in (self.policy, self.heads, self.channels):
             if part is not None:
                 check_choice(part, layers)
         layout = self.layout
         opened = self.codec if isinstance(self.codec, PlainCodec) else PlainCodec()
         tails = tuple(opened.page_format(layer, dtype) for layer in layers) if layout.seals else ()
+        kept = () if self.heads is None else self.heads.kept(layers)
         formats = []
-        for layer in layers:
-            whole = isinstance(layout, ReducedCodec) and not is_chosen(layer)
-            formats.append((ReducedCodec(self.codec) if whole else layout).page_format(layer, dtype))
+        for index, layer in enumerate(layers):
+            held = layout
+            if isinstance(layout, ReducedCodec):
+                held = replace(layout, heads=kept[index] if kept else None)
+                held = held if is_chosen(layer) else ReducedCodec(self.codec)
+            formats.append(held.page_format(layer, dtype))
         formats = [self._with_digest(fmt, layers, index) for index, fmt in enumerate(formats)]
         policy = None if self.policy is None else self.policy.calibrated(layers, calibration)
         orders = channel_orders(self.codec, layers, calibration)
-        made = BoundPlan(self, tuple(layers), tuple(formats), tails, policy, orders)
+        made = BoundPlan(self, tuple(layers), tuple(formats), tails, policy, orders, kept)
         if made.defers:
             check_sealing(made)
         check_reads(made)
@@ -208,6 +214,7 @@ class _Kind:
 _CODEC = _Kind("codec", "codec", "codecs", CODECS)
 _KINDS = (
     _Kind("policy", "policy", "policies", POLICIES),
+    _Kind("heads", "head policy", "head policies", HEADS),
     _Kind("channels", "channel policy", "channel policies", CHANNELS),
     _Kind("reads", "read policy", "read policies", READS),
 )
@@ -243,7 +250,7 @@ def _make(kind: _Kind, name: str, arguments: str) -> Any:
         raise PlanError(f"{kind.name} {name!r} does not take ({arguments})", _HINT) from error
 
 
-def _canonical(part: Codec | TokenPolicy | ChannelPolicy | ReadPolicy) -> str:
+def _canonical(part: Codec | TokenPolicy | HeadPolicy | ChannelPolicy | ReadPolicy) -> str:
     """Return one spelling for equal parts."""
     names: list[str] = [each.name for each in fields(part) if each.init] if is_dataclass(part) else []
     inner = ",".join(f"{name}={getattr(part, name)}" for name in names)

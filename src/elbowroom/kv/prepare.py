@@ -14,10 +14,11 @@ from torch import Tensor
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels.base import PLAIN, Reading, StripStep
-from elbowroom.kernels.extras import key_channels, slot_tokens
+from elbowroom.kernels.extras import kept_heads, key_channels, slot_tokens
 from elbowroom.kv.base import KVStep, Positions, PromptPart, Shortfall
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.compaction import Compaction
+from elbowroom.kv.heads import heads_of, whole_places
 from elbowroom.kv.holding import NEVER, Blocks, blocks_of
 from elbowroom.kv.layout import Lane, PoolSet
 from elbowroom.kv.pool import ABSENT
@@ -79,7 +80,8 @@ class Preparer:
             for lane, staged in zip(pools.main, pools.staging, strict=False)
             for layer in lane.rows.tolist()
         }
-        self._tails = TailCache(num_layers, staging)
+        whole = whole_places(plan.layers) if plan.kept_heads else ()
+        self._tails = TailCache(num_layers, staging, whole)
 
     def clear(self) -> None:
         """Forget the last batch (and with it, sequences that were closed)."""
@@ -181,7 +183,8 @@ class Preparer:
         before, ends = sequence.expired_blocks[: len(self._plan.layers)], part is PromptPart.END
         dropped = self._plan.dropped_blocks(before, num_tokens, ends_prompt=ends)
         seals = open_from is not None and ends and bool((open_from < num_tokens // STRIP_TOKENS).any())
-        if not seals and (dropped == before).all():
+        chooses_heads = ends and bool(self._plan.kept_heads) and not sequence.places
+        if not (seals or chooses_heads) and (dropped == before).all():
             return None
         open_after = None
         if open_from is not None:
@@ -201,13 +204,17 @@ class Preparer:
         return need
 
     def _check_channels(self, sequence: Sequence, lane: Lane, blocks: Blocks) -> None:
-        """Refuse to seal blocks of which no channels were chosen, because no step said that a prompt ends."""
-        if not (blocks.size and lane.pool.fmt.key_channels and lane.holding.part == "sealed"):
+        """Refuse to seal blocks of which no channels or heads were chosen, because no step said that a prompt ends."""
+        fmt = lane.pool.fmt
+        if not (blocks.size and (fmt.key_channels or fmt.kept_heads) and lane.holding.part == "sealed"):
             return
         first = int(blocks[0])
-        if first * STRIP_TOKENS >= sequence.num_tokens and not (first and sequence.holds(lane.first_row, first - 1)):
+        unseen = first * STRIP_TOKENS >= sequence.num_tokens
+        unseen &= not (first and sequence.holds(lane.first_row, first - 1))
+        if (unseen and fmt.key_channels) or (fmt.kept_heads and not sequence.places):
+            what = "KV heads" if fmt.kept_heads else "channels"
             raise IntegrityError(
-                f"plan {self._plan.plan} chooses channels where a prompt ends, and {STRIP_TOKENS} tokens are to be "
+                f"plan {self._plan.plan} chooses {what} where a prompt ends, and {STRIP_TOKENS} tokens are to be "
                 "sealed before",
                 "mark the rows of a step that read a prompt: KVStep.prompts",
             )
@@ -268,13 +275,15 @@ class Preparer:
     def _describe(self, sequence: Sequence, lane: Lane, blocks: Blocks) -> None:
         """Say in strips that will be sealed as they fill what they will hold.
 
-        Each slot one token; and the channels of the strip before, or, where none is sealed yet, those in which the
-        tokens of the open block are largest.
+        Each slot one token; the KV heads that stay; and the channels of the strip before, or, where none is sealed
+        yet, those in which the tokens of the open block are largest.
         """
         pool = lane.pool
-        for row in lane.rows.tolist() if pool.fmt.key_channels or pool.fmt.counts else ():
+        for row in lane.rows.tolist() if pool.fmt.key_channels or pool.fmt.counts or pool.fmt.kept_heads else ():
             for block in blocks.tolist():
                 strip = pool.strip(int(sequence.table[row, block]))
+                if pool.fmt.kept_heads:
+                    kept_heads(strip, pool.fmt).numpy()[:] = heads_of(sequence.places[row])
                 if pool.fmt.counts:
                     slot_tokens(strip, pool.fmt).fill_(1)
                 if not pool.fmt.key_channels:
@@ -283,7 +292,8 @@ class Preparer:
                 if block and sequence.holds(row, block - 1):
                     chosen.copy_(key_channels(pool.strip(int(sequence.table[row, block - 1])), pool.fmt))
                 else:
-                    chosen.copy_(self._largest_channels(sequence, row, block, pool.fmt.key_channels))
+                    largest = self._largest_channels(sequence, row, block, pool.fmt.key_channels)
+                    chosen.copy_(largest[heads_of(sequence.places[row])] if sequence.places else largest)
 
     def _largest_channels(self, sequence: Sequence, layer: int, block: int, width: int) -> Tensor:
         """Return the channels, uint8 ``[Hkv, width]``, in which the keys of an open block are largest."""

@@ -94,6 +94,13 @@ class ReadCount:
         return self.num_refetches / self.num_reads
 
 
+def sum_reads(counts: Sequence[ReadCount]) -> ReadCount | None:
+    """Return what was fetched in all; None: nothing was counted."""
+    if not counts:
+        return None
+    return ReadCount(**{each.name: sum(getattr(count, each.name) for count in counts) for each in fields(ReadCount)})
+
+
 def plane_reads(tallies: npt.NDArray[np.int64], formats: Sequence[PageFormat]) -> ReadCount | None:
     """Return the totals of what kernels have counted; None if that is nothing.
 

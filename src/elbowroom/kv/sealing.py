@@ -1,4 +1,4 @@
-"""Sealing at a prompt's end: a policy chooses among tokens as they were computed, and what stays is sealed whole.
+"""Sealing at a prompt's end: policies choose among tokens as they were computed, and what stays is sealed whole.
 
 While a prompt is read its blocks wait in the tail, unsealed. Behind a part of it tokens may be dropped and stay as they
 are. Behind its end what is kept fills blocks, and those are sealed. Blocks that an earlier prompt has sealed go or stay
@@ -17,11 +17,12 @@ from torch import Tensor
 from elbowroom.core import STRIP_TOKENS, LayerSpec, RopeSpec
 from elbowroom.kernels import StripStep, attention
 from elbowroom.kernels.base import PLAIN, UNIT_BYTES, LayerStrips, Tail
-from elbowroom.kernels.extras import key_channels, slot_tokens
+from elbowroom.kernels.extras import kept_heads, key_channels, slot_tokens
 from elbowroom.kernels.rope import turned
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.codecs import Codec
 from elbowroom.kv.compaction import Compaction, checked_choice
+from elbowroom.kv.heads import HeadRun, heads_of
 from elbowroom.kv.holding import blocks_of
 from elbowroom.kv.layout import Lane
 from elbowroom.kv.policies import LayerView, Merged, MergePolicy
@@ -57,6 +58,10 @@ class OpenLayer:
     def open_keys(self, head: int) -> Tensor:
         """Return the keys of a KV head in the open blocks, float32 ``[num_open, D]``."""
         return self.open_head(head)[0].float()
+
+    def open_values(self, head: int) -> Tensor:
+        """Return the values of a KV head in the open blocks, float32 ``[num_open, Dv]``."""
+        return self.open_head(head)[1].float()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,15 +106,17 @@ class Sealer:
     """Moves and seals what policies keep of a layer.
 
     Args:
-        plan: who chooses tokens and channels, and how strips are sealed.
+        plan: who chooses tokens, KV heads and channels, and how strips are sealed.
     """
 
     def __init__(self, plan: BoundPlan) -> None:
+        self._plan, self._heads = plan, plan.plan.heads
         self._policy, self._channels, self._layout = plan.policy, plan.plan.channels, plan.plan.layout
 
     def compact(self, compaction: Compaction, layer: int, spec: LayerSpec, place: OpenLayer) -> None:
         """Keep what the policy chooses of ``layer``, seal it if the prompt ends, and free the rest."""
         kept = self._choose(compaction, layer, spec, place)
+        heads = self._choose_heads(compaction, layer, spec, place)
         sequence, num_tokens = compaction.sequence, compaction.num_tokens
         first = int(compaction.dropped_blocks[layer])
         middle = first + kept.sealed.size
@@ -122,7 +129,7 @@ class Sealer:
             newest = compaction.newest(layer, spec, 0 if self._channels is None else self._channels.window)
             count = kept.tokens(0).numel()
             view = LayerView(layer, spec, newest, lambda head: kept.keys(head, place.open_keys(head)), count)
-            self._describe(view, kept, place, fresh)
+            self._describe(view, kept, heads, place, fresh)
             self._seal(place, waiting, fresh)
         compaction.queries.pop(layer, None)
         if compaction.open_after is not None and not compaction.ends_prompt:
@@ -142,7 +149,9 @@ class Sealer:
         merger = self._policy if compaction.ends_prompt and isinstance(self._policy, MergePolicy) else None
         if merger is not None and not place.sealed.size:
             return Kept(place.sealed, merger.merge(view, held), spec.rope)
-        kept = _whole_blocks(checked_choice(self._policy, view, held), place)
+        chosen = checked_choice(self._policy, view, held)
+        alive = heads_of(compaction.sequence.places[layer]) if compaction.sequence.places else slice(None)
+        kept = _whole_blocks(chosen, place, chosen[alive])
         slots = held - kept.sealed.size * STRIP_TOKENS
         if merger is not None and slots < place.num_open:
             adjacent = min(adjacent, place.num_open)
@@ -150,6 +159,17 @@ class Sealer:
             view = LayerView(layer, spec, newest, place.open_keys, place.num_open, num_adjacent=adjacent)
             return Kept(kept.sealed, merger.merge(view, slots), spec.rope)
         return kept
+
+    def _choose_heads(self, compaction: Compaction, layer: int, spec: LayerSpec, place: OpenLayer) -> Tensor:
+        """Return the KV heads that stay, int64: behind a first prompt, of which nothing is sealed, those chosen now."""
+        places = compaction.sequence.places
+        if self._heads is None or places or not compaction.ends_prompt:
+            return torch.from_numpy(heads_of(places[layer])) if places else torch.arange(spec.num_kv_heads)
+        if compaction.heads is None:
+            compaction.heads = HeadRun(self._plan.layers, self._plan.kept_heads, self._heads.cascades)
+        queries = compaction.newest(layer, spec, self._heads.window)
+        view = LayerView(layer, spec, queries, place.open_keys, place.num_open, open_values=place.open_values)
+        return compaction.heads.choose(layer, self._heads.importance(view))
 
     def _write(self, place: OpenLayer, kept: Kept, num_full: int, targets: Table) -> Tensor:
         """Write what stays of the open tokens: the first ``num_full`` blocks to plain strips, which are returned."""
@@ -167,25 +187,28 @@ class Sealer:
                 values[head, : new_values.shape[0]] = new_values
         return buffer
 
-    def _describe(self, view: LayerView, kept: Kept, place: OpenLayer, fresh: Table) -> None:
-        """Write to ``fresh`` strips which channels their keys have and how many tokens their slots stand for.
+    def _describe(self, view: LayerView, kept: Kept, heads: Tensor, place: OpenLayer, fresh: Table) -> None:
+        """Write to ``fresh`` strips their KV heads, the channels of their keys and how many tokens slots stand for.
 
         Args:
             view: what stays of the open tokens.
             kept: the same.
+            heads: KV heads that stay.
             place: the layer.
             fresh: entries of strips that are about to be sealed.
         """
         pool = place.main.pool
         strips = [pool.strip(int(entry)) for entry in fresh]
+        for strip in strips if pool.fmt.kept_heads else ():
+            kept_heads(strip, pool.fmt).copy_(heads)
         if self._channels is not None:
-            chosen = self._channels.channels(view, pool.fmt.key_channels)
+            chosen = self._channels.channels(view, pool.fmt.key_channels)[heads]
             for strip in strips:
                 key_channels(strip, pool.fmt).copy_(chosen)
         if pool.fmt.counts:
-            for head in range(pool.fmt.num_kv_heads):
+            for number, head in enumerate(heads.tolist()):
                 for strip, tokens in zip(strips, torch.split(kept.tokens(head), STRIP_TOKENS), strict=False):
-                    slot_tokens(strip, pool.fmt)[head] = tokens.to(torch.uint8)
+                    slot_tokens(strip, pool.fmt)[number] = tokens.to(torch.uint8)
 
     def _seal(self, place: OpenLayer, buffer: Tensor, fresh: Table) -> None:
         """Seal the plain strips of ``buffer`` into ``fresh`` ones."""
@@ -210,17 +233,18 @@ class _HeadKeys:
         return torch.cat([*sealed, self._place.open_keys(head)])
 
 
-def _whole_blocks(chosen: Tensor, place: OpenLayer) -> Kept:
+def _whole_blocks(chosen: Tensor, place: OpenLayer, votes: Tensor) -> Kept:
     """Return what stays where sealed blocks stay whole or go, as many tokens as were ``chosen``, int64 ``[Hkv, m]``.
 
-    Tokens chosen of the open blocks stay. Sealed blocks share the rest: first the one that holds the first tokens
-    (attention sinks), then those of which the most tokens were chosen. What does not fill a block goes to the newest.
+    ``votes`` are the rows of the KV heads that read sealed blocks. Tokens chosen of the open blocks stay. Sealed blocks
+    share the rest: first the one that holds the first tokens (attention sinks), then those of which the most tokens
+    were chosen. What does not fill a block goes to the newest.
     """
     held, num_sealed = chosen.shape[1], place.num_sealed
     is_open = chosen >= num_sealed
     count = min((held - int(is_open.sum(1).max())) // STRIP_TOKENS, place.sealed.size)
     marks = torch.zeros(max(place.sealed.size, 1), dtype=torch.int64)
-    blocks = chosen[~is_open] // STRIP_TOKENS
+    blocks = votes[votes < num_sealed] // STRIP_TOKENS
     marks.index_add_(0, blocks, torch.ones_like(blocks))
     marks[0] += chosen.numel()
     best = marks.sort(descending=True, stable=True).indices[:count].sort().values

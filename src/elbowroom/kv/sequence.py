@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elbowroom.kv.cascade import TokenHistory
+from elbowroom.kv.heads import Places
 from elbowroom.kv.holding import NEVER, Blocks, blocks_of
 from elbowroom.kv.pool import ABSENT
 
@@ -37,6 +38,8 @@ class Sequence:
         """Tokens when a policy chose the last time: what lies before cannot be gone back to."""
         self.history: TokenHistory | None = None
         """What a cascade knows of the tokens from that time."""
+        self.places: Places = ()
+        """Which KV heads stay, once they were chosen."""
         self.writable: npt.NDArray[np.int64] | None = None
         """Stored positions that the next step may write again (repair)."""
         self.spare: Table = np.empty((num_rows, 0), dtype=np.uint32)
@@ -114,7 +117,7 @@ class Sequence:
         twin.expired_blocks = np.minimum(self.expired_blocks, twin.shared_blocks)
         twin.chosen_tokens, twin.open_from = self.chosen_tokens, self.open_from.copy()
         twin._close_behind(twin.shared_blocks)
-        twin.history = self.history
+        twin.history, twin.places = self.history, self.places
         self.shared_blocks = max(self.shared_blocks, twin.shared_blocks)
         return twin
 

@@ -80,4 +80,5 @@ def _probabilities(
         seen &= distance < layer.window
     # Hidden scores can be far above lse: they must be gone before exp, or infinity times 0 would be NaN.
     scores.masked_fill_(~seen[:, None, None, :], -math.inf)
-    return (scores - lse.view(*grouped.shape[:3], 1)).exp()
+    norm = lse.masked_fill(lse == -math.inf, math.inf)  # a head that reads nothing has no probabilities
+    return (scores - norm.view(*grouped.shape[:3], 1)).exp()

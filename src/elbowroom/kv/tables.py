@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.kv.base import KVStep
+from elbowroom.kv.heads import Places
 from elbowroom.kv.holding import NEVER
 from elbowroom.kv.pool import ABSENT
 from elbowroom.kv.sequence import Sequence, Table
@@ -69,6 +70,9 @@ class Tails:
     open_from: npt.NDArray[np.int64] | None
     """``[num_layers, R]``: blocks from here on wait for the end of a prompt; None: none does."""
 
+    places: Places
+    """For each layer int8 ``[R, Hkv]``: where KV heads lie in sealed strips, see ``Tail``; empty: all stay."""
+
     def open_in(self, layer: int) -> npt.NDArray[np.int64] | None:
         """Return the first open block of each row in ``layer``."""
         return None if self.open_from is None else self.open_from[layer]
@@ -80,10 +84,11 @@ class TailCache:
     Args:
         num_layers: layers of the model. Of a sequence's table, these rows are followed by those of their tails.
         staging: for each layer with keys of its own, the row of the blocks that pass through.
+        whole: places of the KV heads of a sequence that has all of them; empty: all sequences have.
     """
 
-    def __init__(self, num_layers: int, staging: dict[int, int]) -> None:
-        self._num_layers = num_layers
+    def __init__(self, num_layers: int, staging: dict[int, int], whole: Places) -> None:
+        self._num_layers, self._whole = num_layers, whole
         self._owners = sorted(staging)
         # Layers that read those of others have rows without strips.
         self._staging = np.asarray([staging.get(layer, num_layers + layer) for layer in range(num_layers)])
@@ -149,8 +154,15 @@ class TailCache:
             for layer in owners if filled.size else []:
                 full[layer].append(tables[layer, row, filled])
                 sealed[layer].append(sequence.table[layer, begin + filled])
-        return Tails(
-            tables, first, _joined(full), _joined(sealed), np.ascontiguousarray(open_from) if waiting else None
+        open_rows = np.ascontiguousarray(open_from) if waiting else None
+        return Tails(tables, first, _joined(full), _joined(sealed), open_rows, self._places(rows))
+
+    def _places(self, rows: Rows[Sequence]) -> Places:
+        """Return the places of KV heads; of rows that have not chosen yet all heads are read, and nothing is sealed."""
+        if not self._whole:
+            return ()
+        return tuple(
+            np.stack(each) for each in zip(*[sequence.places or self._whole for sequence in rows], strict=True)
         )
 
 

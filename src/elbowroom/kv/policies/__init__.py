@@ -6,6 +6,7 @@ from elbowroom.kv.policies.base import (
     NO_LIMIT,
     Cascade,
     ChannelPolicy,
+    HeadPolicy,
     LayerView,
     Merged,
     MergePolicy,
@@ -24,16 +25,22 @@ POLICIES: Registry[Callable[..., TokenPolicy]] = Registry(
     },
 )
 
+HEADS: Registry[Callable[..., HeadPolicy]] = Registry(
+    "KV head policy", {"heads": "elbowroom.kv.policies.heads:HeadsPolicy"}
+)
+
 CHANNELS: Registry[Callable[..., ChannelPolicy]] = Registry(
     "KV channel policy", {"think": "elbowroom.kv.policies.think:ThinKPolicy"}
 )
 
 __all__ = [
     "CHANNELS",
+    "HEADS",
     "NO_LIMIT",
     "POLICIES",
     "Cascade",
     "ChannelPolicy",
+    "HeadPolicy",
     "LayerView",
     "MergePolicy",
     "Merged",

@@ -67,6 +67,13 @@ class LayerView:
     """What a cascade knows; None where the policy is none."""
     num_adjacent: int | None = None
     """Newest tokens between which none was dropped, so that positions go up by one; None: all of them."""
+    open_values: Callable[[int], Tensor] | None = None
+    """Decodes the values of a KV head, float32 ``[n, Dv]``; None: this choice does not look at them."""
+
+    def values(self, head: int) -> Tensor:
+        """Return the values of a KV head, float32 ``[n, Dv]``, where a policy may look at them."""
+        assert self.open_values is not None
+        return self.open_values(head)
 
     def received(self) -> Tensor:
         """Return the attention that each token receives, float32 ``[n]``: of all heads, the mean over the queries."""
@@ -152,6 +159,32 @@ class MergePolicy(TokenPolicy, Protocol):
 
     def merge(self, view: LayerView, count: int) -> Merged:
         """Return how the tokens of a layer share ``count`` slots. The newest 64 stay alone."""
+
+
+class HeadPolicy(Protocol):
+    """Which KV heads of a sequence stay behind its first prompt; one dataclass, one file a policy."""
+
+    @property
+    def name(self) -> str:
+        """Name in plans."""
+
+    @property
+    def window(self) -> int:
+        """Newest queries that ``importance`` looks at."""
+
+    @property
+    def cascades(self) -> bool:
+        """Whether a layer keeps only heads that the layer before it keeps, by the sum of what both have seen."""
+
+    def kept(self, layers: Sequence[LayerSpec]) -> tuple[int, ...]:
+        """Return the KV heads that stay in each layer; all where nothing is chosen.
+
+        Raises:
+            PlanError: it does not suit a model of ``layers``.
+        """
+
+    def importance(self, view: LayerView) -> Tensor:
+        """Return what the heads of a layer are worth, float32 ``[Hkv]``, from queries, keys and values."""
 
 
 class ChannelPolicy(Protocol):

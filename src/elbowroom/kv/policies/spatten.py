@@ -31,7 +31,7 @@ class SpattenPolicy:
     Deviations: tokens go at the end of a prompt and behind parts of long ones, not while one is generated; their
     queries are computed to the last layer; the last queries vote instead of all; layers that keep everything do not
     vote; sinks and the newest tokens always stay; importance is smoothed along the prompt, without which half of a
-    fact stays (SnapKV, arXiv 2404.14469). Heads are not pruned: strips hold all KV heads of a layer together.
+    fact stays (SnapKV, arXiv 2404.14469). Its head pruning is the policy ``heads``.
 
     Args:
         tokens: most tokens that a layer holds, as the mean of those that drop any.
