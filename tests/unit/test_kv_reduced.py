@@ -24,7 +24,7 @@ from elbowroom.memory import Arena, Budget, HostTier, Ledger
 
 SPEC = make_spec(q_heads=4, kv_heads=2, dim=32, v_dim=16)
 WINDOW = make_spec(q_heads=2, dim=32, v_dim=32, window=50)
-NONE, PART, END = PromptPart
+NONE, PART, END, CHOICE = PromptPart
 PLANS = (
     "think(0.5) | plain",
     "think(0.25) | int8",

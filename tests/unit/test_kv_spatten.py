@@ -25,7 +25,7 @@ from elbowroom.kv.policies.spatten import SpattenPolicy, falling
 from elbowroom.kv.span import pack_span, unpack_span
 from elbowroom.memory import Arena, Budget, HostTier, Ledger
 
-NONE, PART, END = PromptPart
+NONE, PART, END, CHOICE = PromptPart
 FULL = make_spec(q_heads=4, kv_heads=2, dim=8, v_dim=4)
 LAYERS = [FULL, FULL, make_spec(q_heads=2, window=50), dataclasses.replace(FULL, softcap=4.0)]
 CHOSEN = [0, 1, 3]

@@ -115,10 +115,9 @@ def _divide(
 ) -> MemoryPlan:
     workspace = workspace_sizes(config, dtype, path, step_tokens, max_sequences)
     books = budget // HostTier.page_bytes * PAGE_BOOK_BYTES
-    temporary = _temporary_bytes(config, path, step_tokens, max_sequences) + plan.choice_bytes(
-        step_tokens, config.max_positions
-    )
-    runtime = RUNTIME_BASE_BYTES + books + temporary
+    runtime = RUNTIME_BASE_BYTES + books + _temporary_bytes(config, path, step_tokens, max_sequences)
+    room = budget - weights - _pages(sum(workspace.values()) + ALIGN * len(workspace)) - runtime
+    runtime += _choice_bytes(plan, step_tokens, config.max_positions, room)
     return MemoryPlan(
         budget_bytes=budget,
         weights_bytes=weights,
@@ -128,6 +127,19 @@ def _divide(
         max_step_tokens=step_tokens,
         max_sequences=max_sequences,
     )
+
+
+def _choice_bytes(plan: BoundPlan, step_tokens: int, max_tokens: int, room: int) -> int:
+    """Return the bytes that are set aside of ``room`` for choosing among the tokens of a sequence.
+
+    Without a bound on what is generated that may be all tokens that the rest of ``room`` holds, ``max_tokens`` at most.
+    """
+    most = plan.choice_bytes(step_tokens, max_tokens)
+    if plan.interval or not plan.chooses:
+        return most
+    least, held = plan.choice_bytes(step_tokens, 0), num_blocks(max_tokens) * plan.chosen_bytes
+    # Bytes of a choice grow with its tokens as their own bytes do.
+    return min(most, least + max(room - least, 0) * (most - least) // (most - least + held))
 
 
 def workspace_sizes(

@@ -129,7 +129,7 @@ class Sealer:
         merger = self._policy if compaction.ends_prompt and isinstance(self._policy, MergePolicy) else None
         if merger is not None and not place.sealed.size:
             return Kept(place.sealed, merger.merge(view, held))
-        kept = _whole_blocks(checked_choice(self._policy, view, held), place)
+        kept = _whole_blocks(checked_choice(self._policy, view, held), place, self._policy.window)
         slots = held - kept.sealed.size * STRIP_TOKENS
         if merger is not None and slots < place.num_open:
             view = LayerView(layer, spec, queries[-place.num_open :], place.open_keys, place.num_open)
@@ -189,15 +189,17 @@ class _HeadKeys:
     def __call__(self, head: int) -> Tensor:
         pool = self._place.main.pool
         strips: Rows[Tensor] = [pool.strip(int(entry)) for entry in self._place.sealed]
-        sealed = [self._codec.open(strip, pool.fmt)[0][head].float() for strip in strips]
+        # Copies: a view would keep the keys of all heads.
+        sealed = [self._codec.open(strip, pool.fmt)[0][head].to(torch.float32, copy=True) for strip in strips]
         return torch.cat([*sealed, self._place.open_keys(head)])
 
 
-def _whole_blocks(chosen: Tensor, place: OpenLayer) -> Kept:
+def _whole_blocks(chosen: Tensor, place: OpenLayer, window: int) -> Kept:
     """Return what stays where sealed blocks stay whole or go, as many tokens as were ``chosen``, int64 ``[Hkv, m]``.
 
     Tokens chosen of the open blocks stay. Sealed blocks share the rest: first the one that holds the first tokens
-    (attention sinks), then those of which the most tokens were chosen. What does not fill a block goes to the newest.
+    (attention sinks), then those with the newest ``window`` tokens, then those of which the most tokens were chosen.
+    What does not fill a block goes to the newest.
     """
     held, num_sealed = chosen.shape[1], place.num_sealed
     is_open = chosen >= num_sealed
@@ -205,7 +207,8 @@ def _whole_blocks(chosen: Tensor, place: OpenLayer) -> Kept:
     marks = torch.zeros(max(place.sealed.size, 1), dtype=torch.int64)
     blocks = chosen[~is_open] // STRIP_TOKENS
     marks.index_add_(0, blocks, torch.ones_like(blocks))
-    marks[0] += chosen.numel()
+    marks[max(num_sealed + place.num_open - window, 0) // STRIP_TOKENS :] += chosen.numel()
+    marks[0] += 2 * chosen.numel()
     best = marks.sort(descending=True, stable=True).indices[:count].sort().values
     rank = torch.arange(place.num_open).repeat(chosen.shape[0], 1)
     for head, (row, mine) in enumerate(zip(chosen, is_open, strict=True)):
