@@ -98,7 +98,7 @@ def test_plans_that_cannot_work_name_the_way_out(text: str, found: str, fix: str
 
 def test_a_plan_with_a_policy_has_one_spelling() -> None:
     plan = KVPlan.parse("int8|snapkv( 256 )")
-    assert plan.text == "snapkv(tokens=256,w=32,kernel=5) | int8()"
+    assert plan.text == "snapkv(tokens=256,w=32,kernel=5,every=0) | int8()"
     assert KVPlan.parse(plan.text) == plan
 
 

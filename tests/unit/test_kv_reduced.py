@@ -305,7 +305,7 @@ def test_plans_that_cannot_work_name_the_way_out(text: str, found: str, fix: str
 
 def test_plans_have_one_spelling() -> None:
     plan = KVPlan.parse("int8|think(0.30)|snapkv(256)")
-    assert plan.text == "snapkv(tokens=256,w=32,kernel=5) | think(cut=0.3,w=32) | int8()"
+    assert plan.text == "snapkv(tokens=256,w=32,kernel=5,every=0) | think(cut=0.3,w=32) | int8()"
     assert KVPlan.parse(plan.text) == plan
     assert ThinKPolicy("0.3") == ThinKPolicy(0.3)
 
