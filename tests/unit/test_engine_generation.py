@@ -159,7 +159,7 @@ def test_a_long_generation_stays_within_a_bound_and_is_that_of_an_oracle(decoder
     stepper.close()
 
 
-@pytest.mark.parametrize("kv", PLANS, ids=str)
+@pytest.mark.parametrize("kv", [*PLANS, "snapkv(256,every=64) | quest(192,skip=0) | int8"], ids=str)
 def test_many_that_generate_share_what_one_would_fill_without_choices(decoder: Decoder, kv: str | KVPlan) -> None:
     """No shortfall, no preemption; sessions go on behind what stayed."""
     stepper = Watched(decoder, kv, 4000 if "kivi" in str(kv) else 2400, NATIVE)

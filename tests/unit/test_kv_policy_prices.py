@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -70,6 +71,8 @@ def test_bytes_of_a_long_generation_are_bounded(text: str) -> None:
     """While each choice is made and behind it, for 1,000 tokens, without more than pages that strips share."""
     plan = KVPlan.parse(text).bind([SPEC, SPEC], "float32")
     pricing = KVPricing.of(plan, 4096, 512, 4096)
+    never = KVPlan.parse(re.sub(r"every=\d+", "every=0", str(KVPlan.parse(text)))).bind([SPEC, SPEC], "float32")
+    assert pricing.by_blocks == KVPricing.of(never, 4096, 512, 4096).by_blocks
     ledger, most = Ledger(Budget({})), 0
     store = PagedStore(plan, Arena(HostTier(), ledger), 2**22)
     handle = store.open()

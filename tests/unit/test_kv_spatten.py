@@ -109,7 +109,7 @@ def test_keys_that_are_read_later_have_no_place_in_a_cascade() -> None:
 
 def test_a_plan_has_one_spelling() -> None:
     plan = KVPlan.parse("int8|spatten( 256, keep=1 )")
-    assert plan.text == "spatten(tokens=256,last=128,keep=1,w=32,sinks=4,kernel=5,rank=cascade) | int8()"
+    assert plan.text == "spatten(tokens=256,last=128,keep=1,w=32,sinks=4,kernel=5,rank=cascade,every=0) | int8()"
     assert KVPlan.parse(plan.text) == plan
 
 

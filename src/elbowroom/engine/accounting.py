@@ -54,7 +54,7 @@ class KVPricing:
     def of(cls, plan: BoundPlan, max_tokens: int, step_tokens: int, page_bytes: int) -> KVPricing:
         """Return the prices of ``plan`` for sequences of up to ``max_tokens``."""
         blocks = np.arange(num_blocks(max_tokens) + 1, dtype=np.int64)
-        curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens)
+        curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens, renews=False)
         slack, open_slack = _page_slack(plan, plan.formats, page_bytes), _page_slack(plan, plan.tails, page_bytes)
         resident = curve.resident_bytes
         if plan.chooses:

@@ -114,21 +114,25 @@ class BoundPlan:
             return 0
         return STRIP_TOKENS if self.tails else 1
 
-    def curve(self, prompt_tokens: int, total_tokens: npt.NDArray[np.int64], step_tokens: int = 1) -> KVCurve:
+    def curve(
+        self, prompt_tokens: int, total_tokens: npt.NDArray[np.int64], step_tokens: int = 1, *, renews: bool = True
+    ) -> KVCurve:
         """Return the bytes of a sequence at each of ``total_tokens``.
 
         Args:
             prompt_tokens: length of its prompt (plans that compress at the prompt's end depend on it).
             total_tokens: int64 ``[n]``, prompt and generated tokens.
             step_tokens: most tokens that one step appends.
+            renews: whether the policy chooses among generated tokens as the plan says; else nothing of them goes.
         """
+        interval = self.interval if renews else 0
         totals = np.asarray(total_tokens, dtype=np.int64)
         resident = (totals % STRIP_TOKENS > 0) * self.tail_bytes
         transient = self._staging_bytes(step_tokens)
         for index, (layer, fmt) in enumerate(zip(self.layers, self.formats, strict=True)):
             if not owns_kv(layer):
                 continue
-            kept = self._kept_tokens(index, prompt_tokens, totals)
+            kept = self._kept_tokens(index, prompt_tokens, totals, interval)
             if self.defers and is_chosen(layer):
                 waiting = np.minimum(totals, self._most_read(index, prompt_tokens))
                 strips = -(-waiting // STRIP_TOKENS) * self.tails[index].strip_bytes
@@ -174,7 +178,9 @@ class BoundPlan:
         gone: npt.NDArray[np.int64] = dropped + np.maximum(-(-above // STRIP_TOKENS), 0)
         return gone
 
-    def _kept_tokens(self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _kept_tokens(
+        self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64], interval: int
+    ) -> npt.NDArray[np.int64]:
         """Return the tokens that a layer holds at each of ``totals``: while a prompt is read and behind it.
 
         Where it chooses while tokens are generated, that is what it holds before the choice and what it writes anew.
@@ -183,10 +189,10 @@ class BoundPlan:
             return totals
         most = self._most_read(index, prompt_tokens)
         generated = np.maximum(totals - prompt_tokens, 0)
-        chosen_at = prompt_tokens + generated // max(self.interval, 1) * self.interval
+        chosen_at = prompt_tokens + generated // max(interval, 1) * interval
         end_limit = self.limit(index, ends_prompt=True)
         stays = totals - _dropped_tokens(end_limit, chosen_at)
-        before = np.maximum(chosen_at - self.interval, prompt_tokens)
+        before = np.maximum(chosen_at - interval, prompt_tokens)
         least = int(self.limits(ends_prompt=True).min())  # if this layer drops tokens, all are written anew
         renews = (chosen_at == totals) & (_dropped_tokens(least, chosen_at) > _dropped_tokens(least, before))
         written = np.full_like(stays, STRIP_TOKENS) if self.defers else stays
