@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.kv_world import assert_close, dense, make_spec
-from tests.support.policies import TaperingPolicy
+from tests.support.policies import TaperingPolicy, live_randomly
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec
@@ -29,7 +29,7 @@ PLANS = (
     KVPlan.parse("snapkv(tokens=150,w=20) | kivi(2,2,32)"),
     KVPlan(KiviCodec(2, 4, 64), TaperingPolicy()),
 )
-NONE, PART, END = PromptPart
+NONE, PART, END, CHOICE = PromptPart
 
 
 @dataclass
@@ -107,7 +107,7 @@ class DeferredWorld:
         if part is not NONE:
             keys, values = self.choose(layer, held, q, keys, values, part)
         held.k[layer], held.v[layer] = keys, values
-        if part is END or (part is NONE and not held.waits):
+        if part.settles or (part is NONE and not held.waits):
             while held.sealed[layer] + STRIP_TOKENS <= keys.shape[1]:
                 self.seal(layer, held)
 
@@ -116,7 +116,7 @@ class DeferredWorld:
     ) -> tuple[Tensor, Tensor]:
         policy, count, sealed = self.plan.policy, keys.shape[1], held.sealed[layer]
         assert policy is not None
-        above = count - policy.limit(layer, part is END)
+        above = count - policy.limit(layer, part.settles)
         if above <= 0:
             return keys, values
         stay = count - -(-above // STRIP_TOKENS) * STRIP_TOKENS
@@ -126,7 +126,9 @@ class DeferredWorld:
         number = min((stay - max(map(len, open_chosen))) // STRIP_TOKENS, sealed // STRIP_TOKENS)
         blocks = range(sealed // STRIP_TOKENS)
         marks = collections.Counter(slot // STRIP_TOKENS for row in chosen for slot in row)
-        best = sorted(sorted(blocks, key=lambda block: (block > 0, -marks[block]))[:number])
+        newest_block = max(count - policy.window, 0) // STRIP_TOKENS
+        ranks = {block: (block > 0, block < newest_block, -marks[block]) for block in blocks}
+        best = sorted(sorted(blocks, key=ranks.__getitem__)[:number])
         slots = [slot for block in best for slot in range(64 * block, 64 * block + 64)]
         rows = []
         for mine in open_chosen:
@@ -249,28 +251,47 @@ def test_a_span_brings_back_a_prompt_that_waits_and_one_that_ended(plan: KVPlan)
 @pytest.mark.parametrize("seed", range(10))
 def test_random_lives(seed: int) -> None:
     rng = random.Random(seed)
-    world = DeferredWorld(rng.choice(PLANS))
-    for _ in range(20):
-        action = rng.choice(["open", "run", "run", "run", "decode", "decode", "fork", "close", "abandon"])
-        handles = list(world.held)
-        if action == "open" or not handles:
-            world.open()
-        elif action == "close" and len(handles) > 3:
-            handle = rng.choice(handles)
-            world.store.close(handle)
-            del world.held[handle]
-        elif action == "fork" and len(handles) < 5:
-            handle = rng.choice(handles)
-            world.held[world.store.fork(handle)] = world.held[handle].copy()
-        elif action == "abandon":
-            world.store.reserve(world.step((rng.choice(handles), rng.randint(1, 400), END)))
-        elif action == "decode":
-            rows = rng.sample(handles, rng.randint(1, min(3, len(handles))))
-            for _ in range(rng.choice([1, 5, 12])):
-                world.run(*((handle, 1, NONE) for handle in rows))
-        else:
-            rows = rng.sample(handles, rng.randint(1, min(3, len(handles))))
-            world.run(*((handle, rng.choice([1, 63, 64, 65, 130, 300]), rng.choice([PART, END])) for handle in rows))
+    live_randomly(DeferredWorld(rng.choice(PLANS)), rng, 20)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_choices_while_tokens_are_generated_drop_sealed_blocks(plan: KVPlan) -> None:
+    """The budget is kept, whatever the place in a block at which a choice comes."""
+    world = DeferredWorld(plan)
+    handle, other = world.open(), world.open()
+    assert plan.policy is not None
+    world.run((handle, 100, END), (other, 256, END))
+    for number in range(1, 321):
+        part = CHOICE if number % 64 == 0 else NONE
+        world.run((handle, 1, part), (other, 1, part))
+        for layer in (0, 2) if part is CHOICE else ():
+            for each in (handle, other):
+                assert world.held[each].k[layer].shape[1] <= plan.policy.limit(layer, True)
+    world.close_all()
+
+
+@pytest.mark.parametrize("call", ["truncate", "fork"])
+def test_who_goes_back_before_a_prompt_has_none_that_waits(call: str) -> None:
+    """Also where its first tokens share a block with older ones: the block is sealed when it is full."""
+    world = DeferredWorld(PLANS[0])
+    handle = world.open()
+    world.run((handle, 70, END))
+    for _ in range(5):
+        world.run((handle, 1, NONE))
+    world.run((handle, 20, PART))
+    before = world.held[handle].copy()
+    if call == "fork":
+        twin = world.store.fork(handle, 75)
+    else:
+        world.store.truncate(handle, 80)  # some of the prompt is left, and waits on
+        assert world.store._sequences[handle.id].is_open
+        world.store.truncate(handle, 75)
+        twin = handle
+    k, v = ([each[:, :75] for each in part] for part in (before.k, before.v))
+    world.held[twin] = Held(k, v, before.sealed, 75)
+    for _ in range(60):
+        world.run((twin, 1, NONE))
+    assert world.held[twin].sealed[0] == 128
     world.close_all()
 
 

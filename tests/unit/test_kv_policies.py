@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.kv_world import assert_close, dense, make_spec
-from tests.support.policies import TAPERING
+from tests.support.policies import TAPERING, live_randomly
 from torch import Tensor
 
 from elbowroom.bench.random_model import random_calibration
@@ -98,7 +98,7 @@ def test_plans_that_cannot_work_name_the_way_out(text: str, found: str, fix: str
 
 def test_a_plan_with_a_policy_has_one_spelling() -> None:
     plan = KVPlan.parse("int8|snapkv( 256 )")
-    assert plan.text == "snapkv(tokens=256,w=32,kernel=5) | int8()"
+    assert plan.text == "snapkv(tokens=256,w=32,kernel=5,every=0) | int8()"
     assert KVPlan.parse(plan.text) == plan
 
 
@@ -191,7 +191,7 @@ class PolicyWorld:
         )
         assert_close(out, expected)
         if part is not PromptPart.NONE and spec.window is None:
-            above = count - self.policy.limit(layer, part is PromptPart.END)
+            above = count - self.policy.limit(layer, part.settles)
             if above > 0:
                 newest = q[-self.policy.window :] if self.policy.window else q[:0]
                 stay = count - -(-above // STRIP_TOKENS) * STRIP_TOKENS
@@ -229,7 +229,7 @@ class PolicyWorld:
 LAYERS = [make_spec(q_heads=4, kv_heads=2, dim=8, v_dim=4), make_spec(q_heads=4, kv_heads=2, dim=8, v_dim=4)]
 MIXED = [*LAYERS, make_spec(q_heads=2, window=50)]
 PLANS = ("streaming(130,sinks=3)", "snapkv(tokens=150,w=20)", TAPERING, "compresskv(150,heads=1)")
-NONE, PART, END = PromptPart
+NONE, PART, END, CHOICE = PromptPart
 
 
 CHUNKS = ([500], [200, 200, 100], [64, 64, 372], [100, 1, 399], [90], [130, 7], [149, 351])
@@ -357,26 +357,23 @@ def test_a_step_that_never_ran_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_random_lives(seed: int) -> None:
     rng = random.Random(seed)
-    world = PolicyWorld(rng.choice(PLANS), MIXED)
-    for _ in range(25):
-        action = rng.choice(["open", "run", "run", "run", "decode", "fork", "close", "abandon"])
-        handles = list(world.held)
-        if action == "open" or not handles:
-            world.open()
-        elif action == "close" and len(handles) > 3:
-            handle = rng.choice(handles)
-            world.store.close(handle)
-            del world.held[handle]
-        elif action == "fork" and len(handles) < 5:
-            handle = rng.choice(handles)
-            world.held[world.store.fork(handle)] = world.held[handle].copy()
-        elif action == "abandon":
-            world.store.reserve(world.step((rng.choice(handles), rng.randint(1, 400), END)))
-        else:
-            rows = rng.sample(handles, rng.randint(1, min(3, len(handles))))
-            sizes = [1, 63, 64, 65, 130, 300] if action == "run" else [1]
-            part = rng.choice([PART, END]) if action == "run" else NONE
-            world.run(*((handle, rng.choice(sizes), part) for handle in rows))
+    live_randomly(PolicyWorld(rng.choice(PLANS), MIXED), rng, 25)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_choices_while_tokens_are_generated_keep_the_budget(plan: str | KVPlan) -> None:
+    """Behind each choice at most the budget stays, and more than a block less; in between, what was generated."""
+    world = PolicyWorld(plan, MIXED)
+    handle, other = world.open(), world.open()
+    world.run((handle, 100, END), (other, 250, END))
+    for number in range(1, 385):
+        choices = [CHOICE if number % every == 0 else NONE for every in (64, 128)]
+        world.run(*zip((handle, other), (1, 1), choices, strict=True))
+        for each, part in zip((handle, other), choices, strict=True):
+            for layer in range(2) if part is CHOICE else ():
+                kept, limit = world.held[each].k[layer].shape[1], world.policy.limit(layer, True)
+                assert kept <= limit
+                assert kept > limit - STRIP_TOKENS or world.held[each].num_tokens == kept
     world.close_all()
 
 

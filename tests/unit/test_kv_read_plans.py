@@ -42,7 +42,7 @@ def test_a_model_without_layers_to_choose_in_is_refused() -> None:
 
 def test_plans_have_one_spelling_and_price_their_bounds() -> None:
     plan = KVPlan.parse("int8 | quest( 512 )|snapkv(256)")
-    assert plan.text == "snapkv(tokens=256,w=32,kernel=5) | quest(tokens=512,skip=2,run=16) | int8()"
+    assert plan.text == "snapkv(tokens=256,w=32,kernel=5,every=0) | quest(tokens=512,skip=2,run=16) | int8()"
     assert KVPlan.parse(plan.text) == plan
     layers, total = [SPEC] * 5, np.array([640])
     prices: dict[str, Any] = {

@@ -24,7 +24,7 @@ from elbowroom.memory import Arena, Budget, HostTier, Ledger
 
 SPEC = make_spec(q_heads=4, kv_heads=2, dim=32, v_dim=16)
 WINDOW = make_spec(q_heads=2, dim=32, v_dim=32, window=50)
-NONE, PART, END = PromptPart
+NONE, PART, END, CHOICE = PromptPart
 PLANS = (
     "think(0.5) | plain",
     "think(0.25) | int8",
@@ -307,7 +307,7 @@ def test_plans_that_cannot_work_name_the_way_out(text: str, found: str, fix: str
 
 def test_plans_have_one_spelling() -> None:
     plan = KVPlan.parse("int8|think(0.30)|snapkv(256)")
-    assert plan.text == "snapkv(tokens=256,w=32,kernel=5) | think(cut=0.3,w=32) | int8()"
+    assert plan.text == "snapkv(tokens=256,w=32,kernel=5,every=0) | think(cut=0.3,w=32) | int8()"
     assert KVPlan.parse(plan.text) == plan
     assert ThinKPolicy("0.3") == ThinKPolicy(0.3)
 

@@ -25,7 +25,7 @@ from elbowroom.kv.policies.spatten import SpattenPolicy, falling
 from elbowroom.kv.span import pack_span, unpack_span
 from elbowroom.memory import Arena, Budget, HostTier, Ledger
 
-NONE, PART, END = PromptPart
+NONE, PART, END, CHOICE = PromptPart
 FULL = make_spec(q_heads=4, kv_heads=2, dim=8, v_dim=4)
 LAYERS = [FULL, FULL, make_spec(q_heads=2, window=50), dataclasses.replace(FULL, softcap=4.0)]
 CHOSEN = [0, 1, 3]
@@ -109,7 +109,7 @@ def test_keys_that_are_read_later_have_no_place_in_a_cascade() -> None:
 
 def test_a_plan_has_one_spelling() -> None:
     plan = KVPlan.parse("int8|spatten( 256, keep=1 )")
-    assert plan.text == "spatten(tokens=256,last=128,keep=1,w=32,sinks=4,kernel=5,rank=cascade) | int8()"
+    assert plan.text == "spatten(tokens=256,last=128,keep=1,w=32,sinks=4,kernel=5,rank=cascade,every=0) | int8()"
     assert KVPlan.parse(plan.text) == plan
 
 

@@ -5,6 +5,7 @@ The numbers come from the plan's curve, rounded up to whole pages, so that a sch
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ class KVPricing:
     """Most tokens of each such layer that stay behind a part of a prompt."""
     end_limits: tuple[int, ...] = ()
     """The same behind its end."""
+    interval: int = 0
+    """Generated tokens behind which a policy chooses anew; 0: never."""
     rollback_grain: int = 1
     """Tokens of whose multiples sequences can go back to any; 0: only to their beginning."""
     namespace: bytes = b""
@@ -55,7 +58,7 @@ class KVPricing:
     ) -> KVPricing:
         """Return the prices of ``plan`` for sequences of up to ``max_tokens``."""
         blocks = np.arange(num_blocks(max_tokens) + 1, dtype=np.int64)
-        curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens)
+        curve = _widened(plan).curve(0, blocks * STRIP_TOKENS, step_tokens, renews=False)
         slack, open_slack = _page_slack(plan, plan.formats, page_bytes), _page_slack(plan, plan.tails, page_bytes)
         resident = curve.resident_bytes
         if plan.chooses:
@@ -85,6 +88,7 @@ class KVPricing:
             open_bytes=tuple(strip + share for strip, share in zip(open_bytes, open_shares, strict=True)),
             prompt_limits=tuple(prompt_limits),
             end_limits=tuple(end_limits),
+            interval=plan.interval,
             rollback_grain=plan.rollback_grain,
             namespace=namespace,
         )
@@ -143,19 +147,56 @@ class KVPricing:
             price += stays * open_cost + fresh * max(open_cost, cost) - held * cost
         return price
 
-    def admission(self, num_tokens: int, dropped: Dropped, computed: int = 0) -> tuple[int, int]:
+    def next_choice(self, prompt_tokens: int, num_tokens: int) -> int:
+        """Return the tokens of a sequence behind its first choice after ``num_tokens``, its prompt included."""
+        return num_tokens + self.interval - (num_tokens - prompt_tokens) % self.interval
+
+    def renewal_bytes(self, num_tokens: int, dropped: Dropped) -> int:
+        """Return the most bytes of a sequence while a policy chooses anew behind generated tokens.
+
+        Args:
+            num_tokens: of the sequence then.
+            dropped: what was dropped of it until now.
+        """
+        blocks = num_blocks(num_tokens)
+        price, after = self.price(blocks, dropped), self.dropped(dropped, num_tokens, ends_prompt=True)
+        if self.open_bytes or after == dropped:  # sealed blocks go or stay; the open one is paid twice in any case
+            return price
+        return price + sum([(blocks - gone) * cost for gone, cost in zip(after, self.layer_bytes, strict=True)])
+
+    def generation_bytes(self, prompt_tokens: int, num_tokens: int) -> int:
+        """Return the most bytes of a sequence from the end of its prompt until it has ``num_tokens``, all private.
+
+        With choices on the way it never holds more than at the last one or behind it: blocks come one by one, and each
+        choice drops as many as came since the one before, or fewer.
+        """
+        chosen, most = prompt_tokens, 0
+        if self.interval and num_tokens >= prompt_tokens + self.interval:
+            chosen = self.next_choice(prompt_tokens, num_tokens) - self.interval
+            before = self.dropped((), chosen - self.interval, ends_prompt=True)
+            most = self.renewal_bytes(chosen, before)
+        return max(most, self.price(num_blocks(num_tokens), self.dropped((), chosen, ends_prompt=True)))
+
+    def admission(
+        self, num_tokens: int, dropped: Dropped, computed: int = 0, num_generated: int = 0
+    ) -> tuple[int, int]:
         """Return the blocks that a sequence of ``num_tokens``, to be read, has paid for at once, and their bytes.
 
         Where something will be chosen it holds fewer, at times twice: then it pays for the peak, and each step looks.
+        The last ``num_generated`` of them, of a sequence that is computed again, are no prompt.
         """
-        paid = self.peak_bytes(num_tokens, dropped, computed)
+        paid = self.peak_bytes(num_tokens - num_generated, dropped, computed)
+        if num_generated:
+            paid = max(paid, self.generation_bytes(num_tokens - num_generated, num_tokens))
         return (0 if self.chooses else num_blocks(num_tokens)), paid
 
-    def largest(self, capacity_bytes: int, dropped: Dropped = ()) -> int:
-        """Return the most tokens that one sequence alone can have read in ``capacity_bytes``."""
-        room = capacity_bytes - self.transient_bytes - self.price(0, dropped)
-        fitting = int(np.searchsorted(np.asarray(self.by_blocks), room, side="right")) - 1
-        return max(fitting, 0) * STRIP_TOKENS
+    def largest(self, capacity_bytes: int, prompt_tokens: int = 0) -> int:
+        """Return the most tokens that one sequence alone can have in ``capacity_bytes``, once its prompt is read."""
+        room, blocks = capacity_bytes - self.transient_bytes, range(len(self.by_blocks))
+        fitting = bisect.bisect_right(
+            blocks, room, key=lambda count: self.generation_bytes(prompt_tokens, count * STRIP_TOKENS)
+        )
+        return max(fitting - 1, 0) * STRIP_TOKENS
 
 
 def _widened(plan: BoundPlan) -> BoundPlan:

@@ -132,7 +132,9 @@ class KVAccount:
 
     def _pay_all(self, seq: SeqState) -> None:
         """Let ``seq`` pay for all tokens it knows, in a slot of its own."""
-        seq.num_blocks, seq.paid_bytes = seq.pricing.admission(len(seq.tokens), seq.dropped, seq.num_computed)
+        seq.num_blocks, seq.paid_bytes = seq.pricing.admission(
+            len(seq.tokens), seq.dropped, seq.num_computed, seq.num_generated
+        )
         self.used_bytes += self.private_bytes(seq.paid_bytes, seq.shared)
 
     def grow(self, seq: SeqState, blocks: int, paid_bytes: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elbowroom.engine.accounting import KVPricing, num_blocks
+from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.types import Request
 from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
 from elbowroom.units import format_bytes
@@ -31,17 +31,16 @@ def max_new_tokens(request: Request, max_positions: int, pricing: KVPricing, cap
             f"{prompt} prompt tokens and {wanted} new ones exceed the context of {max_positions}",
             f"shorten the prompt or lower max_tokens to {max(max_positions - prompt, 0)}",
         )
-    dropped = pricing.dropped((), prompt, ends_prompt=True)
-    room = pricing.largest(capacity_bytes, dropped)
-    need = max(pricing.peak_bytes(prompt, ()), pricing.price(num_blocks(prompt + wanted), dropped))
+    room = pricing.largest(capacity_bytes, prompt)
+    need = max(pricing.peak_bytes(prompt, ()), pricing.generation_bytes(prompt, prompt + wanted))
     need += pricing.transient_bytes
     if need > capacity_bytes:
         choice = f", enough for {room} tokens in all"
         if pricing.chooses:
-            choice = "; while the plan chooses what stays of a prompt, that is held twice"
+            choice = "; while the plan chooses what stays, that is held twice"
         raise RequestTooLarge(
             f"{prompt} prompt tokens and {wanted} new ones need {format_bytes(need)} of KV cache; "
             f"{format_bytes(capacity_bytes)} are there{choice}",
             "raise memory= (--memory), lower max_tokens, or choose a smaller kv= format such as plain(bf16)",
         )
-    return min(max_positions, room) - prompt if asked is None else asked
+    return max(min(max_positions, room) - prompt, wanted) if asked is None else asked

@@ -214,7 +214,7 @@ class Scheduler:
             before = seq.num_computed
             seq.num_computed = before + row.num_tokens + repeats
             if row.prompt:
-                ends = row.prompt is PromptPart.END
+                ends = row.prompt.settles
                 dropped = seq.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
                 if ends or dropped != seq.dropped:
                     self.account.shrink(seq, dropped)
@@ -278,7 +278,8 @@ class Scheduler:
         node = account.match(seq)
         if node is not None:
             account.index.pin(node)
-        if self._fits(account.private_bytes(seq.pricing.admission(len(seq.tokens), ())[1], node)):
+        paid_bytes = seq.pricing.admission(len(seq.tokens), (), 0, seq.num_generated)[1]
+        if self._fits(account.private_bytes(paid_bytes, node)):
             account.open(seq, node)
             return True
         if node is not None:
@@ -346,13 +347,16 @@ class Scheduler:
             return None
         prompt = PromptPart.NONE
         if start < seq.num_prompt:
-            if seq.pricing.chooses:  # computed again: what was generated was not chosen from either
+            if seq.pricing.chooses:  # computed again: what was generated was no part of that choice either
                 stop = min(stop, seq.num_prompt)
             prompt = PromptPart.PART if stop < seq.num_prompt else PromptPart.END
+        elif seq.pricing.interval and stop >= (choice := seq.pricing.next_choice(seq.num_prompt, start)):
+            # By the query of one token, also when it is computed again.
+            stop, prompt = (choice, PromptPart.CHOICE) if start == choice - 1 else (choice - 1, prompt)
         if not self._afford(seq, stop, prompt):
             return None
         if stop == end == start + 1 and start >= seq.num_prompt and not seq.is_new_to_executor:
-            return Row(seq.slot, "decode", start, 1, None, seq.spec)
+            return Row(seq.slot, "decode", start, 1, None, seq.spec, prompt)
         sample = seq.sample_spec() if stop == end and seq.max_new_tokens > 0 else None
         return Row(seq.slot, "chunk", start, stop - start, seq.tokens[start:stop], sample, prompt)
 
@@ -400,7 +404,7 @@ class Scheduler:
     def _give_up(self, seq: SeqState) -> None:
         """Nothing runs, all caches may go, and still ``seq`` does not fit: the budget was lowered after ``add``."""
         account = self.account
-        need = seq.pricing.admission(len(seq.tokens), ())[1] + account.transient_bytes
+        need = seq.pricing.admission(len(seq.tokens), (), 0, seq.num_generated)[1] + account.transient_bytes
         there = account.capacity_bytes - account.lacking_bytes
         text = f"{len(seq.tokens)} tokens need {format_bytes(need)} of KV cache; {format_bytes(there)} are left"
         self._finish(seq, "error", error=RequestTooLarge(text, "raise memory= (--memory)"))
@@ -453,11 +457,12 @@ class Scheduler:
         fewest = self.config.max_positions
         for seq, row in rows:
             # One that ends early is cut back, and a sliding window may have dropped what lies before.
-            if row.kind != "decode" or (seq.stop_token_ids and not seq.pricing.can_share):
+            if row.kind != "decode" or row.prompt or (seq.stop_token_ids and not seq.pricing.can_share):
                 return 1
             paid, last = seq.num_blocks * STRIP_TOKENS, seq.limit - 1
-            left = (min(last, paid)) - row.start
-            fewest = min(fewest, left)
+            if seq.pricing.interval:
+                last = min(last, seq.pricing.next_choice(seq.num_prompt, row.start) - 1)
+            fewest = min(fewest, min(last, paid) - row.start)
         return max(fewest, 1)
 
     def _live(self) -> list[SeqState]:
@@ -466,6 +471,8 @@ class Scheduler:
 
 def _price(seq: SeqState, stop: int, prompt: PromptPart) -> int:
     """Return what a sequence that is computed up to ``stop`` has to have paid."""
+    if prompt is PromptPart.CHOICE:
+        return seq.pricing.renewal_bytes(stop, seq.dropped)
     if prompt and seq.pricing.chooses:
         return seq.pricing.peak_bytes(stop, seq.dropped, seq.num_computed)
     return seq.pricing.price(num_blocks(stop), seq.dropped)

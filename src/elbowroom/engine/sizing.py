@@ -127,10 +127,10 @@ def _divide(
 ) -> MemoryPlan:
     workspace = workspace_sizes(config, dtype, path, step_tokens, max_sequences)
     books = budget // HostTier.page_bytes * PAGE_BOOK_BYTES
-    temporary = _temporary_bytes(config, path, step_tokens, max_sequences) + extra
-    most = config.max_positions
-    temporary += max(plan.choice_bytes(step_tokens, most) + plan.reading_bytes(most) for plan in plans)
-    runtime = RUNTIME_BASE_BYTES + books + temporary
+    runtime = RUNTIME_BASE_BYTES + books + _temporary_bytes(config, path, step_tokens, max_sequences) + extra
+    room = budget - weights - _pages(sum(workspace.values()) + ALIGN * len(workspace)) - runtime
+    longest = config.max_positions
+    runtime += max(_choice_bytes(plan, step_tokens, longest, room) + plan.reading_bytes(longest) for plan in plans)
     return MemoryPlan(
         budget_bytes=budget,
         weights_bytes=weights,
@@ -140,6 +140,19 @@ def _divide(
         max_step_tokens=step_tokens,
         max_sequences=max_sequences,
     )
+
+
+def _choice_bytes(plan: BoundPlan, step_tokens: int, max_tokens: int, room: int) -> int:
+    """Return the bytes that are set aside of ``room`` for choosing among the tokens of a sequence.
+
+    Without a bound on what is generated that may be all tokens that the rest of ``room`` holds, ``max_tokens`` at most.
+    """
+    most = plan.choice_bytes(step_tokens, max_tokens)
+    if plan.interval or not plan.chooses:
+        return most
+    least, held = plan.choice_bytes(step_tokens, 0), num_blocks(max_tokens) * plan.chosen_bytes
+    # Bytes of a choice grow with its tokens as their own bytes do.
+    return min(most, least + max(room - least, 0) * (most - least) // (most - least + held))
 
 
 def workspace_sizes(

@@ -89,7 +89,7 @@ class Row(NamedTuple):
     sample: SampleSpec | None
     """Set when a token is to be sampled behind the last position."""
     prompt: PromptPart = PromptPart.NONE
-    """Whether the tokens are part of a prompt, or its end."""
+    """Whether the tokens are part of a prompt, or its end, or a policy chooses behind a generated one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,11 +33,18 @@ class KVHandle:
 
 
 class PromptPart(IntEnum):
-    """What a row of a step has to do with a prompt: policies choose behind parts of it."""
+    """What a row of a step has to do with a prompt: policies choose behind parts of it, and anew behind it."""
 
     NONE = 0
     PART = 1
     END = 2
+    CHOICE = 3
+    """No prompt: a token behind which the policy chooses as behind the end of one."""
+
+    @property
+    def settles(self) -> bool:
+        """Whether layers keep behind the row what they may hold while tokens are generated."""
+        return self in (PromptPart.END, PromptPart.CHOICE)
 
 
 @dataclass(slots=True)

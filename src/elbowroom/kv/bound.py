@@ -84,6 +84,11 @@ class BoundPlan:
         return max([part.window for part in self._parts if part is not None], default=0)
 
     @property
+    def interval(self) -> int:
+        """Generated tokens behind which a policy chooses anew; 0: never."""
+        return 0 if self.policy is None else self.policy.interval
+
+    @property
     def chosen_layers(self) -> list[int]:
         """Layers that policies choose from; empty without one."""
         if not self.chooses:
@@ -119,21 +124,25 @@ class BoundPlan:
             return 0
         return STRIP_TOKENS if self.tails else 1
 
-    def curve(self, prompt_tokens: int, total_tokens: npt.NDArray[np.int64], step_tokens: int = 1) -> KVCurve:
+    def curve(
+        self, prompt_tokens: int, total_tokens: npt.NDArray[np.int64], step_tokens: int = 1, *, renews: bool = True
+    ) -> KVCurve:
         """Return the bytes of a sequence at each of ``total_tokens``.
 
         Args:
             prompt_tokens: length of its prompt (plans that compress at the prompt's end depend on it).
             total_tokens: int64 ``[n]``, prompt and generated tokens.
             step_tokens: most tokens that one step appends.
+            renews: whether the policy chooses among generated tokens as the plan says; else nothing of them goes.
         """
+        interval = self.interval if renews else 0
         totals = np.asarray(total_tokens, dtype=np.int64)
         resident = (totals % STRIP_TOKENS > 0) * self.tail_bytes
         transient = self._staging_bytes(step_tokens)
         for index, (layer, fmt) in enumerate(zip(self.layers, self.formats, strict=True)):
             if not owns_kv(layer):
                 continue
-            kept = self._kept_tokens(index, prompt_tokens, totals)
+            kept = self._kept_tokens(index, prompt_tokens, totals, interval)
             if self.defers and is_chosen(layer):
                 waiting = np.minimum(totals, self._most_read(index, prompt_tokens))
                 strips = -(-waiting // STRIP_TOKENS) * self.tails[index].strip_bytes
@@ -179,14 +188,26 @@ class BoundPlan:
         gone: npt.NDArray[np.int64] = dropped + np.maximum(-(-above // STRIP_TOKENS), 0)
         return gone
 
-    def _kept_tokens(self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the tokens that a layer holds at each of ``totals``: while a prompt is read and behind it."""
+    def _kept_tokens(
+        self, index: int, prompt_tokens: int, totals: npt.NDArray[np.int64], interval: int
+    ) -> npt.NDArray[np.int64]:
+        """Return the tokens that a layer holds at each of ``totals``: while a prompt is read and behind it.
+
+        Where it chooses while tokens are generated, that is what it holds before the choice and what it writes anew.
+        """
         if not self.chooses or not is_chosen(self.layers[index]):
             return totals
-        end_limit = self.limit(index, ends_prompt=True)
-        dropped = max(-(-(prompt_tokens - end_limit) // STRIP_TOKENS), 0)
         most = self._most_read(index, prompt_tokens)
-        return np.where(totals > prompt_tokens, totals - dropped * STRIP_TOKENS, np.minimum(totals, most))
+        generated = np.maximum(totals - prompt_tokens, 0)
+        chosen_at = prompt_tokens + generated // max(interval, 1) * interval
+        end_limit = self.limit(index, ends_prompt=True)
+        stays = totals - _dropped_tokens(end_limit, chosen_at)
+        before = np.maximum(chosen_at - interval, prompt_tokens)
+        least = int(self.limits(ends_prompt=True).min())  # if this layer drops tokens, all are written anew
+        renews = (chosen_at == totals) & (_dropped_tokens(least, chosen_at) > _dropped_tokens(least, before))
+        written = np.full_like(stays, STRIP_TOKENS) if self.defers else stays
+        behind = np.where(renews, totals - _dropped_tokens(end_limit, before) + written, stays)
+        return np.where(totals > prompt_tokens, behind, np.minimum(totals, most))
 
     def _most_read(self, index: int, prompt_tokens: int) -> int:
         """Return the most tokens of a chosen layer while a prompt is read: what stays, and where it is written anew."""
@@ -202,7 +223,8 @@ class BoundPlan:
 
         Keys of a head in float32 and as they are stored, three times the scores of the window's queries, the strips'
         bytes on their way, and attention, whose output then lies outside the workspace. A cascade adds its books of
-        tokens; layers without a limit are moved strip by strip, unless they are sealed.
+        tokens; layers without a limit are moved strip by strip, unless they are sealed. A later prompt of a session
+        begins behind all that was generated; where that is sealed it is looked at and not moved.
 
         Args:
             step_tokens: most tokens of a step.
@@ -215,14 +237,18 @@ class BoundPlan:
             limit = self.limit(index, ends_prompt=False)
             if limit >= NO_LIMIT and not self.defers:
                 continue
-            tokens = min(limit, max_tokens) + step_tokens + STRIP_TOKENS
+            generated = self.limit(index, ends_prompt=True) + self.interval if self.interval else NO_LIMIT
+            read, held = (
+                min(count, max_tokens) + step_tokens + STRIP_TOKENS for count in (limit, max(limit, generated))
+            )
             scores = 0
             if policy is not None:
                 scores = (12 * layer.group_size + 1) * policy.window + CASCADE_BYTES * policy.cascades
             if heads is not None:  # behind the tokens' scores; and values of a head
                 scores = max(scores, (12 * layer.group_size + 1) * heads.window + 8 * layer.v_head_dim)
-            moved = 8 * (layer.head_dim + layer.v_head_dim) * (layer.num_kv_heads if self.defers else 1)
-            most = max(most, tokens * (scores + 8 * layer.head_dim + moved))
+            width = 8 * (layer.head_dim + layer.v_head_dim)
+            moved = read * width * layer.num_kv_heads if self.defers else held * width
+            most = max(most, held * (scores + 8 * layer.head_dim) + moved)
         return most + max(4 * step_tokens * layer.num_q_heads * (layer.v_head_dim + 1) for layer in self.layers)
 
     def reading_bytes(self, max_tokens: int) -> int:
@@ -268,6 +294,13 @@ class BoundPlan:
         kept = f"{self.formats}|{self.tails}|{self.layers}|{self.orders}"
         digest.update(f"v1|{self.plan.text}|{self.policy}|{kept}".encode())
         return digest.digest()
+
+
+def _dropped_tokens(limit: int, num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the tokens, in whole blocks, that a layer has dropped when it chose to hold ``limit`` of some."""
+    above = np.maximum(num_tokens - limit, 0)
+    dropped: npt.NDArray[np.int64] = -(-above // STRIP_TOKENS) * STRIP_TOKENS
+    return dropped
 
 
 def owns_kv(layer: LayerSpec) -> bool:

@@ -66,12 +66,14 @@ class Compaction:
         first, end = self.dropped_blocks[layers], blocks_of(self.num_tokens)
         if self.open_from is None:
             return end - first
-        before, full = self.sequence.expired_blocks[layers], self.num_tokens // STRIP_TOKENS
+        open_from, full = self.open_from[layers], self.num_tokens // STRIP_TOKENS
         # Where nothing goes all that was sealed stays; else that may go as well.
-        sealed = np.where(first == before, self.open_from[layers] - before, 0)
+        sealed = np.where(first == self.sequence.expired_blocks[layers], open_from - first, 0)
         if not self.ends_prompt:
             return (end - first - sealed) * (lane.holding.part == "staging")
-        return full - first - sealed if lane.holding.part == "fresh" else np.full(layers.size, end - full)
+        if lane.holding.part != "fresh":
+            return np.full(layers.size, end - full)
+        return np.minimum(full - first - sealed, end - open_from)  # open tokens fill no more than they took
 
     def held_tokens(self, layer: int) -> int:
         """Return the tokens of a layer that stay."""

@@ -17,7 +17,7 @@ from elbowroom.core import STRIP_TOKENS
 from elbowroom.errors import IntegrityError
 from elbowroom.kernels import attention
 from elbowroom.kernels.base import TALLY, LayerStrips, Tail
-from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, PromptPart, Shortfall, Want
+from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Shortfall, Want
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.capacity import Capacity
 from elbowroom.kv.cascade import check_history, read_history
@@ -29,7 +29,7 @@ from elbowroom.kv.heads import read_places, write_places
 from elbowroom.kv.held import read_tokens, report
 from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
-from elbowroom.kv.prepare import Prepared, Preparer
+from elbowroom.kv.prepare import Prepared, Preparer, part_of
 from elbowroom.kv.read_count import plane_reads
 from elbowroom.kv.sealing import Sealer, open_layer
 from elbowroom.kv.sequence import Rows, Sequence
@@ -286,8 +286,10 @@ class PagedStore:
         """Note what was chosen, and which blocks go on waiting for the end of a prompt."""
         count = len(self.plan.layers)
         for row, open_from in prepared.waiting.items():
-            ends = step.prompts is not None and step.prompts[row] == PromptPart.END
-            prepared.rows[row].open_from[:count] = NEVER if ends else open_from
+            sequence = prepared.rows[row]
+            if not sequence.is_open:
+                sequence.open_start = sequence.step_start
+            sequence.open_from[:count] = NEVER if part_of(step, row).settles else open_from
         for each in prepared.compactions:
             each.sequence.chosen_tokens = each.num_tokens
             if each.cascade is not None:

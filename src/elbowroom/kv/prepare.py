@@ -125,7 +125,7 @@ class Preparer:
         for row, sequence in enumerate(rows):
             if sequence.is_open:
                 found[row] = sequence.open_from[:count].copy()
-            elif _part(step, row) is not PromptPart.NONE:
+            elif part_of(step, row) is not PromptPart.NONE:
                 found[row] = np.full(count, NEVER, dtype=np.int64)
                 found[row][self._plan.chosen_layers] = sequence.num_tokens // STRIP_TOKENS
         return found
@@ -137,7 +137,7 @@ class Preparer:
             return None
         decodes = np.diff(step.row_starts) == 1
         if step.prompts is not None:
-            decodes &= step.prompts == PromptPart.NONE
+            decodes &= np.isin(step.prompts, (PromptPart.NONE, PromptPart.CHOICE))
         decodes[list(waiting)] = False
         return reads.reading(decodes.astype(np.uint8)) if decodes.any() else None
 
@@ -177,10 +177,10 @@ class Preparer:
         self, step: KVStep, row: int, sequence: Sequence, num_tokens: int, open_from: npt.NDArray[np.int64] | None
     ) -> Compaction | None:
         """Return what a row drops of each layer, and seals at its prompt's end; None: nothing."""
-        part = _part(step, row)
+        part = part_of(step, row)
         if part is PromptPart.NONE or not self._pools.staging or not self._plan.chooses:
             return None
-        before, ends = sequence.expired_blocks[: len(self._plan.layers)], part is PromptPart.END
+        before, ends = sequence.expired_blocks[: len(self._plan.layers)], part.settles
         dropped = self._plan.dropped_blocks(before, num_tokens, ends_prompt=ends)
         seals = open_from is not None and ends and bool((open_from < num_tokens // STRIP_TOKENS).any())
         chooses_heads = ends and bool(self._plan.kept_heads) and not sequence.places
@@ -311,7 +311,7 @@ class Preparer:
             lane.pool.release(old)
 
 
-def _part(step: KVStep, row: int) -> PromptPart:
+def part_of(step: KVStep, row: int) -> PromptPart:
     """Return what a row has to do with a prompt."""
     return PromptPart.NONE if step.prompts is None else PromptPart(step.prompts[row])
 

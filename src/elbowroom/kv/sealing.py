@@ -151,7 +151,7 @@ class Sealer:
             return Kept(place.sealed, merger.merge(view, held), spec.rope)
         chosen = checked_choice(self._policy, view, held)
         alive = heads_of(compaction.sequence.places[layer]) if compaction.sequence.places else slice(None)
-        kept = _whole_blocks(chosen, place, chosen[alive])
+        kept = _whole_blocks(chosen, place, chosen[alive], self._policy.window)
         slots = held - kept.sealed.size * STRIP_TOKENS
         if merger is not None and slots < place.num_open:
             adjacent = min(adjacent, place.num_open)
@@ -229,16 +229,17 @@ class _HeadKeys:
     def __call__(self, head: int) -> Tensor:
         pool = self._place.main.pool
         strips: Rows[Tensor] = [pool.strip(int(entry)) for entry in self._place.sealed]
-        sealed = [self._codec.open(strip, pool.fmt)[0][head].float() for strip in strips]
+        # Copies: a view would keep the keys of all heads.
+        sealed = [self._codec.open(strip, pool.fmt)[0][head].to(torch.float32, copy=True) for strip in strips]
         return torch.cat([*sealed, self._place.open_keys(head)])
 
 
-def _whole_blocks(chosen: Tensor, place: OpenLayer, votes: Tensor) -> Kept:
+def _whole_blocks(chosen: Tensor, place: OpenLayer, votes: Tensor, window: int) -> Kept:
     """Return what stays where sealed blocks stay whole or go, as many tokens as were ``chosen``, int64 ``[Hkv, m]``.
 
     ``votes`` are the rows of the KV heads that read sealed blocks. Tokens chosen of the open blocks stay. Sealed blocks
-    share the rest: first the one that holds the first tokens (attention sinks), then those of which the most tokens
-    were chosen. What does not fill a block goes to the newest.
+    share the rest: first the one that holds the first tokens (attention sinks), then those with the newest ``window``
+    tokens, then those of which the most tokens were chosen. What does not fill a block goes to the newest.
     """
     held, num_sealed = chosen.shape[1], place.num_sealed
     is_open = chosen >= num_sealed
@@ -246,7 +247,8 @@ def _whole_blocks(chosen: Tensor, place: OpenLayer, votes: Tensor) -> Kept:
     marks = torch.zeros(max(place.sealed.size, 1), dtype=torch.int64)
     blocks = votes[votes < num_sealed] // STRIP_TOKENS
     marks.index_add_(0, blocks, torch.ones_like(blocks))
-    marks[0] += chosen.numel()
+    marks[max(num_sealed + place.num_open - window, 0) // STRIP_TOKENS :] += chosen.numel()
+    marks[0] += 2 * chosen.numel()
     best = marks.sort(descending=True, stable=True).indices[:count].sort().values
     rank = torch.arange(place.num_open).repeat(chosen.shape[0], 1)
     for head, (row, mine) in enumerate(zip(chosen, is_open, strict=True)):

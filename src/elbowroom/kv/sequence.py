@@ -34,6 +34,8 @@ class Sequence:
         """For each row, leading blocks that are gone: behind a window, or blocks' worth of what a policy dropped."""
         self.open_from = np.full(num_rows, NEVER, dtype=np.int64)
         """For each layer, the first block of a prompt that waits, unsealed, for its end; NEVER between prompts."""
+        self.open_start = 0
+        """Tokens before that prompt: who goes back to them has none that waits."""
         self.chosen_tokens = 0
         """Tokens when a policy chose the last time: what lies before cannot be gone back to."""
         self.history: TokenHistory | None = None
@@ -101,12 +103,12 @@ class Sequence:
         self.num_blocks = min(self.num_blocks, blocks)
         self.shared_blocks = min(self.shared_blocks, blocks)
         self.expired_blocks = np.minimum(self.expired_blocks, blocks)
-        self._close_behind(blocks)
+        self._close_behind()
         self.version += 1
 
-    def _close_behind(self, num_blocks: int) -> None:
-        """Note that no prompt waits for its end any more, if none of its blocks is among the first ``num_blocks``."""
-        if (self.open_from[self.open_from < NEVER] >= num_blocks).any():
+    def _close_behind(self) -> None:
+        """Note that no prompt waits for its end any more, if none of its tokens is left."""
+        if self.num_tokens <= self.open_start:
             self.open_from[:] = NEVER
 
     def prefix(self, num_tokens: int) -> Sequence:
@@ -116,7 +118,8 @@ class Sequence:
         twin.shared_blocks = blocks_of(num_tokens)
         twin.expired_blocks = np.minimum(self.expired_blocks, twin.shared_blocks)
         twin.chosen_tokens, twin.open_from = self.chosen_tokens, self.open_from.copy()
-        twin._close_behind(twin.shared_blocks)
+        twin.open_start = self.open_start
+        twin._close_behind()
         twin.history, twin.places = self.history, self.places
         self.shared_blocks = max(self.shared_blocks, twin.shared_blocks)
         return twin

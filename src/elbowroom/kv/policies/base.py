@@ -1,8 +1,8 @@
 """The seam of token policies: a small pure object decides which tokens stay; the store moves the bytes.
 
-When a prompt ends, or a part of a long one has been read, and a layer holds more tokens than ``limit`` says, the store
-drops whole blocks' worth: the tokens that stay move up to the end of the prompt, so that later tokens keep their
-places and nothing that was rotated is rotated again.
+When a prompt ends, a part of a long one has been read or ``interval`` tokens were generated, and a layer holds more
+tokens than ``limit`` says, the store drops whole blocks' worth: the tokens that stay move up to the end of the
+sequence, so that later tokens keep their places and nothing that was rotated is rotated again.
 """
 
 from __future__ import annotations
@@ -122,6 +122,13 @@ class TokenPolicy(Protocol):
         """Newest queries that ``select`` looks at; 0: none."""
 
     @property
+    def interval(self) -> int:
+        """Generated tokens behind which it chooses anew, each time; a multiple of 64, or 0: never.
+
+        Then the newest query alone looks at what is held (W is 1), in every schedule.
+        """
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether ``calibrated`` needs measurements of the model."""
 
@@ -140,7 +147,10 @@ class TokenPolicy(Protocol):
         """
 
     def limit(self, layer: int, ends_prompt: bool) -> int:
-        """Return the most tokens that ``layer`` holds behind a step which reads a prompt, or ends one."""
+        """Return the most tokens that ``layer`` holds behind a step which reads a prompt, or ends one.
+
+        Behind one that chooses while tokens are generated it holds what it may behind a prompt's end.
+        """
 
     def select(self, view: LayerView, count: int) -> Tensor:
         """Return the tokens that stay, ascending, int64 ``[Hkv, count]``, or ``[1, count]`` for all heads alike.

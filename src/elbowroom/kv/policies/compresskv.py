@@ -14,7 +14,7 @@ from elbowroom.errors import PlanError
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import LayerView
 from elbowroom.kv.policies.budgets import LEAST_TOKENS, layer_budgets
-from elbowroom.kv.policies.parameters import READING, check_budget, one_of, whole
+from elbowroom.kv.policies.parameters import READING, check_budget, check_interval, one_of, whole
 from elbowroom.kv.policies.voting import vote
 
 _PICKS = ("srh", "classic", "random", "all")
@@ -27,7 +27,8 @@ class CompressKVPolicy:
 
     Which heads those are and what each layer loses without tokens is measured once a model (``elbowroom calibrate``).
     While a long prompt is read in parts, four times the budget stays behind each part. Deviation: no layer has a budget
-    below what always stays, as tokens go in blocks.
+    below what always stays, as tokens go in blocks. With ``every`` it chooses while tokens are generated, too, by the
+    query of one token.
 
     Args:
         tokens: most tokens that a layer holds on average when a prompt has been read.
@@ -36,6 +37,7 @@ class CompressKVPolicy:
         heads: query heads of each layer that vote.
         pick: which: ``srh`` (best semantic retrieval heads), ``classic`` (best copying heads), ``random``, ``all``.
         budgets: of the layers, by ``error`` or ``uniform``.
+        every: generated tokens behind which it chooses anew, a multiple of 64; 0: never, as in the paper.
     """
 
     tokens: int | str = 256
@@ -44,6 +46,7 @@ class CompressKVPolicy:
     heads: int | str = 4
     pick: str = "srh"
     budgets: str = "error"
+    every: int | str = 0
     voters: tuple[tuple[int, ...], ...] = field(default=(), init=False)
     """Of each layer, once bound to a model: the query heads that vote."""
     limits: tuple[int, ...] = field(default=(), init=False)
@@ -61,6 +64,7 @@ class CompressKVPolicy:
                 f"KV policy {self.name!r} cannot centre kernel={self.kernel} on a token", "give an odd kernel"
             )
         check_budget(self.name, int(self.tokens), int(self.w))
+        check_interval(self)
 
     @property
     def window(self) -> int:
@@ -71,6 +75,11 @@ class CompressKVPolicy:
     def needs_calibration(self) -> bool:
         """Whether heads or budgets come from measurements."""
         return self.pick in ("srh", "classic") or self.budgets == "error"
+
+    @property
+    def interval(self) -> int:
+        """Generated tokens from choice to choice."""
+        return int(self.every)
 
     def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> CompressKVPolicy:
         """Return the policy with the heads and the budgets of a model's layers.

@@ -60,6 +60,8 @@ class KVMergerPolicy:
     name: ClassVar[str] = "kvmerger"
     needs_calibration: ClassVar[bool] = False
     cascades: ClassVar[bool] = False
+    interval: ClassVar[int] = 0
+    """Generated tokens stay: they are sealed block by block, and what is sealed is not merged."""
 
     def __post_init__(self) -> None:
         """Read the parameters as numbers."""

@@ -18,6 +18,11 @@ class _Named(Protocol):
     def name(self) -> str: ...
 
 
+class _Renewed(_Named, Protocol):
+    @property
+    def interval(self) -> int: ...
+
+
 def whole(policy: _Named, *names: str, least: int = 1) -> None:
     """Turn the fields ``names`` of a frozen dataclass into numbers of at least ``least``.
 
@@ -35,6 +40,21 @@ def whole(policy: _Named, *names: str, least: int = 1) -> None:
                 f"KV policy {policy.name!r} cannot take {name}={value}", f"give {name} as a number above {least - 1}"
             )
         object.__setattr__(policy, name, number)
+
+
+def check_interval(policy: _Renewed) -> None:
+    """Turn the field ``every`` of a frozen dataclass into a number: generated tokens from choice to choice.
+
+    Raises:
+        PlanError: it is not 0 and no multiple of a block.
+    """
+    whole(policy, "every", least=0)
+    every = policy.interval
+    if every % STRIP_TOKENS:
+        raise PlanError(
+            f"KV policy {policy.name!r} cannot take every={every}: tokens go in blocks of {STRIP_TOKENS}",
+            f"give every={-(-every // STRIP_TOKENS) * STRIP_TOKENS}, or 0: what is generated stays",
+        )
 
 
 def one_of(policy: _Named, name: str, choices: Sequence[str]) -> None:

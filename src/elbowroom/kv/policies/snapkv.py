@@ -13,7 +13,7 @@ from elbowroom.core import LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import LayerView
-from elbowroom.kv.policies.parameters import READING, check_budget, whole
+from elbowroom.kv.policies.parameters import READING, check_budget, check_interval, whole
 from elbowroom.kv.policies.voting import best_and_newest
 
 
@@ -22,17 +22,20 @@ class SnapKVPolicy:
     """SnapKV (Li et al., arXiv 2404.14469): attention of the last queries, smoothed along the prompt, for each KV head.
 
     The scores of a KV head are the mean over its own query heads (a public baseline averages across groups). While a
-    long prompt is read in parts, four times the budget stays behind each part.
+    long prompt is read in parts, four times the budget stays behind each part. With ``every``, which the paper does not
+    have, it chooses while tokens are generated, too, by the query of one token.
 
     Args:
         tokens: most tokens that a layer holds when a prompt has been read.
         w: newest tokens, which stay and whose queries choose.
         kernel: width of the average pooling along the prompt; odd.
+        every: generated tokens behind which it chooses anew, a multiple of 64; 0: never, as in the paper.
     """
 
     tokens: int | str = 512
     w: int | str = 32
     kernel: int | str = 5
+    every: int | str = 0
     name: ClassVar[str] = "snapkv"
     needs_calibration: ClassVar[bool] = False
     cascades: ClassVar[bool] = False
@@ -43,11 +46,17 @@ class SnapKVPolicy:
         if int(self.kernel) % 2 == 0:
             raise PlanError(f"KV policy 'snapkv' cannot centre kernel={self.kernel} on a token", "give an odd kernel")
         check_budget(self.name, int(self.tokens), int(self.w))
+        check_interval(self)
 
     @property
     def window(self) -> int:
         """Newest queries that choose."""
         return int(self.w)
+
+    @property
+    def interval(self) -> int:
+        """Generated tokens from choice to choice."""
+        return int(self.every)
 
     def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> Self:
         """Return itself."""

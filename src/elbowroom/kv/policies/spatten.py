@@ -14,7 +14,7 @@ from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import NO_LIMIT, LayerView
-from elbowroom.kv.policies.parameters import READING, check_budget, one_of, whole
+from elbowroom.kv.policies.parameters import READING, check_budget, check_interval, one_of, whole
 
 _RANKS = ("cascade", "layer")
 
@@ -28,8 +28,9 @@ class SpattenPolicy:
     Earlier prompts of a session count half as much with each later one. While a long prompt is read in parts, four
     times the budgets stay behind each part.
 
-    Deviations: tokens go at the end of a prompt and behind parts of long ones, not while one is generated; their
-    queries are computed to the last layer; the last queries vote instead of all; layers that keep everything do not
+    Deviations: tokens go at the end of a prompt and behind parts of long ones, and only with ``every`` while tokens are
+    generated; their queries are computed to the last layer; the last queries vote instead of all (of generated tokens,
+    one in ``every``, with the memory of earlier choices); layers that keep everything do not
     vote; sinks and the newest tokens always stay; importance is smoothed along the prompt, without which half of a
     fact stays (SnapKV, arXiv 2404.14469). Its head pruning is the policy ``heads``.
 
@@ -41,6 +42,7 @@ class SpattenPolicy:
         sinks: leading tokens that stay.
         kernel: width of the average pooling of importance along the prompt; odd; 1: none, as in the paper.
         rank: ``cascade``, or ``layer``: each layer chooses by itself, with the same budgets (for comparison).
+        every: generated tokens behind which it chooses anew, a multiple of 64; 0: never.
     """
 
     tokens: int | str = 512
@@ -50,6 +52,7 @@ class SpattenPolicy:
     sinks: int | str = 4
     kernel: int | str = 5
     rank: str = "cascade"
+    every: int | str = 0
     budgets: tuple[int, ...] = field(default=(), init=False)
     """Of each layer, once bound to a model."""
     name: ClassVar[str] = "spatten"
@@ -68,6 +71,7 @@ class SpattenPolicy:
         check_budget(self.name, tokens, always)
         last = int(self.last) or max(tokens // 2, always + STRIP_TOKENS)
         check_budget(self.name, last, always, "last")
+        check_interval(self)
         if last > tokens:
             raise PlanError(
                 f"KV policy {self.name!r} cannot hold {last} tokens in the last layer and only {tokens} on average",
@@ -84,6 +88,11 @@ class SpattenPolicy:
     def cascades(self) -> bool:
         """Whether layers choose from what the layer before keeps."""
         return self.rank == "cascade"
+
+    @property
+    def interval(self) -> int:
+        """Generated tokens from choice to choice."""
+        return int(self.every)
 
     def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> SpattenPolicy:
         """Return the policy with the budgets of a model's layers.

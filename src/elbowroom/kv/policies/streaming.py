@@ -12,22 +12,25 @@ from torch import Tensor
 from elbowroom.core import LayerSpec
 from elbowroom.kv.calibration import Calibration
 from elbowroom.kv.policies.base import LayerView
-from elbowroom.kv.policies.parameters import check_budget, whole
+from elbowroom.kv.policies.parameters import check_budget, check_interval, whole
 
 
 @dataclass(frozen=True, slots=True)
 class StreamingPolicy:
-    """StreamingLLM (Xiao et al., arXiv 2309.17453) at a prompt's end: attention sinks and a window of recent tokens.
+    """StreamingLLM (Xiao et al., arXiv 2309.17453): attention sinks and a window of recent tokens.
 
-    A baseline. Deviations: tokens that are generated stay, and keys keep the positions at which they were rotated.
+    A baseline. Deviations: tokens go behind parts and ends of prompts and behind ``every`` generated ones, not one by
+    one, and keys keep the positions at which they were rotated.
 
     Args:
         tokens: most tokens that a layer holds when a prompt has been read.
         sinks: leading tokens that stay.
+        every: generated tokens behind which the window moves on, a multiple of 64; 0: what is generated stays.
     """
 
     tokens: int | str = 512
     sinks: int | str = 4
+    every: int | str = 64
     name: ClassVar[str] = "streaming"
     needs_calibration: ClassVar[bool] = False
     cascades: ClassVar[bool] = False
@@ -37,6 +40,12 @@ class StreamingPolicy:
         """Read the parameters as numbers."""
         whole(self, "tokens", "sinks")
         check_budget(self.name, int(self.tokens), int(self.sinks) + 1)
+        check_interval(self)
+
+    @property
+    def interval(self) -> int:
+        """Generated tokens from choice to choice."""
+        return int(self.every)
 
     def calibrated(self, layers: Sequence[LayerSpec], calibration: Calibration | None) -> Self:
         """Return itself."""
