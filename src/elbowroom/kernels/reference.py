@@ -65,13 +65,12 @@ class ReferenceKernels:
         sealed = None if strips.tail is None else _Part(strips.table, None, strips.base, strips.fmt, strips.layout)
         for sequence, start, end in _row_blocks(step, TILE_ROWS):
             low, high = _visible(step, sequence, start, end, spec.window)
-            if isinstance(strips.selection, Progress):
-                if strips.selection.rows[sequence]:
-                    progressive.attend_row(strips, spec, sequence, q[start], out[start], lse[start])
-                    continue
+            selection = strips.selection
+            if isinstance(selection, Progress) and selection.rows[sequence]:
+                progressive.attend_row(strips, spec, sequence, q[start], out[start], lse[start])
+                continue
             merged = _Softmax(q[start:end], spec, strips.open_fmt)
             read = None
-            selection = strips.selection
             if isinstance(selection, Selection) and selection.rows[sequence] and not _waits(strips, sequence, high):
                 read = _selected(sealed or opened, sequence, q[start], low, high, selection.num_blocks)
             if sealed is not None:
