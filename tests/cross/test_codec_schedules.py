@@ -19,7 +19,7 @@ from elbowroom.models.path import ANY, ComputePath
 pytest.importorskip("transformers", reason="the reference implementation is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-PLANS = ("int8", "fp8", "bfp(k=8,v=4,n=16)", "kivi(k=2,v=2,g=32)", "kivi(k=4,v=4,g=64)")
+PLANS = ("int8", "fp8", "bfp(k=8,v=4,n=16)", "kivi(k=2,v=2,g=32)", "kivi(k=4,v=4,g=64)", "planes(g=16)")
 COUNT = 48
 LENGTHS = (100, 170)
 GAP = 0.005

@@ -240,7 +240,7 @@ class World:
             ref, positions = self.refs[handle], torch.from_numpy(step.positions[rows])
             sealed = self.sealed(source, ref)
             out, lse, probs = dense(spec, q[rows], ref.k[source], ref.v[source], positions, sealed)
-            close = assert_nearly if self.store._codec.name in ("int8", "bfp", "kivi") else assert_close
+            close = assert_nearly if self.store._codec.name in ("int8", "bfp", "kivi", "planes") else assert_close
             close(got.out[rows], out)
             close(got.lse[rows], lse)
             if got.colsum is not None:

@@ -22,6 +22,7 @@ from elbowroom.kv.codecs.bfp import BfpRows
 from elbowroom.kv.codecs.fp8 import Fp8Rows
 from elbowroom.kv.codecs.int8 import Int8Rows
 from elbowroom.kv.codecs.ordered import in_order
+from elbowroom.kv.codecs.planes import PlaneRows
 from elbowroom.kv.codecs.rows import RowFormat
 from elbowroom.kv.plan import KVPlan
 
@@ -31,6 +32,7 @@ ROWS: list[tuple[RowFormat, float]] = [
     (BfpRows(4, 32), 2**-2),
     (BfpRows(4, 16), 2**-2),
     (BfpRows(8, 32), 2**-6),
+    (PlaneRows(32), 1 / 255 * 1.01),
 ]
 """Formats with their worst error as a share of the largest value of a vector (or block)."""
 SPEC = LayerSpec(num_q_heads=4, num_kv_heads=2, head_dim=64, v_head_dim=64, scale=0.125, rope=None)
@@ -52,7 +54,7 @@ def test_rounding_is_bounded(rows: RowFormat, error: float, seed: int, power: in
     decoded = rows.decode(parts)
     assert ((decoded - x).abs() <= error * x.abs().amax(-1, keepdim=True) + 2.0**-10).all()
     again = rows.decode(rows.encode(decoded))
-    assert isinstance(rows, Int8Rows) or torch.equal(again, decoded)
+    assert isinstance(rows, Int8Rows | PlaneRows) or torch.equal(again, decoded)
 
 
 @pytest.mark.parametrize(("rows", "_"), ROWS, ids=str)
@@ -83,7 +85,15 @@ def test_fp8_saturates() -> None:
 
 @pytest.mark.parametrize(
     ("plan", "bits"),
-    [("fp8", 8), ("int8", 8.25), ("bfp", 4.25), ("bfp(n=16)", 4.5), ("bfp(k=8,v=4)", 6.25), ("bfp(8,8,64)", 8.125)],
+    [
+        ("fp8", 8),
+        ("int8", 8.25),
+        ("bfp", 4.25),
+        ("bfp(n=16)", 4.5),
+        ("bfp(k=8,v=4)", 6.25),
+        ("bfp(8,8,64)", 8.125),
+        ("planes", 8.625),
+    ],
 )
 def test_a_strip_has_the_bits_that_the_codec_names(plan: str, bits: float) -> None:
     bound = KVPlan.parse(plan).bind([SPEC], "bfloat16")
@@ -119,6 +129,8 @@ TOLERANCE = {
     "bfp(k=8,v=4)": 0.02,
     "bfp(4,8)": 0.01,
     "bfp(8,8,64)": 0.002,
+    "planes": 0.002,
+    "planes(v=4,g=64)": 0.02,
 }
 """Plans, and how far native attention may lie from that over decoded strips, as a share of its norm.
 

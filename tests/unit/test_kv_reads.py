@@ -29,7 +29,7 @@ from elbowroom.kv.codecs import token_codec
 from elbowroom.memory import Arena, Budget, HostTier, Ledger
 
 SPEC = LayerSpec(num_q_heads=6, num_kv_heads=2, head_dim=32, v_head_dim=48, scale=0.2, rope=None)
-CODECS = ("plain(fp32)", "plain(bf16)", "plain(fp16)", "int8", "fp8", "bfp(n=16)", "bfp(k=8,v=4,n=16)")
+CODECS = ("plain(fp32)", "plain(bf16)", "plain(fp16)", "int8", "fp8", "bfp(n=16)", "bfp(k=8,v=4,n=16)", "planes")
 HAS_NATIVE = importlib.util.find_spec("elbowroom._native") is not None
 
 

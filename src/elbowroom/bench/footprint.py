@@ -87,8 +87,8 @@ def strips_read_bytes(strips: LayerStrips, layer: LayerSpec) -> int:
     """Return the bytes of all strips that the step's last token reads in ``layer``: formats times blocks.
 
     A strip counts whole, with its scales, although of the newest one only the tokens so far are read. Where the token
-    selects, it reads the bounds on the keys of all others, and as many of those as it may. Where it reads plane by plane,
-    this is what was counted, the mean over all tokens so far.
+    selects, it reads the bounds on the keys of all others, and as many of those as it may. Where it reads plane by
+    plane, this is what was counted, the mean over all tokens so far.
     """
     position, first_slot = int(strips.step.positions[-1]), int(strips.step.first_slots[-1])
     if layer.window is not None:

@@ -1,4 +1,4 @@
-"""Rows that read keys plane by plane, and values where they matter, in torch: the oracle of ``native/progressive.cpp``."""
+"""Rows that read keys plane by plane, and values where they matter, in torch: the oracle of the native code."""
 
 from __future__ import annotations
 

@@ -65,10 +65,10 @@ class ReferenceKernels:
         sealed = None if strips.tail is None else _Part(strips.table, None, strips.base, strips.fmt, strips.layout)
         for sequence, start, end in _row_blocks(step, TILE_ROWS):
             low, high = _visible(step, sequence, start, end, spec.window)
-            if isinstance(strips.selection, Progress):
-                if strips.selection.rows[sequence]:
-                    progressive.attend_row(strips, spec, sequence, q[start], out[start], lse[start])
-                    continue
+            selection = strips.selection
+            if isinstance(selection, Progress) and selection.rows[sequence]:
+                progressive.attend_row(strips, spec, sequence, q[start], out[start], lse[start])
+                continue
             merged = _Softmax(q[start:end], spec, strips.open_fmt)
             read, readers = None, None
             if strips.tail is not None and strips.tail.places is not None:

@@ -73,8 +73,9 @@ class PlaneRows:
 
     def _decode(self, codes: Tensor, affine: list[Tensor]) -> Tensor:
         numbers = torch.cat([each.contiguous().view(torch.float16) for each in affine], dim=-1).float()
-        scale, minimum = torch.unflatten(numbers, -1, (-1, 2)).split(1, dim=-1)
-        return (minimum + scale * codes).flatten(-2)
+        scale, minimum = torch.unflatten(numbers, -1, (-1, 2)).unbind(-1)
+        decoded: Tensor = minimum[..., None] + scale[..., None] * codes
+        return decoded.flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)
