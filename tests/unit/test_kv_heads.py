@@ -26,7 +26,7 @@ from elbowroom.memory import Arena, Budget, HostTier, Ledger
 SPEC = make_spec(q_heads=8, kv_heads=4, dim=32, v_dim=16)
 WINDOW = make_spec(q_heads=8, kv_heads=4, dim=32, v_dim=16, window=50)
 LAYERS = [SPEC, WINDOW, SPEC, SPEC]
-NONE, PART, END = PromptPart
+NONE, PART, END, _ = PromptPart
 CODECS = ("plain", "plain(bf16)", "int8", "bfp(n=16)", "kivi(4,4,32)", "kivi(2,2,32)")
 PLANS = (
     "heads(0.5,skip=1) | plain(bf16)",

@@ -22,7 +22,7 @@ from elbowroom.kv.policies.kvmerger import KVMergerPolicy
 from elbowroom.memory import Arena, Budget, HostTier, Ledger
 
 SPEC = make_spec(q_heads=4, kv_heads=2, dim=32, v_dim=16, rope=RopeSpec())
-NONE, PART, END = PromptPart
+NONE, PART, END, _ = PromptPart
 
 
 def draw(seed: int, *shape: int) -> Tensor:
