@@ -39,9 +39,12 @@ class PlaneRows:
             PlanError: ``width`` is no multiple of the group.
         """
         if width % self.block:
+            fits = [group for group in _GROUPS if width % group == 0]
             raise PlanError(
                 f"codec 'planes' cannot cut heads of {width} channels into groups of {self.block}",
-                f"give a g that divides {width}, e.g. planes(g=16)",
+                f"give a g that divides {width}, e.g. planes(g={fits[-1]})"
+                if fits
+                else f"use int8: no group of {_GROUPS.step} channels divides {width}",
             )
         return width // 2, width // 2, *[2] * (2 * (width // self.block))
 
