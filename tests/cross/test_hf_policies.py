@@ -39,6 +39,8 @@ PLANS = (
     "snapkv(128) | kivi(2,2,32)",
     "snapkv(128) | think | int8",
     "quest(192,skip=0)",
+    "heads(0.5,skip=0)",
+    "progressive | planes(g=16)",
     "compresskv(160)",
     "bfp(n=16,sort=on)",
 )

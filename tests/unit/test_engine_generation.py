@@ -219,7 +219,7 @@ def test_repeated_steps_stop_before_a_choice(decoder: Decoder, repeats: int) -> 
     """Choices come behind every 64th generated token, each in a step of its own."""
     bound = KVPlan.parse("streaming(128)").bind(decoder.config.layers, "float32")
     pricing = KVPricing.of(bound, 4096, 512, 4096)
-    scheduler = Scheduler(SchedulerConfig(max_positions=4096), pricing, 2**24)
+    scheduler = Scheduler(SchedulerConfig(max_positions=4096), [pricing], 2**24)
     sampling = SamplingParams(max_tokens=300, ignore_eos=True)
     for number, count in ((1, 100), (2, 133)):
         scheduler.add(Request(id=number, prompt_token_ids=tuple(prompt(count)), sampling=sampling))

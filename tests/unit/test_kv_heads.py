@@ -399,7 +399,7 @@ def test_spans_that_name_other_heads_are_refused() -> None:
         ("heads(rank=best)", "rank=best", "cascade, layer"),
         ("heads | heads", "two head policies", "parts joined"),
         ("heads | fp8", "codec 'fp8' does not know", "int8, bfp or kivi"),
-        ("heads | quest | int8", "no bounds on keys that 'heads' has changed", "leave quest or heads out"),
+        ("heads | quest | int8", "cannot choose among keys that 'heads' has changed", "leave quest or heads out"),
         ("heads | bfp(sort=on)", "cannot sort channels", "leave out sort=on"),
         (
             "spatten | heads | int8",
@@ -441,6 +441,6 @@ def test_a_layer_that_reads_keys_of_another_reads_the_heads_that_stayed_there() 
 def test_plans_have_one_spelling() -> None:
     plan = KVPlan.parse("int8|heads(0.50)|snapkv(256)")
     assert plan.text == (
-        "snapkv(tokens=256,w=32,kernel=5) | heads(keep=0.5,last=0.0,skip=2,w=32,rank=cascade) | int8()"
+        "snapkv(tokens=256,w=32,kernel=5,every=0) | heads(keep=0.5,last=0.0,skip=2,w=32,rank=cascade) | int8()"
     )
     assert KVPlan.parse(plan.text) == plan

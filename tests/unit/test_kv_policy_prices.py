@@ -95,7 +95,7 @@ def test_memory_for_choices_is_that_of_the_tokens_that_fit() -> None:
         plan = KVPlan.parse(text.replace(")", f",every={every})", 1)).bind(config.layers, "float32")
         last = 0
         for budget in (2**26, 2**26 + 1000, 2**27):
-            made = plan_memory(config, torch.float32, ComputePath(0), plan, budget, 8)
+            made = plan_memory(config, torch.float32, ComputePath(0), [plan], budget, 8)
             tokens = made.kv_bytes // plan.chosen_bytes * 64
             temporary = plan.choice_bytes(made.max_step_tokens, min(tokens, config.max_positions))
             assert made.runtime_bytes - RUNTIME_BASE_BYTES >= temporary

@@ -54,9 +54,9 @@ def _adopt(engine: Engine, tokens: Sequence[int], seed: int) -> None:
     account.index.insert(None, keys, slot, account.pricings[0].block_bytes)
 
 
-def _noting(function: Callable[[], KVHandle], into: list[KVHandle]) -> Callable[[], KVHandle]:
-    def call() -> KVHandle:
-        into.append(function())
+def _noting(function: Callable[[int], KVHandle], into: list[KVHandle]) -> Callable[[int], KVHandle]:
+    def call(plan: int) -> KVHandle:
+        into.append(function(plan))
         return into[-1]
 
     return call

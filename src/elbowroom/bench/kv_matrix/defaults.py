@@ -1,6 +1,6 @@
 """[matrix.defaults]: every plan in every size on the same questions; does a combination beat its parts at equal bytes?
 
-Plans (``plans``) that keep a budget of tokens are sized for 1/2, 1/4, 1/8 and 1/16 of what bfloat16 holds; codecs have
+Plans (``plans``) that keep a budget of tokens are sized for 1/4 and 1/8 of what bfloat16 holds; codecs have
 the size they have. ``elbowroom compare`` measures each in a process of its own: resident bytes, peak, bytes read for a
 token, tokens a second, and answers in four columns (``columns``). A codec belongs to a budget of which it holds at most
 1.1 times the bytes.

@@ -12,8 +12,8 @@ from elbowroom.core import LayerSpec
 from elbowroom.errors import PlanError
 from elbowroom.kv.plan import KVPlan
 
-SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-"""Budgets, as shares of what bfloat16 holds."""
+SHARES = (1 / 4, 1 / 8)
+"""Budgets, as shares of what bfloat16 holds; each more takes the matrix seven more plans to measure."""
 SAME_BYTES = 1.1
 """A plan of one size belongs to a budget if it holds at most this many times its bytes."""
 FILLED = 0.7
@@ -50,9 +50,12 @@ PLANS: tuple[MatrixPlan, ...] = (
     MatrixPlan(name="snapkv", text="snapkv(tokens={tokens})"),
     MatrixPlan(name="streaming | int8", text="streaming(tokens={tokens}) | int8", parts=("streaming", "int8")),
     MatrixPlan(name="snapkv | int8", text="snapkv(tokens={tokens}) | int8", parts=("snapkv", "int8"), default=True),
-    MatrixPlan(name="spatten keep 2", text="spatten(tokens={tokens},keep=2)"),
+    MatrixPlan(name="spatten", text="spatten(tokens={tokens})"),
     MatrixPlan(name="kvmerger", text="kvmerger(tokens={tokens})"),
+    MatrixPlan(name="heads", text="heads(0.5)"),
     MatrixPlan(name="think", text="think(0.4)"),
+    MatrixPlan(name="planes", text="planes"),
+    MatrixPlan(name="progressive", text="progressive | planes", parts=("planes",)),
     MatrixPlan(name="think | kivi 4", text="think(0.4) | kivi(4,4,32)", parts=("think", "kivi 4")),
     MatrixPlan(
         name="snapkv | kivi 4", text="snapkv(tokens={tokens}) | kivi(4,4,32)", parts=("snapkv", "kivi 4"), default=True
