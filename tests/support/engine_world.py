@@ -14,6 +14,7 @@ import numpy as np
 
 from elbowroom.core import LayerSpec
 from elbowroom.engine.accounting import KVPricing
+from elbowroom.engine.admission import AdmissionPolicy
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.types import KVOp, Request, Row, SampledToken, SequenceUpdate, StepPlan, StepResult
 from elbowroom.kv.base import KVHandle, KVStep
@@ -140,14 +141,20 @@ class StoreExecutor:
 class World:
     """Scheduler, pricing and store of one tiny model, stepped by hand; with several plans or one."""
 
-    def __init__(self, plan: BoundPlan | Sequence[BoundPlan], capacity_bytes: int, **config: object) -> None:
+    def __init__(
+        self,
+        plan: BoundPlan | Sequence[BoundPlan],
+        capacity_bytes: int,
+        admission: AdmissionPolicy | None = None,
+        **config: object,
+    ) -> None:
         plans = [plan] if isinstance(plan, BoundPlan) else list(plan)
         settings = SchedulerConfig(**{"max_positions": 4096, "max_step_tokens": 128, "eos_token_ids": (EOS,), **config})
         tier = HostTier()
         limits = settings.max_positions, settings.max_step_tokens, tier.page_bytes
         pricings = [KVPricing.of(each, *limits, namespace=each.fingerprint()) for each in plans]
         self.pricing = pricings[0]
-        self.scheduler = Scheduler(settings, pricings, capacity_bytes)
+        self.scheduler = Scheduler(settings, pricings, capacity_bytes, admission)
         arena, capacity = Arena(tier, Ledger(Budget({}))), Capacity(capacity_bytes)
         stores = [PagedStore(each, arena, capacity) for each in plans]
         self.store = MixedStore(stores) if len(stores) > 1 else stores[0]

@@ -8,9 +8,10 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS, PageFormat
 from elbowroom.kv.bound import BoundPlan
@@ -51,6 +52,12 @@ class KVPricing:
     """Tokens of whose multiples sequences can go back to any; 0: only to their beginning."""
     namespace: bytes = b""
     """Fingerprint of model and plan: prefix keys of different ones never meet."""
+    prices: npt.NDArray[np.int64] = field(init=False, compare=False, repr=False)
+    """``by_blocks`` as an array."""
+
+    def __post_init__(self) -> None:
+        """Make the array once: admission looks at it in every step."""
+        object.__setattr__(self, "prices", np.asarray(self.by_blocks, dtype=np.int64))
 
     @classmethod
     def of(

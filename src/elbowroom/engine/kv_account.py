@@ -67,8 +67,16 @@ class KVAccount:
     @property
     def free_bytes(self) -> int:
         """Bytes that nothing holds; negative after the capacity was lowered."""
-        usable = self.capacity_bytes - self.lacking_bytes - self.transient_bytes
-        return usable - self.used_bytes - self.cached_bytes
+        return self.usable_bytes - self.used_bytes - self.cached_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        """Bytes that sequences and cached prefixes may hold between steps."""
+        return self.capacity_bytes - self.lacking_bytes - self.transient_bytes
+
+    def shared_bytes(self, seq: SeqState) -> int:
+        """Return the bytes of blocks that ``seq`` shares and does not pay for."""
+        return 0 if seq.shared is None else seq.shared.depth * seq.shared.block_bytes
 
     @property
     def reclaimable_bytes(self) -> int:

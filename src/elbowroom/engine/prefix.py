@@ -133,6 +133,13 @@ class PrefixIndex:
             held, node = held + node.block_bytes, node.parent
         return held
 
+    def firmly_held_bytes(self, node: Node | None) -> int:
+        """Return the bytes of the blocks from ``node`` upwards that somebody holds who does not give them up."""
+        held = 0
+        while node is not None:
+            held, node = held + (node.pins > node.soft_pins) * node.block_bytes, node.parent
+        return held
+
     def insert(
         self, parent: Node | None, keys: Sequence[bytes], slot: int, block_bytes: int, tags: tuple[str, ...] = ()
     ) -> Node | None:
@@ -164,6 +171,11 @@ class PrefixIndex:
         tagged = sorted((node for node in self.nodes.values() if tag in node.tags), key=lambda node: -node.depth)
         # Deepest first, and checked one by one: a parent becomes a leaf when its last child goes.
         return [self._remove(node) for node in tagged if self._is_free_leaf(node)]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the blocks that somebody holds who does not give them up."""
+        return self._held_bytes
 
     @property
     def evictable_bytes(self) -> int:

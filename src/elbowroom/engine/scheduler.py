@@ -13,15 +13,18 @@ refused at ``add``, so there is always progress.
 
 from __future__ import annotations
 
-import bisect
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import KVPricing, num_blocks
+from elbowroom.engine.admission.base import AdmissionPolicy
+from elbowroom.engine.admission.gate import may_begin
+from elbowroom.engine.admission.greedy import GreedyAdmission
 from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.limits import max_new_tokens
+from elbowroom.engine.order import decodes_first, fresh_seed, insert
 from elbowroom.engine.relief import relieve
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.types import (
@@ -65,6 +68,7 @@ class _State:
     """Everything that changes; copied whole by snapshot."""
 
     account: KVAccount
+    admission: AdmissionPolicy
     waiting: list[SeqState] = field(default_factory=list)
     running: list[SeqState] = field(default_factory=list)
     """Both in order of rank."""
@@ -81,13 +85,20 @@ class Scheduler:
         config: limits.
         pricings: what sequences cost under each of the plans that requests may ask for, the usual one first.
         capacity_bytes: bytes that the KV store may hold.
+        admission: who of those that fit may begin; by default all.
     """
 
-    def __init__(self, config: SchedulerConfig, pricings: Sequence[KVPricing], capacity_bytes: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pricings: Sequence[KVPricing],
+        capacity_bytes: int,
+        admission: AdmissionPolicy | None = None,
+    ) -> None:
         self.config = config
         self._eos_token_ids = frozenset(config.eos_token_ids)
         books = KVAccount(tuple(pricings), capacity_bytes, config.prefix_cache, config.relief_plan)
-        self._state = _State(books)
+        self._state = _State(books, admission or GreedyAdmission())
 
     # Requests
 
@@ -114,7 +125,7 @@ class Scheduler:
                 request=request,
                 sample=sample,
                 order=order,
-                seed=seed if seed is not None else _fresh_seed(self.config.seed, order),
+                seed=seed if seed is not None else fresh_seed(self.config.seed, order),
                 max_new_tokens=limit,
                 stop_token_ids=stops,
                 tokens=list(request.prompt_token_ids),
@@ -122,7 +133,7 @@ class Scheduler:
                 plan=request.plan,
                 pricing=pricing,
             )
-            _insert(state.waiting, seq)
+            insert(state.waiting, seq)
 
     def abort(self, request_id: int) -> bool:
         """Drop all samples of a request; its blocks are free from the next step on. False if it is unknown."""
@@ -178,7 +189,7 @@ class Scheduler:
             self._make_room(lambda: 0, None)
         rows: Rows = []
         budget, preemptions = self.config.max_step_tokens, state.stats.preemptions
-        for seq in _decodes_first(state.running):
+        for seq in decodes_first(state.running):
             row = self._extend(seq, budget) if seq.slot >= 0 else None
             if row is not None:
                 rows.append((seq, row))
@@ -258,18 +269,20 @@ class Scheduler:
 
     def _admit(self, seq: SeqState) -> bool:
         """Start a waiting sequence if all its tokens fit beside what runs; True when it runs now."""
+        state = self._state
         if seq.sample > 0 and self._sibling_prefills(seq):
+            return False
+        if not may_begin(seq, state.running, self.account, state.admission, self.config.max_step_tokens):
             return False
         if not (self._resume(seq) or self._enter(seq)):
             return False
-        state = self._state
         if seq.num_generated == 0:
             seq.num_cached_tokens = seq.num_computed
             state.stats.prompt_tokens += seq.num_prompt
             state.stats.cached_prompt_tokens += seq.num_computed
         seq.is_new_to_executor = True
         state.waiting.remove(seq)
-        _insert(state.running, seq)
+        insert(state.running, seq)
         return True
 
     def _enter(self, seq: SeqState) -> bool:
@@ -364,10 +377,10 @@ class Scheduler:
         """Pay for computing ``seq`` up to ``stop``; it gives way, and False is returned, without room."""
         if not (prompt and seq.pricing.chooses) and stop <= seq.num_blocks * STRIP_TOKENS:
             return True
-        if not self._make_room(lambda: _price(seq, stop, prompt) - seq.paid_bytes, seq):
+        if not self._make_room(lambda: seq.price_at(stop, prompt) - seq.paid_bytes, seq):
             self._preempt(seq)
             return False
-        self.account.grow(seq, num_blocks(stop), _price(seq, stop, prompt))
+        self.account.grow(seq, num_blocks(stop), seq.price_at(stop, prompt))
         return True
 
     def _make_room(self, need: Callable[[], int], seq: SeqState | None) -> bool:
@@ -392,7 +405,7 @@ class Scheduler:
         state = self._state
         self.account.give_back(seq)
         state.running.remove(seq)
-        _insert(state.waiting, seq)
+        insert(state.waiting, seq)
         state.stats.preemptions += 1
 
     def _retreat(self, rows: Rows, shortfall_bytes: int) -> None:
@@ -436,6 +449,8 @@ class Scheduler:
     def _finish(self, seq: SeqState, reason: FinishReason, report: bool = True, error: Exception | None = None) -> None:
         state, session = self._state, seq.request.session
         self.account.lacking_bytes = 0
+        if reason in ("stop", "length"):
+            state.admission.ended(seq.num_generated, seq.max_new_tokens)
         if seq in state.waiting:
             state.waiting.remove(seq)
         else:
@@ -467,30 +482,3 @@ class Scheduler:
 
     def _live(self) -> list[SeqState]:
         return [*self._state.running, *self._state.waiting]
-
-
-def _price(seq: SeqState, stop: int, prompt: PromptPart) -> int:
-    """Return what a sequence that is computed up to ``stop`` has to have paid."""
-    if prompt is PromptPart.CHOICE:
-        return seq.pricing.renewal_bytes(stop, seq.dropped)
-    if prompt and seq.pricing.chooses:
-        return seq.pricing.peak_bytes(stop, seq.dropped, seq.num_computed)
-    return seq.pricing.price(num_blocks(stop), seq.dropped)
-
-
-def _decodes_first(running: list[SeqState]) -> list[SeqState]:
-    """Return a copy with the sequences that have one token left to compute before those that have more."""
-    decodes = [seq for seq in running if len(seq.tokens) - seq.num_computed == 1]
-    if len(decodes) < len(running):
-        decodes += [seq for seq in running if len(seq.tokens) - seq.num_computed > 1]
-    return decodes
-
-
-def _insert(ordered: list[SeqState], seq: SeqState) -> None:
-    bisect.insort(ordered, seq, key=lambda each: each.rank)
-
-
-def _fresh_seed(seed: int, order: int) -> int:
-    """Return a reproducible seed for a request that brings none."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + (order + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    return mixed ^ (mixed >> 31)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from elbowroom.engine.accounting import Dropped, KVPricing
+from elbowroom.engine.accounting import Dropped, KVPricing, num_blocks
 from elbowroom.engine.prefix import Node
 from elbowroom.engine.types import Request, SampleSpec
+from elbowroom.kv.base import PromptPart
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +59,10 @@ class SeqState:
         self.num_prompt = len(self.request.prompt_token_ids)
         self.rank = (self.request.priority, self.order, self.sample)
         self.limit = self.num_prompt + self.max_new_tokens
-        self.spec = SampleSpec(self.request.sampling, self.seed, self.sample, self.num_prompt, None)
+        request = self.request
+        self.spec = SampleSpec(
+            request.sampling, self.seed, self.sample, self.num_prompt, None, request.num_output_tokens
+        )
 
     @property
     def num_generated(self) -> int:
@@ -79,6 +83,14 @@ class SeqState:
     def is_relieved(self) -> bool:
         """Whether it has another plan than it asked for, because memory was short."""
         return self.plan != self.request.plan
+
+    def price_at(self, stop: int, prompt: PromptPart) -> int:
+        """Return the bytes that it has to have paid when it is computed up to ``stop``, ``prompt`` being that step."""
+        if prompt is PromptPart.CHOICE:
+            return self.pricing.renewal_bytes(stop, self.dropped)
+        if prompt and self.pricing.chooses:
+            return self.pricing.peak_bytes(stop, self.dropped, self.num_computed)
+        return self.pricing.price(num_blocks(stop), self.dropped)
 
     def sample_spec(self) -> SampleSpec:
         """Return what the executor needs for choosing the next token."""

@@ -41,6 +41,8 @@ class Request:
     session: SessionRef | None = None
     plan: int = 0
     """Number of the KV plan that it asks for, of those that the engine has."""
+    num_output_tokens: int | None = None
+    """How long the answer will be, where a trace says so: for simulations, which end it there, and for oracles."""
     keeps_plan: bool = False
     """Whether it must not be turned into the relief plan when memory is short."""
 
@@ -75,6 +77,8 @@ class SampleSpec:
     num_prompt_tokens: int
     history: Sequence[int] | None
     """Tokens before the new one (prompt and output), given when the slot is new to the executor."""
+    num_output_tokens: int | None = None
+    """How long the answer will be, where a trace says so."""
 
 
 class Row(NamedTuple):

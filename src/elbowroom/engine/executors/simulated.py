@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from elbowroom.engine.executors.base import CostModel, StepShape
-from elbowroom.engine.types import SampledToken, StepPlan, StepResult
+from elbowroom.engine.types import Row, SampledToken, StepPlan, StepResult
 
 
 class SimExecutor:
     """Answers every sampled row with one fixed token after the time that the cost model names.
 
-    Requests should set ``ignore_eos`` and ``max_tokens``: output lengths come from the trace.
+    An answer ends where its trace says so (``Request.num_output_tokens``), by ``end_token_id``, else at ``max_tokens``.
 
     Args:
         cost: price of a step.
         token_id: the token that every row "samples".
+        end_token_id: the one that ends an answer: one of the scheduler's ``eos_token_ids``.
     """
 
-    def __init__(self, cost: CostModel, token_id: int = 0) -> None:
-        self._cost, self._token = cost, SampledToken(token_id)
+    def __init__(self, cost: CostModel, token_id: int = 0, end_token_id: int = 1) -> None:
+        self._cost, self._token, self._end = cost, SampledToken(token_id), SampledToken(end_token_id)
         self._results: dict[int, StepResult] = {}
         self._next_ticket = 0
         self.stop_after_s: float | None = None
@@ -27,19 +28,31 @@ class SimExecutor:
         """Price the step and as many repetitions as the plan and ``stop_after_s`` allow."""
         shape = StepShape.of(plan)
         total, steps = 0.0, 0 if plan.rows else 1  # changes of stored sequences alone cost next to nothing
-        while (
-            plan.rows
-            and steps < plan.valid_for_steps
-            and (steps == 0 or self.stop_after_s is None or total < self.stop_after_s)
-        ):
+        most = min([plan.valid_for_steps, *(left for row in plan.rows if (left := _left(row)) is not None)])
+        while plan.rows and steps < most and (steps == 0 or self.stop_after_s is None or total < self.stop_after_s):
             total += self._cost.step_seconds(shape)
             steps += 1
             shape = StepShape(shape.num_tokens, shape.num_sampled, shape.context_tokens + shape.num_tokens)
-        tokens = {row.slot: [self._token] * steps for row in plan.rows if row.sample is not None}
+        tokens = {row.slot: self._answer(row, steps) for row in plan.rows if row.sample is not None}
         self._next_ticket += 1
         self._results[self._next_ticket] = StepResult(tokens, steps, total)
         return self._next_ticket
 
+    def _answer(self, row: Row, steps: int) -> list[SampledToken]:
+        """Return the tokens of a row that is repeated ``steps`` times; the last may be the end of its answer."""
+        made = [self._token] * steps
+        if _left(row) == steps:
+            made[-1] = self._end
+        return made
+
     def collect(self, ticket: int) -> StepResult:
         """Return the priced step."""
         return self._results.pop(ticket)
+
+
+def _left(row: Row) -> int | None:
+    """Return the tokens that are left of a row's answer, this one included; None: nobody knows, or none is sampled."""
+    spec = row.sample
+    if spec is None or spec.num_output_tokens is None:
+        return None
+    return max(spec.num_output_tokens - (row.start + row.num_tokens - spec.num_prompt_tokens), 1)

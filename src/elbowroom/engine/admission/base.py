@@ -1,0 +1,98 @@
+"""The seam of admission: may a waiting request begin beside those that run?
+
+The scheduler asks only when the prompt itself fits; a policy looks further: what the sequences will hold before they
+end. It sees bytes, as each sequence's KV plan prices them, and never tokens of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from elbowroom.core import STRIP_TOKENS
+from elbowroom.engine.sequence import SeqState
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A sequence as admission sees it: what it holds, and what it would hold later."""
+
+    num_tokens: int
+    """Prompt and output until now."""
+    num_generated: int
+    most_new_tokens: int
+    """Output tokens that it may have in all: its limit."""
+    true_new_tokens: int | None
+    """Output tokens that it will have, where a trace says so."""
+    chunk_steps: int
+    """Steps until its prompt is read."""
+    prices: npt.NDArray[np.int64]
+    """``[blocks + 1]``: bytes of a sequence of so many blocks."""
+    most_bytes: int
+    """That it never exceeds, whatever its length: a policy drops tokens while it generates."""
+    spared_bytes: int
+    """Not paid by it: prefix blocks that it shares, and what was dropped of it."""
+
+    @classmethod
+    def of(cls, seq: SeqState, step_tokens: int, shared_bytes: int) -> Outlook:
+        """Return the outlook of a sequence of which prefix blocks of ``shared_bytes`` are paid by others.
+
+        Args:
+            seq: running or waiting.
+            step_tokens: most tokens of a step.
+            shared_bytes: of cached prefix blocks that it shares, or would.
+        """
+        pricing, limit = seq.pricing, seq.limit
+        dropped = seq.dropped or pricing.dropped((), seq.num_prompt, ends_prompt=True)
+        prices = pricing.prices
+        gone = pricing.price(0) - pricing.price(0, dropped)
+        most = int(prices[-1])
+        if pricing.interval:
+            most = pricing.generation_bytes(seq.num_prompt, limit) + gone
+        return cls(
+            num_tokens=len(seq.tokens),
+            num_generated=seq.num_generated,
+            most_new_tokens=seq.max_new_tokens,
+            true_new_tokens=seq.request.num_output_tokens,
+            chunk_steps=-(-max(seq.num_prompt - seq.num_computed, 0) // step_tokens),
+            prices=prices,
+            most_bytes=most,
+            spared_bytes=shared_bytes + gone,
+        )
+
+    def bytes_at(self, num_more: Tokens) -> npt.NDArray[np.int64]:
+        """Return the bytes that it pays for once it has ``num_more [n]`` tokens more, int64 ``[n]``."""
+        blocks = -(-(self.num_tokens + num_more) // STRIP_TOKENS)
+        held = np.minimum(self.prices[np.minimum(blocks, self.prices.size - 1)], self.most_bytes)
+        paid: npt.NDArray[np.int64] = np.maximum(held - self.spared_bytes, 0)
+        return paid
+
+
+class AdmissionPolicy(Protocol):
+    """One dataclass, one file a policy. Whatever it remembers is part of the scheduler's state."""
+
+    @property
+    def name(self) -> str:
+        """Name on the command line and in reports."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it wants to be asked at all."""
+
+    def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
+        """Return whether ``candidate`` may begin now.
+
+        Args:
+            candidate: the first that waits.
+            running: all that run.
+            room_bytes: what ``running`` and ``candidate`` may hold together, prefixes of others taken off.
+        """
+
+    def ended(self, num_generated: int, most_new_tokens: int) -> None:
+        """Note that a sequence ended by itself or at its limit."""

@@ -1,0 +1,184 @@
+"""Admission policies: what they foresee, against slow oracles, and that none of them changes an answer or hangs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.support.engine_world import World, bound, expected_output, layer
+
+from elbowroom.engine.admission import ADMISSIONS, Outlook
+from elbowroom.engine.admission.lengths import LengthModel
+from elbowroom.engine.admission.peak import future_peak
+from elbowroom.engine.executors.base import LinearCostModel
+from elbowroom.engine.executors.simulated import SimExecutor
+from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
+from elbowroom.engine.types import Request
+from elbowroom.errors import PlanError
+
+PLAN = bound(layer(), layer())
+BLOCK = 16384
+FORESEEING = [name for name in ADMISSIONS.names() if name != "greedy"]
+
+
+def outlook(num_tokens: int, num_generated: int = 0, most: int = 100, true: int | None = None) -> Outlook:
+    return Outlook(
+        num_tokens=num_tokens,
+        num_generated=num_generated,
+        most_new_tokens=most,
+        true_new_tokens=true,
+        chunk_steps=0,
+        prices=np.arange(200, dtype=np.int64) * BLOCK,
+        most_bytes=200 * BLOCK,
+        spared_bytes=0,
+    )
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 700)), min_size=1, max_size=8))
+def test_the_peak_is_that_of_stepping(sequences: list[tuple[int, int]]) -> None:
+    """Step by step: all get a token, then those that have all of theirs free what they held."""
+    outlooks = [outlook(held) for held, _ in sequences]
+    most = 0
+    for step in range(max(more for _, more in sequences) + 1):
+        alive = [-(-(held + step) // 64) * BLOCK for held, more in sequences if more >= step]
+        most = max(most, sum(alive))
+    assert future_peak(outlooks, np.asarray([more for _, more in sequences])) == most
+
+
+def test_bytes_stop_at_a_bound_and_leave_out_what_is_shared() -> None:
+    more = np.asarray([0, 64, 640])
+    made = outlook(64)
+    bounded = Outlook(
+        **{name: getattr(made, name) for name in made.__slots__} | {"most_bytes": 3 * BLOCK, "spared_bytes": BLOCK}
+    )
+    assert made.bytes_at(more).tolist() == [BLOCK, 2 * BLOCK, 11 * BLOCK]
+    assert bounded.bytes_at(more).tolist() == [0, BLOCK, 2 * BLOCK]
+
+
+@given(st.lists(st.integers(1, 9), max_size=12), st.lists(st.integers(0, 9), max_size=6))
+def test_survival_is_that_of_kaplan_and_meier(finished: list[int], running: list[int]) -> None:
+    model = LengthModel()
+    for length in finished:
+        model.add(length)
+    lengths, shares = model.survival(running)
+    alive = 1.0
+    for length, share in zip(lengths.tolist(), shares.tolist(), strict=True):
+        at_risk = sum(each >= length for each in (*finished, *running))
+        alive *= 1 - finished.count(length) / at_risk
+        assert share == pytest.approx(alive)
+
+
+def test_drawn_lengths_follow_what_is_known() -> None:
+    model = LengthModel()
+    rank, zero, hundred = np.asarray([0.5]), np.asarray([0]), np.asarray([100])
+    assert model.draw(zero, hundred, [], rank).tolist() == [100]  # nothing is known
+    for length in (10, 20, 30, 40):
+        model.add(length)
+    ranks = np.asarray([0.0, 0.3, 0.6, 0.99])
+    assert model.draw(np.zeros(4, int), np.full(4, 100), [], ranks).tolist() == [10, 20, 30, 40]
+    assert model.draw(np.asarray([25, 25, 45]), np.full(3, 100), [], np.asarray([0.2, 0.9, 0.5])).tolist() == [
+        30,
+        40,
+        100,
+    ]
+    assert model.draw(np.asarray([25]), np.asarray([26]), [], rank).tolist() == [26]
+    # Four that still run with 15 tokens say that few end early.
+    assert model.draw(zero, hundred, [15] * 4, np.asarray([0.2])).tolist() == [20]
+
+
+def test_policies_admit_what_they_foresee() -> None:
+    running, small, room = [outlook(640, 100, 400, 110)], outlook(64, 0, 400, 10), 13 * BLOCK
+    make = {name: ADMISSIONS.get(name)() for name in ADMISSIONS.names()}
+    assert make["greedy"].admits(small, running, room)
+    assert not make["conservative"].admits(small, running, room)
+    assert make["oracle"].admits(small, running, room)
+    assert make["oracle"].admits(outlook(64, 0, 400, 300), running, room)  # the other one has ended by then
+    assert not make["oracle"].admits(outlook(128, 0, 400, 10), running, room)
+    for name in ("past_future", "past_future_paper"):
+        assert not make[name].admits(small, running, room)  # nothing is known: as long as may be
+        for _ in range(300):
+            make[name].ended(105, 400)
+        assert make[name].admits(small, running, 16 * BLOCK)
+        assert not make[name].admits(outlook(640), running, 16 * BLOCK)
+
+
+def test_unknown_policies_name_those_there_are() -> None:
+    with pytest.raises(PlanError, match="unknown admission policy 'x'") as refusal:
+        ADMISSIONS.get("x")
+    assert "past_future" in refusal.value.hint
+
+
+REQUESTS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 120), st.integers(0, 1)), min_size=1, max_size=10)
+
+
+@pytest.mark.parametrize("name", ADMISSIONS.names())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(requests=REQUESTS, blocks=st.integers(6, 30))
+def test_no_policy_changes_an_answer_or_hangs(name: str, requests: list[tuple[int, int, int]], blocks: int) -> None:
+    world = World(PLAN, blocks * BLOCK, max_sequences=6, admission=ADMISSIONS.get(name)())
+    made = [
+        Request(
+            id=number,
+            prompt_token_ids=tuple((number * shared + i) % 40 + 8 for i in range(prompt)),
+            sampling=SamplingParams(max_tokens=new, ignore_eos=True, seed=5),
+            num_output_tokens=new,
+        )
+        for number, (prompt, new, shared) in enumerate(requests)
+        if -(-(prompt + new) // 64) <= blocks
+    ]
+    tokens = world.run_all(made)
+    for each in made:
+        wanted = expected_output(list(each.prompt_token_ids), 5, 0, each.sampling.max_tokens or 0, True)
+        assert tokens[each.id, 0] == wanted
+    if name in ("conservative", "oracle"):
+        assert world.scheduler.stats().preemptions == 0
+    world.check_empty()
+
+
+@pytest.mark.parametrize("name", FORESEEING)
+def test_a_restored_scheduler_decides_the_same(name: str) -> None:
+    scheduler = _simulated(name, 12)
+    for number in range(8):
+        scheduler.add(_request(number, 100, 60 + number))
+    executor = SimExecutor(LinearCostModel())
+    for _ in range(3):
+        scheduler.update(executor.collect(executor.submit(scheduler.schedule(0.0))))
+    snapshot, lives = scheduler.snapshot(), []
+    for _ in range(2):
+        scheduler.restore(snapshot)
+        plans = []
+        while scheduler.has_work():
+            plans.append(scheduler.schedule(0.0))
+            scheduler.update(executor.collect(executor.submit(plans[-1])))
+        lives.append(repr(plans))
+    assert lives[0] == lives[1]
+
+
+def test_simulated_answers_end_where_their_trace_says() -> None:
+    scheduler, lengths = _simulated("greedy", 1000), {0: 1, 1: 77, 2: 200, 3: 5}
+    for number, length in lengths.items():
+        scheduler.add(_request(number, 70, length))
+    executor = SimExecutor(LinearCostModel(), end_token_id=1)
+    made = dict.fromkeys(lengths, 0)
+    reasons: dict[int, Any] = {}
+    while scheduler.has_work():
+        for update in scheduler.update(executor.collect(executor.submit(scheduler.schedule(0.0)))):
+            made[update.request_id] += len(update.tokens)
+            reasons[update.request_id] = update.finish_reason
+    assert made == lengths
+    assert set(reasons.values()) == {"stop"}
+
+
+def _simulated(name: str, blocks: int) -> Scheduler:
+    config = SchedulerConfig(max_positions=4096, max_step_tokens=128, eos_token_ids=(1,), prefix_cache=False)
+    world = World(PLAN, blocks * BLOCK, max_positions=4096)
+    return Scheduler(config, [world.pricing], blocks * BLOCK, ADMISSIONS.get(name)())
+
+
+def _request(number: int, prompt: int, length: int) -> Request:
+    sampling = SamplingParams(max_tokens=400, seed=0)
+    return Request(id=number, prompt_token_ids=(2,) * prompt, sampling=sampling, num_output_tokens=length)
