@@ -111,6 +111,20 @@ def check_tokens(found: Tensor, logits: Tensor, expected: list[int]) -> None:
         assert best[0] - best[1] < EXCUSED_GAP, (found.tolist(), expected)
 
 
+@pytest.mark.parametrize("plan", ["streaming(128)", "snapkv(128,w=8,every=64)"])
+def test_long_generations_are_chosen_from_as_in_the_engine(
+    plan: str, model: Any, decoder: Decoder, open_cache: Opener
+) -> None:
+    """Behind every 64 decoded tokens: a cache holds no more than its budget and those, however long it goes on."""
+    rows, cache = texts(150, 96), open_cache(plan)
+    together, logits = generate(model, left_padded(rows), 300, past_key_values=cache)
+    report = cache.report()
+    assert report.num_tokens - report.num_dropped <= len(rows) * (128 + 64)
+    subject = Subject(decoder, ComputePath(0), plan)
+    for row, tokens, scores in zip(rows, together, logits, strict=True):
+        check_tokens(tokens[-300:], scores, engine_tokens(subject, row, 300))
+
+
 def column_sizes(mask: Tensor, chunk: int) -> list[int]:
     """Return the tokens that each chunk of columns holds of a row, without those that hold none."""
     return [count for count in (int(part.sum()) for part in mask.split(chunk)) if count]

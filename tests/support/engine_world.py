@@ -17,6 +17,7 @@ from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.admission import AdmissionPolicy
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.types import KVOp, Request, Row, SampledToken, SequenceUpdate, StepPlan, StepResult
+from elbowroom.errors import OutOfBudget
 from elbowroom.kv.base import KVHandle, KVStep
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.capacity import Capacity
@@ -74,8 +75,8 @@ class StoreExecutor:
     specs: dict[int, tuple[int, int]] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
 
-    def apply(self, op: KVOp) -> None:
-        """Apply one change; slots must be used as KVOp says."""
+    def apply(self, op: KVOp) -> bool:
+        """Apply one change; slots must be used as KVOp says. False: a sequence could not go over."""
         if op.kind == "open":
             assert op.slot not in self.content, "a slot is opened twice"
             self.handles[op.slot], self.content[op.slot] = self.store.open(op.plan), []
@@ -89,28 +90,33 @@ class StoreExecutor:
             del self.content[op.slot][op.num_tokens :]
         elif op.kind == "convert":
             assert self.handles[op.slot].plan != op.plan, "a sequence goes over to the plan that it has"
-            self.handles[op.slot] = self.store.convert(self.handles[op.slot], op.plan)
+            try:
+                self.handles[op.slot] = self.store.convert(self.handles[op.slot], op.plan)
+            except OutOfBudget:
+                return False
         else:
             self.store.close(self.handles.pop(op.slot))
             del self.content[op.slot]
             self.specs.pop(op.slot, None)
             self.last.pop(op.slot, None)
+        return True
 
     def run(self, plan: StepPlan, num_steps: int = 1) -> StepResult:
         """Apply the plan's changes and run its rows ``num_steps`` times; report a shortfall as executors do."""
-        for op in plan.ops:
-            self.apply(op)
+        stranded = tuple([op.slot for op in plan.ops if not self.apply(op)])
+        rows = tuple([row for row in plan.rows if row.slot not in stranded])
         made: dict[int, list[SampledToken]] = {}
-        for repeat in range(num_steps if plan.rows else 0):
-            step = self._step(plan.rows, repeat)
+        for repeat in range(num_steps if rows else 0):
+            step = self._step(rows, repeat)
             shortfall = self.store.reserve(step)
             if shortfall is not None:
                 assert repeat == 0, "a repetition that the plan allows does not fit"
-                return StepResult({}, shortfall_bytes=shortfall.needed_bytes - shortfall.available_bytes)
+                missing = shortfall.needed_bytes - shortfall.available_bytes
+                return StepResult({}, shortfall_bytes=missing, stranded=stranded)
             self.store.end_step(step)
-            for row in plan.rows:
+            for row in rows:
                 self._advance(row, repeat, made)
-        return StepResult(made, num_steps if plan.rows else 1)
+        return StepResult(made, num_steps if rows else 1, stranded=stranded)
 
     def _step(self, rows: tuple[Row, ...], repeat: int) -> KVStep:
         rows = tuple(sorted(rows, key=lambda row: self.handles[row.slot].plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from tests.support.tiny_model import write_tiny_model
 from elbowroom.engine.llm import LLM
 from elbowroom.engine.plans import KVPlans
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.sequence import Parked
 from elbowroom.engine.types import Request
-from elbowroom.errors import PlanError, RequestError
+from elbowroom.errors import BudgetTooSmall, PlanError, RequestError
 from elbowroom.kv.plan import KVPlan
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
@@ -62,6 +64,68 @@ def test_a_request_that_named_its_plan_keeps_it() -> None:
     stats = made.scheduler.stats()
     assert stats.reliefs == 0
     assert stats.preemptions > 0
+
+
+@pytest.mark.parametrize("missing", [0.2, 0.5, 0.8])
+def test_a_budget_that_is_lowered_ends_nobody(missing: float) -> None:
+    """Then less than nothing is free: sequences are preempted until others can go over."""
+    made = world("bf16", 1)
+    requests = [request(number, 60 + 10 * number) for number in range(6)]
+    for each in requests:
+        made.scheduler.add(each)
+    for _ in range(60):
+        made.step()
+    made.set_capacity(max(int(made.capacity_bytes * (1 - missing)), 8 * made.pricing.block_bytes))
+    tokens = made.run_all([])
+    for each in requests:
+        assert len(tokens[each.id, 0]) > 100
+    assert made.scheduler.stats().finished == {"length": 6}
+    made.check_empty()
+
+
+def test_one_that_cannot_go_over_is_computed_again() -> None:
+    """The store has less than was counted on: nobody else loses anything by it."""
+    made = world("bf16", 1)
+    made.store.resize(made.capacity_bytes * 2 // 3)
+    requests = [request(number, 60 + 10 * number) for number in range(6)]
+    tokens = made.run_all(requests)
+    for each in requests:
+        assert tokens[each.id, 0] == expected_output(list(each.prompt_token_ids), 5, 0, 200, True)
+
+
+def test_block_keys_of_other_plans_do_not_meet() -> None:
+    made = world("bf16", None)
+    keys = (b"a" * 16, b"b" * 16, b"c" * 16)
+    for number, plan in enumerate((0, 1, 1)):
+        made.run_all([replace(request(7, 200), id=number, plan=plan, block_keys=keys)])
+        assert made.scheduler.stats().cached_prompt_tokens == (192 if number == 2 else 0)
+
+
+def test_a_request_that_names_its_plan_does_not_go_on_relieved() -> None:
+    parked = Parked(
+        slot=1,
+        asked_plan=0,
+        plan=1,
+        pricing=world("bf16", 1).pricing,
+        tokens=[],
+        shared=None,
+        num_blocks=0,
+        paid_bytes=0,
+        dropped=(),
+        last_used=0,
+    )
+    assert parked.suits(request(1, 9))
+    assert not parked.suits(request(1, 9, keeps_plan=True))
+    assert not parked.suits(request(1, 9, plan=1))
+
+
+def test_the_least_budget_holds_what_relief_needs(tiny: Path) -> None:
+    with pytest.raises(BudgetTooSmall) as refusal:
+        LLM(str(tiny), "1MiB", kv_relief="int8")
+    with LLM(str(tiny), refusal.value.minimum_bytes, kv_relief="int8") as made:
+        sampling = SamplingParams(max_tokens=64, ignore_eos=True)
+        output = made.generate({"prompt_token_ids": [40] * 64}, sampling)[0]
+        assert len(output.outputs[0].token_ids) == 64
 
 
 def test_no_prefix_of_a_sequence_that_went_over_is_cached() -> None:

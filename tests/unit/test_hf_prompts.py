@@ -15,8 +15,8 @@ NONE, PART, END = PromptPart.NONE, PromptPart.PART, PromptPart.END
 class Columns:
     """A cache that only counts."""
 
-    def __init__(self, chosen_layers: tuple[int, ...] = (0,)) -> None:
-        self.prompts, self.count = Prompts(chosen_layers), 0
+    def __init__(self, chosen_layers: tuple[int, ...] = (0,), interval: int = 0) -> None:
+        self.prompts, self.count = Prompts(chosen_layers, interval), 0
 
     def get_seq_length(self) -> int:
         return self.count
@@ -28,7 +28,7 @@ class Columns:
         parts = []
         for size in sizes:
             parts.append(self.prompts.part(self.count, size))
-            self.prompts.end(parts[-1], self.count)
+            self.prompts.end(parts[-1], self.count, size)
             self.count += size
         return parts
 
@@ -37,6 +37,13 @@ def test_a_call_of_several_tokens_ends_a_prompt_and_single_tokens_decode() -> No
     cache = Columns()
     assert cache.call(30, 1, 1, 5, 1) == [END, NONE, NONE, END, NONE]
     assert Columns().call(1, 1) == [END, NONE]
+
+
+def test_choices_come_behind_so_many_decoded_tokens() -> None:
+    cache = Columns(interval=3)
+    assert cache.call(30, 1, 1, 1, 1, 1, 1) == [END, NONE, NONE, PromptPart.CHOICE, NONE, NONE, PromptPart.CHOICE]
+    assert cache.call(5, 1, 1, 1) == [END, NONE, NONE, PromptPart.CHOICE]
+    assert cache.prompts.fork().part(cache.count + 2, 1) is PromptPart.CHOICE
 
 
 @pytest.mark.parametrize("last", [1, 9])

@@ -169,3 +169,14 @@ def test_a_choice_takes_no_more_memory_than_the_engine_sets_aside(
 
     assert growth <= priced
     assert growth > 0.3 * priced, "or the measurement missed the choice"
+
+
+@pytest.mark.parametrize("text", ["snapkv(256,every=64) | kivi(4,4,32)", "streaming(512) | kivi(4,4,32)"])
+def test_nothing_is_set_aside_for_layers_that_are_not_chosen_from(text: str) -> None:
+    full = LayerSpec(num_q_heads=8, num_kv_heads=2, head_dim=64, v_head_dim=64, scale=0.1, rope=None)
+    windowed = dataclasses.replace(full, window=512)
+    prices = [
+        KVPlan.parse(text).bind(layers, "float32").choice_bytes(512, 2**17)
+        for layers in ([full] * 4, [full, windowed] * 2)
+    ]
+    assert prices[0] == prices[1] < 2**25

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS, PageFormat
 from elbowroom.kv.bound import BoundPlan
+from elbowroom.kv.conversion import RUN_BLOCKS
 
 
 def num_blocks(num_tokens: int) -> int:
@@ -104,6 +105,11 @@ class KVPricing:
     def chooses(self) -> bool:
         """Whether a policy drops tokens of prompts."""
         return bool(self.layer_bytes)
+
+    @property
+    def conversion_bytes(self) -> int:
+        """What a sequence that goes over to this plan takes before it frees anything."""
+        return self.by_blocks[min(RUN_BLOCKS, len(self.by_blocks) - 1)]
 
     def resume_point(self, num_tokens: int, length: int) -> int:
         """Return the most tokens, at most ``num_tokens``, to which a sequence of ``length`` can go back."""

@@ -58,11 +58,8 @@ class KVAccount:
 
     @property
     def conversion_bytes(self) -> int:
-        """What ``RUN_BLOCKS`` take under the relief plan; 0 without one."""
-        if self.relief_plan is None:
-            return 0
-        prices = self.pricings[self.relief_plan].by_blocks
-        return prices[min(RUN_BLOCKS, len(prices) - 1)]
+        """What a sequence that goes over takes before it frees anything; 0 without a relief plan."""
+        return 0 if self.relief_plan is None else self.pricings[self.relief_plan].conversion_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -292,7 +289,8 @@ class KVAccount:
         if not self._caches(request.plan):
             return []
         if request.block_keys is not None:
-            return list(request.block_keys)
+            space = self.pricings[request.plan].namespace
+            return [root_key(space, key) if request.plan else key for key in request.block_keys]
         tokens = request.prompt_token_ids
         return block_keys(self._root(request), tokens, len(tokens) // STRIP_TOKENS)
 

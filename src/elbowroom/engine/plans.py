@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elbowroom.core import STRIP_TOKENS, LayerSpec
+from elbowroom.core import LayerSpec
 from elbowroom.errors import RequestError
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.calibration import Calibration
-from elbowroom.kv.conversion import RUN_BLOCKS, check_conversion
+from elbowroom.kv.conversion import check_conversion
 from elbowroom.kv.plan import KVPlan
 
 PlanText = str | KVPlan | None
-_FLOAT_BYTES = 4
-_COPIES = 4
-"""Of keys and values while they go over: strips decoded, joined, in the order of tokens, and encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +72,3 @@ class KVPlans:
     def bind(self, layers: Sequence[LayerSpec], dtype: str, calibration: Calibration | None) -> tuple[BoundPlan, ...]:
         """Fix all plans to a model; errors as in ``KVPlan.bind``."""
         return tuple(plan.bind(layers, dtype, calibration) for plan in self.all)
-
-    def conversion_bytes(self, layers: Sequence[LayerSpec]) -> int:
-        """Return the temporary bytes while a sequence is turned into the relief plan; 0 without one."""
-        if self.relief is None:
-            return 0
-        widest = max(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in layers)
-        return _COPIES * _FLOAT_BYTES * RUN_BLOCKS * STRIP_TOKENS * widest

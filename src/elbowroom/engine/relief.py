@@ -12,12 +12,12 @@ def relieve(running: Iterable[SeqState], account: KVAccount) -> bool:
     """Turn the sequence that frees most by it into the relief plan; False if none can be.
 
     So few long sequences are rounded rather than many short ones, and none twice. A request that named its plan keeps
-    it.
+    it; one that is preempted begins anew under the first plan.
     """
     plan = account.relief_plan
     if plan is None:
         return False
-    room = max(account.free_bytes, 0) + account.conversion_bytes
+    room = account.free_bytes + account.conversion_bytes  # less than nothing, once the budget was lowered
     best: SeqState | None = None
     most = 0
     for seq in running:

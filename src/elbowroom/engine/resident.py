@@ -100,8 +100,7 @@ def load_resident(
     plans = kv if isinstance(kv, KVPlans) else KVPlans.of(kv)
     bound = plans.bind(config.layers, dtype, read_calibration(directory) if plans.needs_calibration else None)
     path = path or ComputePath.choose(kind)
-    extra_bytes = plans.conversion_bytes(config.layers)
-    sizes = plan_memory(config, kind, path, bound, budget_bytes, max_sequences, extra_bytes)
+    sizes = plan_memory(config, kind, path, bound, budget_bytes, max_sequences, plans.relief)
     tokenizer = Tokenizer.from_directory(directory)
 
     ledger = Ledger(Budget({"host": budget_bytes}))

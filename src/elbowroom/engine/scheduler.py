@@ -215,6 +215,8 @@ class Scheduler:
         """Take in what the executor did; return the news for every sample that got tokens or ended."""
         state = self._state
         rows, state.in_flight = state.in_flight, []
+        for seq in [seq for seq in state.running if seq.slot in result.stranded]:
+            self._preempt(seq)
         if result.shortfall_bytes > 0:
             self._retreat(rows, result.shortfall_bytes)
             rows = []
@@ -305,13 +307,13 @@ class Scheduler:
         if session is None or seq.num_generated:
             return False
         own = account.use_parked(session.key)
-        if own is not None and own.asked_plan == seq.request.plan:
+        if own is not None and own.suits(seq.request):
             if not self._fits(account.take_over_bytes(own, seq), own):
                 return False
             account.take_over(seq, session.key)
             return True
         parent = account.use_parked(session.parent)
-        return parent is not None and parent.asked_plan == seq.request.plan and self._branch(seq, parent)
+        return parent is not None and parent.suits(seq.request) and self._branch(seq, parent)
 
     def _branch(self, seq: SeqState, parent: Parked) -> bool:
         account = self.account

@@ -117,3 +117,7 @@ class Parked:
     paid_bytes: int
     dropped: Dropped
     last_used: int
+
+    def suits(self, request: Request) -> bool:
+        """Return whether a request may go on from here: under the plan that it asks for, or relieved, if it may be."""
+        return self.asked_plan == request.plan and (self.plan == request.plan or not request.keeps_plan)

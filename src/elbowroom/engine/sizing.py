@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.errors import BudgetTooSmall
 from elbowroom.kv.bound import BoundPlan
+from elbowroom.kv.conversion import RUN_BLOCKS
 from elbowroom.memory.tiers import HostTier
 from elbowroom.models.buffers import decoder_buffers, native_buffers, native_scratch
 from elbowroom.models.config import ModelConfig
@@ -62,26 +64,26 @@ def plan_memory(
     plans: Sequence[BoundPlan],
     budget_bytes: int,
     max_sequences: int,
-    extra_bytes: int = 0,
+    relief: int | None = None,
 ) -> MemoryPlan:
     """Return how ``budget_bytes`` are divided for this model, its compute path and KV plans, the usual one first.
 
-    ``extra_bytes`` are set aside on top of what steps need.
+    ``relief`` is the number of the plan that sequences can go over to.
 
     Raises:
         BudgetTooSmall: weights, the smallest workspace and one short sequence do not fit; names the minimum.
     """
     weights = reserved_weights_bytes(config, dtype)
-    divide = functools.partial(_divide, config, dtype, path, plans, weights, extra_bytes)
+    divide = functools.partial(_divide, config, dtype, path, plans, weights, relief is not None)
     for step_tokens in STEP_TOKENS:
         made = divide(budget_bytes, step_tokens, max_sequences)
         room = budget_bytes - weights - RUNTIME_BASE_BYTES
         overhead = made.workspace_bytes + made.runtime_bytes - RUNTIME_BASE_BYTES
-        if overhead <= WORKSPACE_SHARE * room and made.kv_bytes >= _minimum_kv(plans, step_tokens):
+        if overhead <= WORKSPACE_SHARE * room and made.kv_bytes >= _minimum_kv(plans, step_tokens, relief):
             return made
     fewest = min(max_sequences, FEWEST_SEQUENCES)
     smallest = divide(budget_bytes, STEP_TOKENS[-1], fewest)
-    needed = _minimum_kv(plans, smallest.max_step_tokens)
+    needed = _minimum_kv(plans, smallest.max_step_tokens, relief)
     if smallest.kv_bytes >= needed:
         return smallest
     least = smallest
@@ -108,10 +110,13 @@ def _pages(num_bytes: int) -> int:
     return -(-num_bytes // page) * page
 
 
-def _minimum_kv(plans: Sequence[BoundPlan], step_tokens: int) -> int:
+def _minimum_kv(plans: Sequence[BoundPlan], step_tokens: int, relief: int | None) -> int:
     """Return the KV bytes that ``MINIMUM_CONTEXT`` tokens need, counted as the scheduler counts."""
-    pricings = [KVPricing.of(plan, MINIMUM_CONTEXT, step_tokens, HostTier.page_bytes) for plan in plans]
-    return pricings[0].price(num_blocks(MINIMUM_CONTEXT)) + sum(pricing.transient_bytes for pricing in pricings)
+    longest = max(MINIMUM_CONTEXT, RUN_BLOCKS * STRIP_TOKENS)
+    pricings = [KVPricing.of(plan, longest, step_tokens, HostTier.page_bytes) for plan in plans]
+    beside = 0 if relief is None else pricings[relief].conversion_bytes
+    transient = sum(pricing.transient_bytes for pricing in pricings)
+    return pricings[0].price(num_blocks(MINIMUM_CONTEXT)) + transient + beside
 
 
 def _divide(
@@ -120,14 +125,15 @@ def _divide(
     path: ComputePath,
     plans: Sequence[BoundPlan],
     weights: int,
-    extra: int,
+    relieves: bool,
     budget: int,
     step_tokens: int,
     max_sequences: int,
 ) -> MemoryPlan:
     workspace = workspace_sizes(config, dtype, path, step_tokens, max_sequences)
     books = budget // HostTier.page_bytes * PAGE_BOOK_BYTES
-    runtime = RUNTIME_BASE_BYTES + books + _temporary_bytes(config, path, step_tokens, max_sequences) + extra
+    runtime = RUNTIME_BASE_BYTES + books + _temporary_bytes(config, path, step_tokens, max_sequences)
+    runtime += _mixing_bytes(config, step_tokens) * (len(plans) > 1) + _conversion_bytes(config) * relieves
     room = budget - weights - _pages(sum(workspace.values()) + ALIGN * len(workspace)) - runtime
     longest = config.max_positions
     runtime += max(_choice_bytes(plan, step_tokens, longest, room) + plan.reading_bytes(longest) for plan in plans)
@@ -140,6 +146,21 @@ def _divide(
         max_step_tokens=step_tokens,
         max_sequences=max_sequences,
     )
+
+
+def _mixing_bytes(config: ModelConfig, step_tokens: int) -> int:
+    """Return the temporary bytes of attention in a step of several plans: the parts, and all of them together."""
+    widest = max(layer.num_q_heads * (layer.v_head_dim + 1) for layer in config.layers)
+    return 2 * 4 * step_tokens * widest
+
+
+def _conversion_bytes(config: ModelConfig) -> int:
+    """Return the temporary bytes while a sequence goes over: keys and values in float32, in four copies.
+
+    Strips are decoded, joined, brought into the order of tokens, and encoded.
+    """
+    widest = max(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in config.layers)
+    return 4 * 4 * RUN_BLOCKS * STRIP_TOKENS * widest
 
 
 def _choice_bytes(plan: BoundPlan, step_tokens: int, max_tokens: int, room: int) -> int:

@@ -129,6 +129,8 @@ class StepResult:
     duration_s: float = 0.0
     shortfall_bytes: int = 0
     """Above zero: the store lacked this many bytes and no row was computed."""
+    stranded: tuple[int, ...] = ()
+    """Slots that should have gone over to another plan and could not: no row of theirs was computed."""
 
 
 @dataclass(slots=True)

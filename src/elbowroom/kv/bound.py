@@ -235,7 +235,7 @@ class BoundPlan:
         policy, heads, most = self.policy, self.plan.heads, 0
         for index, layer in enumerate(self.layers):
             limit = self.limit(index, ends_prompt=False)
-            if limit >= NO_LIMIT and not self.defers:
+            if not is_chosen(layer) or (limit >= NO_LIMIT and not self.defers):
                 continue
             generated = self.limit(index, ends_prompt=True) + self.interval if self.interval else NO_LIMIT
             read, held = (

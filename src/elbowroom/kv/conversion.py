@@ -36,7 +36,7 @@ def convert(source: PagedStore, handle: KVHandle, target: PagedStore) -> KVHandl
             stop = min(start + RUN_BLOCKS * STRIP_TOKENS, total)
             _append(source, handle, target, made, start, stop)
             source.forget(handle, stop // STRIP_TOKENS)
-    except OutOfBudget:
+    except BaseException:
         target.close(made)
         raise
     source.close(handle)

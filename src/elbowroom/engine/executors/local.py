@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elbowroom.engine.sampler import SlotSampler, sample
 from elbowroom.engine.types import KVOp, Row, SampledToken, StepPlan, StepResult
-from elbowroom.errors import IntegrityError
+from elbowroom.errors import IntegrityError, OutOfBudget
 from elbowroom.kernels import LayerStrips
 from elbowroom.kv.base import KVHandle, KVStep, KVStore, Want
 from elbowroom.models.base import Scratch, StepModel
@@ -71,11 +71,12 @@ class TorchExecutor:
             ModelError: the model gives logits that are not finite.
         """
         started = time.perf_counter()
-        for op in plan.ops:
-            self._apply(op)
-        tokens, shortfall = self._run(plan.rows) if plan.rows else ({}, 0)
+        stranded = tuple([op.slot for op in plan.ops if not self._apply(op)])
+        rows = tuple([row for row in plan.rows if row.slot not in stranded]) if stranded else plan.rows
+        tokens, shortfall = self._run(rows) if rows else ({}, 0)
         self._next_ticket += 1
-        self._results[self._next_ticket] = StepResult(tokens, 1, time.perf_counter() - started, shortfall)
+        seconds = time.perf_counter() - started
+        self._results[self._next_ticket] = StepResult(tokens, 1, seconds, shortfall, stranded)
         return self._next_ticket
 
     def collect(self, ticket: int) -> StepResult:
@@ -89,7 +90,8 @@ class TorchExecutor:
         self._handles.clear()
         self._samplers.clear()
 
-    def _apply(self, op: KVOp) -> None:
+    def _apply(self, op: KVOp) -> bool:
+        """Apply a change; False if a sequence could not go over to another plan for lack of memory."""
         if op.kind == "open":
             self._handles[op.slot] = self.store.open(op.plan)
         elif op.kind == "fork":
@@ -97,10 +99,14 @@ class TorchExecutor:
         elif op.kind == "truncate":
             self.store.truncate(self._handles[op.slot], op.num_tokens)
         elif op.kind == "convert":
-            self._handles[op.slot] = self.store.convert(self._handles[op.slot], op.plan)
+            try:
+                self._handles[op.slot] = self.store.convert(self._handles[op.slot], op.plan)
+            except OutOfBudget:
+                return False
         else:
             self.store.close(self._handles.pop(op.slot))
             self._samplers.pop(op.slot, None)
+        return True
 
     @torch.inference_mode()
     def _run(self, rows: tuple[Row, ...]) -> tuple[dict[int, list[SampledToken]], int]:

@@ -117,7 +117,7 @@ class PaddedBatch:
         assert step is not None
         if step.kv is not None:
             self._store.end_step(step.kv)
-        self.prompts.end(step.part, self.num_columns)
+        self.prompts.end(step.part, self.num_columns, step.is_token.shape[1])
         self._is_token = torch.cat([self._is_token, step.is_token], dim=1)
 
     def abandon(self) -> None:

@@ -91,7 +91,7 @@ class StoreCache(Cache):
     def __init__(self, shared: SharedStore, batch: PaddedBatch | None = None) -> None:
         plan, shared.num_users = shared.store.plan, shared.num_users + 1
         self._shared = shared
-        batch = batch or PaddedBatch(shared.store, prompts=Prompts(plan.chosen_layers))
+        batch = batch or PaddedBatch(shared.store, prompts=Prompts(plan.chosen_layers, plan.interval))
         self._passes = Passes(shared.store, plan.layers, batch, shared.arena)
         self.ledger = shared.arena.ledger
         super().__init__(layers=[StoreLayer(self._passes, index) for index in range(len(plan.layers))])

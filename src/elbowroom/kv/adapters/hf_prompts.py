@@ -18,10 +18,13 @@ class Prompts:
 
     Args:
         chosen_layers: layers from which something is chosen when a prompt ends; empty where nothing is.
+        interval: decoded columns behind which is chosen anew; 0: never.
     """
 
-    def __init__(self, chosen_layers: Sequence[int] = ()) -> None:
-        self.chosen_layers = tuple(chosen_layers)
+    def __init__(self, chosen_layers: Sequence[int] = (), interval: int = 0) -> None:
+        self.chosen_layers, self.interval = tuple(chosen_layers), interval
+        self._ended = 0
+        """Columns when the last prompt ended."""
         self.begun: int | None = None
         """Columns before the first part of a prompt that was read in part; None: there is none."""
         self._is_reading = False
@@ -82,22 +85,25 @@ class Prompts:
             )
         if self._until is None and (num_new > 1 or not num_columns or self.begun is not None):
             return PromptPart.END
+        if self.interval and (end - self._ended) % self.interval == 0:
+            return PromptPart.CHOICE
         return PromptPart.NONE
 
-    def end(self, part: PromptPart, num_columns: int) -> None:
-        """Note that a call behind ``num_columns`` is done."""
+    def end(self, part: PromptPart, num_columns: int, num_new: int) -> None:
+        """Note that a call of ``num_new`` columns behind ``num_columns`` is done."""
         if part is PromptPart.PART and self.begun is None:
             self.begun = num_columns
         elif part is PromptPart.END:
-            self.begun = None
+            self.begun, self._ended = None, num_columns + num_new
 
     def cut(self, num_columns: int) -> None:
         """Note that only the first ``num_columns`` are left."""
         if self.begun is not None and num_columns <= self.begun:
             self.begun = None
+        self._ended = min(self._ended, num_columns)
 
     def fork(self) -> Prompts:
         """Return those of a copy of the cache, which no ``with`` block of this one is about."""
-        twin = Prompts(self.chosen_layers)
-        twin.begun = self.begun
+        twin = Prompts(self.chosen_layers, self.interval)
+        twin.begun, twin._ended = self.begun, self._ended
         return twin
