@@ -64,7 +64,7 @@ def test_blob_is_written_again_from_any_byte_on(tier: DiskTier):
 
 
 def test_ledger_is_charged_and_the_capacity_holds(tmp_path: Path):
-    """Bytes are charged when a put begins and given back by delete; what does not fit is refused and changes nothing."""
+    """Bytes are charged when a put begins and given back by delete; what does not fit is refused."""
     ledger = Ledger(Budget({}))
     tier = DiskTier(tmp_path, 10_000, ledger)
     (view,) = pieces(3, 6000)

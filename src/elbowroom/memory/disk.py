@@ -1,8 +1,8 @@
-"""DiskTier: blobs as files in a directory of this process, written and read by threads straight from the caller's memory.
+"""DiskTier: blobs as files in a directory of this process, written and read by threads straight from memory.
 
-Parts are checked by CRC-32: it runs at the speed of several disks (zlib's, 3.6 GB/s a core here; BLAKE2b 0.6, SHA-1 1.6)
-and finds what goes wrong by accident; nobody else can write the files. The page cache is not ours to fill: written
-pages are handed to the disk at once and dropped when they are there, and those that were read are dropped.
+Parts are checked by CRC-32: it runs at the speed of several disks (zlib's, 3.6 GB/s a core here; BLAKE2b 0.6, SHA-1
+1.6) and finds what goes wrong by accident; nobody else can write the files. The page cache is not ours to fill:
+written pages are handed to the disk at once and dropped when they are there, and those that were read are dropped.
 """
 
 from __future__ import annotations

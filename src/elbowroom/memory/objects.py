@@ -1,7 +1,7 @@
 """The seam of object tiers: blobs under keys, written and read in the background, straight from and to memory.
 
-A blob grows at its end (``append_at``) and is read in *parts*, each checked by itself. Nothing is copied on the way: who
-asks for a transfer must leave the memory alone until it has ended.
+A blob grows at its end (``append_at``) and is read in *parts*, each checked by itself. Nothing is copied on the way:
+who asks for a transfer must leave the memory alone until it has ended.
 """
 
 from __future__ import annotations
