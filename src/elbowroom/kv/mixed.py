@@ -49,9 +49,9 @@ class MixedStore:
 
     # Sequences
 
-    def open(self, plan: int = 0) -> KVHandle:
+    def open(self, plan: int = 0, expected_tokens: int = 0) -> KVHandle:
         """Return a new empty sequence under a plan."""
-        return replace(self.stores[plan].open(), plan=plan)
+        return replace(self.stores[plan].open(0, expected_tokens), plan=plan)
 
     def fork(self, handle: KVHandle, num_tokens: int | None = None) -> KVHandle:
         """Return a sequence that shares the first ``num_tokens`` of ``handle``, copy-on-write."""

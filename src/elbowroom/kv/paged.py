@@ -80,15 +80,17 @@ class PagedStore:
 
     # Sequences
 
-    def open(self, plan: int = 0) -> KVHandle:
-        """Return a new empty sequence.
+    def open(self, plan: int = 0, expected_tokens: int = 0) -> KVHandle:
+        """Return a new empty sequence; room for ``expected_tokens`` is kept side by side while there is other room.
 
         Raises:
             IntegrityError: ``plan`` is not 0.
         """
         if plan:
             raise IntegrityError(f"the store has one plan, no number {plan}")
-        return self._adopt(Sequence(self._pools.num_rows))
+        made = Sequence(self._pools.num_rows)
+        made.expected_tokens = expected_tokens
+        return self._adopt(made)
 
     def fork(self, handle: KVHandle, num_tokens: int | None = None) -> KVHandle:
         """Return a sequence that shares the first ``num_tokens`` of ``handle``, copy-on-write.

@@ -114,7 +114,7 @@ class TorchExecutor:
         if self._transfers is not None:
             self._transfers.before(op)
         if op.kind == "open":
-            self._handles[op.slot] = self.store.open(op.plan)
+            self._handles[op.slot] = self.store.open(op.plan, op.num_tokens)
         elif op.kind == "fork":
             self._handles[op.slot] = self.store.fork(self._handles[op.source], op.num_tokens)
         elif op.kind == "truncate":
