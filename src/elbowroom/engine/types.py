@@ -131,6 +131,8 @@ class StepResult:
     """Above zero: the store lacked this many bytes and no row was computed."""
     stranded: tuple[int, ...] = ()
     """Slots that should have gone over to another plan and could not: no row of theirs was computed."""
+    step_ends_s: tuple[float, ...] = ()
+    """Seconds from the start to the end of each step done, where they are known one by one."""
 
 
 @dataclass(slots=True)

@@ -39,17 +39,13 @@ class PastFutureAdmission:
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether the highest of some drawn peaks fits."""
         outlooks = [*running, candidate]
-        has = np.asarray([each.num_generated for each in outlooks], dtype=np.int64)
-        limits = np.asarray([each.most_new_tokens for each in outlooks], dtype=np.int64)
-        steps = np.asarray([each.chunk_steps for each in outlooks], dtype=np.int64)
+        facts = [(each.num_generated, each.most_new_tokens, each.chunk_steps) for each in outlooks]
+        has, limits, steps = np.asarray(facts, dtype=np.int64).T
         self._draws += 1
         generator = np.random.default_rng([self.seed, self._draws])
-        room = room_bytes * (1.0 - self.reserve)
-        for _ in range(min(MOST_SETS, _DRAWS // len(outlooks) + 1)):
-            drawn = self.lengths.draw(has, limits, has[:-1].tolist(), generator.random(len(outlooks)))
-            if future_peak(outlooks, drawn - has + steps) > room:
-                return False
-        return True
+        ranks = generator.random((min(MOST_SETS, _DRAWS // len(outlooks) + 1), len(outlooks)))
+        drawn = self.lengths.draw(has, limits, has[:-1], ranks)
+        return future_peak(outlooks, drawn - has + steps) <= room_bytes * (1.0 - self.reserve)
 
     def ended(self, num_generated: int, most_new_tokens: int) -> None:
         """Remember its length; one that was cut off at its limit would have gone on, and still took so much."""

@@ -27,15 +27,17 @@ class SimExecutor:
     def submit(self, plan: StepPlan) -> int:
         """Price the step and as many repetitions as the plan and ``stop_after_s`` allow."""
         shape = StepShape.of(plan)
-        total, steps = 0.0, 0 if plan.rows else 1  # changes of stored sequences alone cost next to nothing
+        total, ends = 0.0, [] if plan.rows else [0.0]  # changes of stored sequences alone cost next to nothing
         most = min([plan.valid_for_steps, *(left for row in plan.rows if (left := _left(row)) is not None)])
-        while plan.rows and steps < most and (steps == 0 or self.stop_after_s is None or total < self.stop_after_s):
+        latest = float("inf") if self.stop_after_s is None else self.stop_after_s
+        while plan.rows and len(ends) < most and (not ends or total < latest):
             total += self._cost.step_seconds(shape)
-            steps += 1
-            shape = StepShape(shape.num_tokens, shape.num_sampled, shape.context_tokens + shape.num_tokens)
+            ends.append(total)
+            shape = shape.repeated()
+        steps = len(ends)
         tokens = {row.slot: self._answer(row, steps) for row in plan.rows if row.sample is not None}
         self._next_ticket += 1
-        self._results[self._next_ticket] = StepResult(tokens, steps, total)
+        self._results[self._next_ticket] = StepResult(tokens, steps, total, step_ends_s=tuple(ends))
         return self._next_ticket
 
     def _answer(self, row: Row, steps: int) -> list[SampledToken]:
