@@ -1,4 +1,4 @@
-"""When requests come: gaps between them drawn from a distribution, or a fit to a trace. Seeded by the caller's generator.
+"""When requests come: gaps between them drawn from a distribution. Seeded by the caller's generator.
 
 A closed loop, in which users wait for answers before they ask again, has no arrival times of its own: the drivers add a
 request when one ends.

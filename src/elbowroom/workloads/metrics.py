@@ -43,8 +43,7 @@ class RequestTimes:
         if self.num_tokens == 0:
             self.first_s = before = times[0]
         for time_s in times:
-            if time_s - before > self.largest_gap_s:
-                self.largest_gap_s = time_s - before
+            self.largest_gap_s = max(self.largest_gap_s, time_s - before)
             before = time_s
         self.last_s = before
         self.num_tokens += len(times)

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elbowroom.engine.admission.base import Outlook
-from elbowroom.engine.admission.past_future import MOST_SETS
 from elbowroom.engine.admission.lengths import Counts
+from elbowroom.engine.admission.past_future import MOST_SETS
 from elbowroom.engine.admission.peak import future_peak
 
 WINDOW = 200
