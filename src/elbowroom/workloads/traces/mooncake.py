@@ -31,12 +31,8 @@ def _request(row: Fields) -> TimedRequest | None:
     prompt, output = int(row["input_length"]), int(row["output_length"])
     if prompt == 0 or output == 0:
         return None
-    return TimedRequest(
-        float(row["timestamp"]) / 1000,
-        prompt,
-        output,
-        block_keys=_block_keys([int(key) for key in row["hash_ids"]], prompt),
-    )
+    keys = _block_keys([int(key) for key in row["hash_ids"]], prompt)
+    return TimedRequest(float(row["timestamp"]) / 1000, prompt, output, block_keys=keys)
 
 
 def _block_keys(hashes: list[int], prompt_tokens: int) -> tuple[bytes, ...]:

@@ -1,8 +1,8 @@
 """Trace layout ``servegen``: ServeGen's clients (arXiv 2505.09999), distributions from which requests are drawn.
 
 A folder holds two files for each client: ``chunk-N-trace.csv`` says, for every ten minutes of a day, how many requests
-come a second and how unevenly; ``chunk-N-dataset.json`` holds histograms of prompt and answer lengths, and of the share of
-an answer that is reasoning, for parts of the day.
+come a second and how unevenly; ``chunk-N-dataset.json`` holds histograms of prompt and answer lengths, and of the share
+of an answer that is reasoning, for parts of the day.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def _arrivals(trace: Path) -> tuple[dict[int, Arrivals], dict[int, float]]:
     number = 0
     try:
         with trace.open(encoding="utf-8", newline="") as lines:
-            for number, row in enumerate(csv.reader(lines), start=1):
+            for row in csv.reader(lines):
+                number += 1
                 start, rate, cv, family = int(float(row[0])), float(row[1]), float(row[2] or 0), row[3]
                 if rate <= 0 or cv <= 0:
                     continue

@@ -11,7 +11,7 @@ import numpy as np
 from elbowroom.errors import RequestError
 from elbowroom.workloads.arrivals import PoissonArrivals
 from elbowroom.workloads.base import TimedRequest, Workload
-from elbowroom.workloads.traces.base import Fields, TraceOptions, by_arrival, json_keys, json_rows, read_rows
+from elbowroom.workloads.traces.base import Fields, TraceOptions, by_arrival, json_keys, json_rows
 
 THINK_S = 30.0
 """Mean seconds between two turns of a conversation: the files do not say."""
@@ -41,7 +41,6 @@ class ShareGPTLayout:
         starts = PoissonArrivals(options.rate).times(len(conversations), generator).tolist()
         made: list[TimedRequest] = []
         for number, (fields, start) in enumerate(zip(conversations, starts, strict=True), start=1):
-            made += read_rows(path, iter([fields]), number, lambda _: None, None)
             try:
                 made += _turns(fields, str(fields.get("id", number)), start, count, generator)
             except (KeyError, TypeError, AttributeError) as error:
