@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elbowroom.engine.accounting import KVPricing
+from elbowroom.engine.admission import ADMISSIONS
 from elbowroom.engine.core import EngineCore
 from elbowroom.engine.engine import Engine, EngineParts
 from elbowroom.engine.executors.local import TorchExecutor
@@ -26,6 +27,7 @@ def build_engine(
     kv_relief: str | KVPlan | None = None,
     max_sequences: int = 64,
     prefix_cache: bool = True,
+    admission: str = "greedy",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Engine:
@@ -42,6 +44,7 @@ def build_engine(
             computed again; it rounds what they hold, so by default there is none. Requests that name a plan keep it.
         max_sequences: most sequences that run at once.
         prefix_cache: keep finished prefixes for requests that share them.
+        admission: name of the policy that says which waiting request may begin.
         seed: seeds requests that bring none.
         progress: called with bytes loaded and bytes in all.
 
@@ -73,7 +76,7 @@ def build_engine(
         for each in (loaded.store, *loaded.others)
     ]
     executor = TorchExecutor(loaded.path.model(loaded.decoder), loaded.decoder.weights, store, loaded.workspace)
-    core = _make_core(Scheduler(settings, pricings, kv_bytes), executor, loaded.arena)
+    core = _make_core(Scheduler(settings, pricings, kv_bytes, ADMISSIONS.get(admission)()), executor, loaded.arena)
     return Engine(
         EngineParts(
             model_name=loaded.directory.name if model else "builtin",

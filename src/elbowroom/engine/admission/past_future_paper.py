@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from elbowroom.engine.admission.base import Outlook
 from elbowroom.engine.admission.lengths import Counts
-from elbowroom.engine.admission.past_future import MOST_SETS
 from elbowroom.engine.admission.peak import future_peak
 
 WINDOW = 200
 """Answers that are remembered (the paper's branch; the paper: 1,000)."""
+MOST_SETS = 5
+"""Times that lengths are drawn for a decision; the highest peak counts."""
 _DRAWS = 200
 
 

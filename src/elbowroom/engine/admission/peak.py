@@ -34,6 +34,19 @@ def future_peak(outlooks: Sequence[Outlook], num_more: Tokens) -> int:
     return int(held.max())
 
 
+def bytes_over(outlooks: Sequence[Outlook], num_more: Tokens) -> npt.NDArray[np.int64]:
+    """Return the bytes that each sequence pays once all have so many tokens more, int64 ``[n, times]``.
+
+    Args:
+        outlooks: of n sequences.
+        num_more: int64 ``[times]``.
+    """
+    held = np.empty((len(outlooks), num_more.size), dtype=np.int64)
+    for members, group in _by_prices(outlooks):
+        held[members] = _bytes_at(group, num_more[None])[0]
+    return held
+
+
 def _by_prices(outlooks: Sequence[Outlook]) -> list[tuple[list[int], list[Outlook]]]:
     """Return the sequences of each KV plan: their places in ``outlooks``, and themselves."""
     groups: dict[int, list[int]] = {}
