@@ -162,6 +162,8 @@ class StepResult:
     """Above zero: the store lacked this many bytes and no row was computed."""
     stranded: tuple[int, ...] = ()
     """Slots that should have gone over to another plan and could not: no row of theirs was computed."""
+    step_ends_s: tuple[float, ...] = ()
+    """Seconds from the start to the end of each step done, where they are known one by one."""
     moved: tuple[Moved, ...] = ()
     """Transfers that have ended."""
 

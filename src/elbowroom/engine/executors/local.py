@@ -90,7 +90,7 @@ class TorchExecutor:
         moved = () if self._transfers is None else self._transfers.take_ended(plan.waits)
         self._next_ticket += 1
         seconds = time.perf_counter() - started
-        self._results[self._next_ticket] = StepResult(tokens, 1, seconds, shortfall, stranded, moved)
+        self._results[self._next_ticket] = StepResult(tokens, 1, seconds, shortfall, stranded, moved=moved)
         return self._next_ticket
 
     def collect(self, ticket: int) -> StepResult:

@@ -33,23 +33,24 @@ class SimExecutor:
 
     def submit(self, plan: StepPlan) -> int:
         """Price the step and as many repetitions as the plan, ``stop_after_s`` and transfers that end allow."""
-        rows, stop_after_s, total, steps = plan.rows, self.stop_after_s, 0.0, 0
+        rows, stop_after_s, total, ends = plan.rows, self.stop_after_s, 0.0, list[float]()
         if self._transfers is not None:
             rows, total = self._transfers.begin(plan)
             stop_after_s = _earliest(stop_after_s, self._transfers.next_end_s(), total)
         shape = StepShape.of(plan if rows is plan.rows else replace(plan, rows=rows))
         most = min([plan.valid_for_steps, *(left for row in rows if (left := _left(row)) is not None)])
-        while rows and steps < most and (steps == 0 or stop_after_s is None or total < stop_after_s):
+        latest = float("inf") if stop_after_s is None else stop_after_s
+        while rows and len(ends) < most and (not ends or total < latest):
             total += self._cost.step_seconds(shape)
-            steps += 1
-            shape = StepShape(shape.num_tokens, shape.num_sampled, shape.context_tokens + shape.num_tokens)
+            ends.append(total)
+            shape = shape.repeated()
         if not rows and plan.waits and stop_after_s is not None:
             total = max(total, stop_after_s)
-        tokens = {row.slot: self._answer(row, steps) for row in rows if row.sample is not None}
+        tokens = {row.slot: self._answer(row, len(ends)) for row in rows if row.sample is not None}
         moved = () if self._transfers is None else self._transfers.end(total)
         self._next_ticket += 1
-        # Changes of stored sequences alone cost next to nothing.
-        self._results[self._next_ticket] = StepResult(tokens, max(steps, 1), total, moved=moved)
+        made = tuple(ends) or (total,)  # changes of stored sequences alone cost next to nothing
+        self._results[self._next_ticket] = StepResult(tokens, len(made), total, moved=moved, step_ends_s=made)
         return self._next_ticket
 
     def _answer(self, row: Row, steps: int) -> list[SampledToken]:
