@@ -22,6 +22,7 @@ NAMES = (
     "retrieval",
     "serve",
     "serve-admission",
+    "serve-fair",
 )
 BENCHES: Registry[Benchmark] = Registry(
     "benchmark", {name: f"elbowroom.bench.{name.replace('-', '_')}:run" for name in NAMES}
