@@ -56,9 +56,9 @@ OpKind = Literal["open", "fork", "truncate", "convert", "close", "save", "load",
 class KVOp:
     """One change of stored sequences, applied in order before the rows of a step.
 
-    ``open`` makes ``slot`` empty, under ``plan`` (``num_tokens``: how long it may become, a hint); ``fork`` makes ``slot`` share the first ``num_tokens`` of
-    ``source``; ``truncate`` keeps the first ``num_tokens`` of ``slot``; ``convert`` keeps the tokens of ``slot`` under
-    another ``plan``; ``close`` forgets it.
+    ``open`` makes ``slot`` empty, under ``plan`` (``num_tokens``: how long it may become, a hint); ``fork`` makes
+    ``slot`` share the first ``num_tokens`` of ``source``; ``truncate`` keeps the first ``num_tokens`` of ``slot``;
+    ``convert`` keeps the tokens of ``slot`` under another ``plan``; ``close`` forgets it.
 
     ``save`` makes the object ``key`` hold the first ``num_tokens`` of ``slot``; only what it does not hold of this
     sequence already is written. The slot stays as it is; changing it waits for the transfer. ``load`` makes ``slot``,
