@@ -1,4 +1,4 @@
-"""SwapCosts: is it quicker to write a sequence away and read it back, or to compute it again? From measured constants."""
+"""SwapCosts: is it quicker to write a sequence away and read it back, or to compute it again? From what was measured."""
 
 from __future__ import annotations
 
