@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import Dropped, KVPricing, num_blocks
 from elbowroom.engine.prefix import Node, PrefixIndex, block_keys, root_key
-from elbowroom.engine.sequence import Parked, SeqState
+from elbowroom.engine.sequence import Parked, Saved, SeqState
 from elbowroom.engine.types import KVOp, Request
 from elbowroom.kv.conversion import RUN_BLOCKS
 
@@ -123,6 +123,14 @@ class KVAccount:
             self.ops.append(KVOp("open", seq.slot, plan=seq.plan))
         else:
             self.ops.append(KVOp("fork", seq.slot, node.slot, seq.num_computed))
+
+    def load(self, seq: SeqState, saved: Saved, *, is_async: bool) -> None:
+        """Give ``seq`` a slot for what is saved of it, and pay for all tokens that it knows."""
+        self._choose_plan(seq, saved.plan)
+        seq.slot, seq.shared, seq.num_computed, seq.dropped = self._new_slot(), None, saved.num_tokens, ()
+        self._pay_all(seq)
+        op = KVOp("load", seq.slot, num_tokens=saved.num_tokens, plan=saved.plan, key=saved.key, is_async=is_async)
+        self.ops.append(op)
 
     def _choose_plan(self, seq: SeqState, plan: int) -> None:
         seq.plan, seq.pricing = plan, self.pricings[plan]

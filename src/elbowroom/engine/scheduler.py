@@ -15,18 +15,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.admission.base import AdmissionPolicy
 from elbowroom.engine.admission.gate import may_begin
 from elbowroom.engine.admission.greedy import GreedyAdmission
+from elbowroom.engine.entry import enter, sibling_prefills
+from elbowroom.engine.horizon import repeatable_steps
 from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.limits import max_new_tokens
-from elbowroom.engine.order import decodes_first, fresh_seed, insert
+from elbowroom.engine.order import by_rank, decodes_first, fresh_seed, insert
+from elbowroom.engine.ordering.base import OrderPolicy
+from elbowroom.engine.ordering.priority import PriorityOrder
+from elbowroom.engine.preemption.base import PreemptPolicy
+from elbowroom.engine.preemption.recompute import RecomputePreemption
 from elbowroom.engine.relief import relieve
-from elbowroom.engine.sequence import Parked, SeqState
+from elbowroom.engine.rotation import give_ways
+from elbowroom.engine.sequence import SeqState
+from elbowroom.engine.state import Rows, SchedulerState
+from elbowroom.engine.swapping import forget, put_out, settle, wants_saving
 from elbowroom.engine.types import (
     FinishReason,
     KVOp,
@@ -41,8 +50,6 @@ from elbowroom.engine.types import (
 from elbowroom.errors import RequestTooLarge
 from elbowroom.kv.base import PromptPart
 from elbowroom.units import format_bytes
-
-Rows = list[tuple[SeqState, Row]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,23 +66,12 @@ class SchedulerConfig:
     prefix_cache: bool = True
     relief_plan: int | None = None
     """Number of the plan that sequences of the first one are turned into before any is preempted; None: they stay."""
+    repeats_steps: bool = True
+    """Whether the executor repeats steps that the plan allows to repeat: a simulated one does."""
+    return_blocks: int = 2
+    """Blocks for every running sequence that must be free before one comes back that had to go: hysteresis."""
     seed: int = 0
     """Seeds requests that bring none."""
-
-
-@dataclass(slots=True)
-class _State:
-    """Everything that changes; copied whole by snapshot."""
-
-    account: KVAccount
-    admission: AdmissionPolicy
-    waiting: list[SeqState] = field(default_factory=list)
-    running: list[SeqState] = field(default_factory=list)
-    """Both in order of rank."""
-    next_order: int = 0
-    in_flight: Rows = field(default_factory=list)
-    updates: list[SequenceUpdate] = field(default_factory=list)
-    stats: SchedulerStats = field(default_factory=SchedulerStats)
 
 
 class Scheduler:
@@ -86,6 +82,8 @@ class Scheduler:
         pricings: what sequences cost under each of the plans that requests may ask for, the usual one first.
         capacity_bytes: bytes that the KV store may hold.
         admission: who of those that fit may begin; by default all.
+        order: who is served first; by default priority, then arrival.
+        preemption: whether those that have to go are saved or computed again; by default computed again.
     """
 
     def __init__(
@@ -94,11 +92,19 @@ class Scheduler:
         pricings: Sequence[KVPricing],
         capacity_bytes: int,
         admission: AdmissionPolicy | None = None,
+        order: OrderPolicy | None = None,
+        preemption: PreemptPolicy | None = None,
     ) -> None:
         self.config = config
         self._eos_token_ids = frozenset(config.eos_token_ids)
         books = KVAccount(tuple(pricings), capacity_bytes, config.prefix_cache, config.relief_plan)
-        self._state = _State(books, admission or GreedyAdmission())
+        self._state = SchedulerState(
+            books,
+            admission or GreedyAdmission(),
+            order or PriorityOrder(),
+            preemption or RecomputePreemption(),
+            config.return_blocks,
+        )
 
     # Requests
 
@@ -133,6 +139,8 @@ class Scheduler:
                 plan=request.plan,
                 pricing=pricing,
             )
+            state.order.joined(seq)
+            seq.rank = state.order.rank(seq, request.arrival_s)
             insert(state.waiting, seq)
 
     def abort(self, request_id: int) -> bool:
@@ -146,13 +154,19 @@ class Scheduler:
         """End every request with ``error`` and forget all slots (the executor lost its store); return the news."""
         state, account = self._state, self.account
         updates = [SequenceUpdate(seq.request.id, seq.sample, [], "error", error) for seq in self._live()]
+        for seq in self._live():
+            state.order.left(seq)
+            forget(seq, account)
         state.waiting.clear()
         state.running.clear()
+        state.leaving.clear()
         state.in_flight = []
         state.updates = []
         stats = state.stats
         stats.finished["error"] = stats.finished.get("error", 0) + len(updates)
+        forgotten = [op for op in account.ops if op.kind == "forget"]
         state.account = account.emptied()
+        state.account.ops = forgotten
         return updates
 
     def finish_sample(self, request_id: int, sample: int) -> None:
@@ -169,7 +183,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Return whether a step would do something."""
         state = self._state
-        return bool(state.waiting or state.running or state.account.ops or state.updates)
+        return bool(state.waiting or state.running or state.leaving or state.account.ops or state.updates)
 
     @property
     def account(self) -> KVAccount:
@@ -182,11 +196,12 @@ class Scheduler:
         """Return the next step: decodes first, then prompts under way, then admissions into what is left.
 
         Args:
-            now: seconds on the caller's clock; kept for policies that need time.
+            now: seconds on the caller's clock, that of ``Request.arrival_s``.
         """
         state, account = self._state, self.account
         if account.free_bytes < 0:
             self._make_room(lambda: 0, None)
+        self._review(now)
         rows: Rows = []
         budget, preemptions = self.config.max_step_tokens, state.stats.preemptions
         for seq in decodes_first(state.running):
@@ -197,7 +212,7 @@ class Scheduler:
         while budget > 0 and state.waiting and len(state.running) < self.config.max_sequences:
             seq = state.waiting[0]
             if not self._admit(seq):
-                if state.running:
+                if state.running or state.leaving:
                     break
                 self._give_up(seq)
                 continue
@@ -206,37 +221,32 @@ class Scheduler:
                 rows.append((seq, row))
                 budget -= row.num_tokens
         if state.stats.preemptions > preemptions:  # perhaps for an older sequence, after the row was made
-            rows = [(seq, row) for seq, row in rows if seq.slot == row.slot]
+            rows = [(seq, row) for seq, row in rows if seq.slot == row.slot and not seq.is_leaving]
         state.in_flight = rows
         ops, account.ops = tuple(account.ops), []
-        return StepPlan(ops, tuple([row for _, row in rows]), self._valid_for_steps(rows))
+        valid_for = repeatable_steps(rows, state) if self.config.repeats_steps else 1
+        return StepPlan(ops, tuple([row for _, row in rows]), valid_for, waits=not rows)
 
     def update(self, result: StepResult) -> list[SequenceUpdate]:
         """Take in what the executor did; return the news for every sample that got tokens or ended."""
         state = self._state
         rows, state.in_flight = state.in_flight, []
+        for moved in result.moved:
+            settle(moved, state)
         for seq in [seq for seq in state.running if seq.slot in result.stranded]:
             self._preempt(seq)
         if result.shortfall_bytes > 0:
             self._retreat(rows, result.shortfall_bytes)
             rows = []
         repeats = result.num_steps - 1
+        state.num_steps += result.num_steps
         for seq, row in rows:
-            if seq.slot != row.slot:
-                continue  # ended while the step ran
-            before = seq.num_computed
-            seq.num_computed = before + row.num_tokens + repeats
-            if row.prompt:
-                ends = row.prompt.settles
-                dropped = seq.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
-                if ends or dropped != seq.dropped:
-                    self.account.shrink(seq, dropped)
-            if before < seq.num_prompt <= seq.num_computed:
-                self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
-            if row.sample is not None:
-                self._append_tokens(seq, result.tokens[row.slot])
-            elif seq.num_left == 0:
-                self._finish(seq, "length")  # a request that only prefills
+            if seq.slot == row.slot:  # else it ended while the step ran
+                self._advance(seq, row, repeats)
+                if row.sample is not None:
+                    self._append_tokens(seq, result.tokens[row.slot])
+                elif seq.num_left == 0:
+                    self._finish(seq, "length")  # a request that only prefills
         updates, state.updates = state.updates, []
         return updates
 
@@ -246,7 +256,7 @@ class Scheduler:
 
     def restore(self, snapshot: object) -> None:
         """Go back to a snapshot."""
-        assert isinstance(snapshot, _State)
+        assert isinstance(snapshot, SchedulerState)
         self._state = copy.deepcopy(snapshot)
 
     def stats(self) -> SchedulerStats:
@@ -265,89 +275,51 @@ class Scheduler:
         state = self._state
         assert all(seq.slot < 0 and seq.num_blocks == 0 for seq in state.waiting), "a waiting sequence holds blocks"
         assert all(seq.slot >= 0 and seq.num_left > 0 for seq in state.running), "a running sequence has no next row"
-        self.account.check(state.running)
+        assert all(seq.is_leaving and seq.slot >= 0 for seq in state.leaving), "a leaving sequence has no slot"
+        self.account.check([*state.running, *state.leaving])
 
     # Admission
 
     def _admit(self, seq: SeqState) -> bool:
         """Start a waiting sequence if all its tokens fit beside what runs; True when it runs now."""
         state = self._state
-        if seq.sample > 0 and self._sibling_prefills(seq):
+        if seq.sample > 0 and sibling_prefills(seq, state):
             return False
-        if not may_begin(seq, state.running, self.account, state.admission, self.config.max_step_tokens):
-            return False
-        if not (self._resume(seq) or self._enter(seq)):
+        if not self._enters(seq):
             return False
         if seq.num_generated == 0:
             seq.num_cached_tokens = seq.num_computed
             state.stats.prompt_tokens += seq.num_prompt
             state.stats.cached_prompt_tokens += seq.num_computed
-        seq.is_new_to_executor = True
+            if not seq.num_preemptions:
+                state.order.served(seq, seq.num_prompt - seq.num_computed, 0)
+        seq.num_steps_run, seq.is_new_to_executor = 0, True
         state.waiting.remove(seq)
         insert(state.running, seq)
         return True
 
-    def _enter(self, seq: SeqState) -> bool:
-        """Open a slot behind the longest cached prefix, with all blocks of the known tokens paid."""
-        account = self.account
-        node = account.match(seq)
-        if node is not None:
-            account.index.pin(node)
-        paid_bytes = seq.pricing.admission(len(seq.tokens), (), 0, seq.num_generated)[1]
-        if self._fits(account.private_bytes(paid_bytes, node)):
-            account.open(seq, node)
+    def _enters(self, seq: SeqState) -> bool:
+        """Ask the admission policy, and enter; a policy's no stands for some steps, or until a sequence goes."""
+        state, policy = self._state, self._state.admission
+        if state.refused is seq and state.num_steps < state.asks_again_at:
+            return False
+        state.refused = None
+        if may_begin(seq, state.running, self.account, policy, self.config.max_step_tokens) and enter(seq, state):
             return True
-        if node is not None:
-            account.index.unpin(node)
+        if policy.looks_ahead:  # also where the prompt does not fit: it will not before a sequence goes
+            state.refused, state.asks_again_at = seq, state.num_steps + policy.patience
         return False
 
-    def _resume(self, seq: SeqState) -> bool:
-        """Go on in the session's own parked slot, or branch from its parent's, where one is still stored."""
-        session, account = seq.request.session, self.account
-        if session is None or seq.num_generated:
-            return False
-        own = account.use_parked(session.key)
-        if own is not None and own.suits(seq.request):
-            if not self._fits(account.take_over_bytes(own, seq), own):
-                return False
-            account.take_over(seq, session.key)
-            return True
-        parent = account.use_parked(session.parent)
-        return parent is not None and parent.suits(seq.request) and self._branch(seq, parent)
-
-    def _branch(self, seq: SeqState, parent: Parked) -> bool:
-        account = self.account
-        keep = account.num_kept(parent, seq)
-        if keep == 0:
-            return False
-        node = account.ancestor(parent.shared, keep)
-        paid_bytes = parent.pricing.admission(len(seq.tokens), parent.dropped, keep)[1]
-        if node is not None:
-            account.index.pin(node)
-        if self._fits(account.private_bytes(paid_bytes, node), parent):
-            account.branch(seq, parent, node, keep)
-            return True
-        if node is not None:
-            account.index.unpin(node)
-        return False
-
-    def _fits(self, need: int, keep: Parked | None = None) -> bool:
-        """Make room for an admission; one free block for every running sequence must remain, and none is preempted."""
-        account = self.account
-        headroom = sum([seq.pricing.block_bytes for seq in self._state.running])
-        if account.free_bytes < need + headroom and account.attainable_bytes(keep) < need + headroom:
-            return False
-        while account.free_bytes < need:
-            if not account.evict_one(keep):
-                return False
-        return True
-
-    def _sibling_prefills(self, seq: SeqState) -> bool:
-        """Whether the first sample of the same request is computing the prompt that this one will share."""
-        return seq.pricing.can_share and any(
-            other.request.id == seq.request.id and other.sample == 0 and other.num_computed < other.num_prompt
-            for other in self._state.running
-        )
+    def _review(self, now: float) -> None:
+        """Sort anew where ranks have changed, and put out who has to go for the head of the queue."""
+        state = self._state
+        if state.order.reviews(state.num_steps):
+            for seq in (*state.waiting, *state.running):
+                seq.rank = state.order.rank(seq, now)
+            state.waiting.sort(key=by_rank)
+            state.running.sort(key=by_rank)
+        for seq in give_ways(state, self.config.max_sequences, self.config.max_step_tokens, now):
+            self._preempt(seq)
 
     # Growth and preemption
 
@@ -356,6 +328,8 @@ class Scheduler:
 
         None if nothing may be computed, or the sequence had to give way.
         """
+        if seq.is_loading:
+            return None
         start, end = seq.num_computed, len(seq.tokens)
         stop = end if end - start <= most_tokens else start + most_tokens
         if stop == start:
@@ -380,7 +354,8 @@ class Scheduler:
         if not (prompt and seq.pricing.chooses) and stop <= seq.num_blocks * STRIP_TOKENS:
             return True
         if not self._make_room(lambda: seq.price_at(stop, prompt) - seq.paid_bytes, seq):
-            self._preempt(seq)
+            if not self._state.leaving:  # else it waits for what comes free soon
+                self._preempt(seq)
             return False
         self.account.grow(seq, num_blocks(stop), seq.price_at(stop, prompt))
         return True
@@ -390,25 +365,34 @@ class Scheduler:
 
         What ``seq`` needs is less once it has gone over to the relief plan.
         """
-        account, running = self.account, self._state.running
+        account, state = self.account, self._state
         while account.free_bytes < need():
             if account.evict_one():
                 continue
-            if relieve(running, account):
-                self._state.stats.reliefs += 1
+            if relieve(state.running, account):
+                state.stats.reliefs += 1
                 continue
-            if not running or running[-1] is seq:
+            leaving = sum([account.private_bytes(each.paid_bytes, each.shared) for each in state.leaving])
+            if seq is not None and account.free_bytes + leaving >= need():
                 return False
-            self._preempt(running[-1])
+            last = next((each for each in reversed(state.running) if not each.is_loading), None)
+            if last is None or last is seq:
+                return False
+            self._preempt(last, may_save=seq is not None)
         return True
 
-    def _preempt(self, seq: SeqState) -> None:
-        """Take a running sequence's blocks away; they will be recomputed."""
+    def _preempt(self, seq: SeqState, *, may_save: bool = True) -> None:
+        """Take a running sequence's blocks away; they are saved, or computed again later."""
         state = self._state
+        seq.num_preemptions += 1
+        state.stats.preemptions += 1
+        state.refused = None
+        if may_save and wants_saving(seq, state):
+            put_out(seq, state)
+            return
         self.account.give_back(seq)
         state.running.remove(seq)
         insert(state.waiting, seq)
-        state.stats.preemptions += 1
 
     def _retreat(self, rows: Rows, shortfall_bytes: int) -> None:
         """The store had less than was counted on: until some sequence ends, count on so much less."""
@@ -426,6 +410,21 @@ class Scheduler:
 
     # Progress
 
+    def _advance(self, seq: SeqState, row: Row, repeats: int) -> None:
+        """Note that ``row`` was computed and repeated so often behind that."""
+        before = seq.num_computed
+        seq.num_steps_run += 1 + repeats
+        seq.num_computed = before + row.num_tokens + repeats
+        if repeats and seq.num_computed > seq.num_blocks * STRIP_TOKENS:  # the plan saw that it fits
+            self.account.grow(seq, num_blocks(seq.num_computed), seq.price_at(seq.num_computed, PromptPart.NONE))
+        if row.prompt:
+            ends = row.prompt.settles
+            dropped = seq.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
+            if ends or dropped != seq.dropped:
+                self.account.shrink(seq, dropped)
+        if before < seq.num_prompt <= seq.num_computed:
+            self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
+
     def _append_tokens(self, seq: SeqState, tokens: list[SampledToken]) -> None:
         known = seq.tokens
         for count, token in enumerate(tokens, start=1):
@@ -438,6 +437,7 @@ class Scheduler:
             reason = None
         state = self._state
         state.stats.generated_tokens += len(tokens)
+        state.order.served(seq, 0, len(tokens))
         update = SequenceUpdate(
             seq.request.id, seq.sample, tokens, reason, None, seq.num_cached_tokens, seq.is_relieved
         )
@@ -450,11 +450,16 @@ class Scheduler:
 
     def _finish(self, seq: SeqState, reason: FinishReason, report: bool = True, error: Exception | None = None) -> None:
         state, session = self._state, seq.request.session
-        self.account.lacking_bytes = 0
+        state.refused, self.account.lacking_bytes = None, 0
         if reason in ("stop", "length"):
             state.admission.ended(seq.num_generated, seq.max_new_tokens)
+        state.order.left(seq)
+        forget(seq, self.account)
         if seq in state.waiting:
             state.waiting.remove(seq)
+        elif seq in state.leaving:
+            state.leaving.remove(seq)
+            self.account.give_back(seq)
         else:
             state.running.remove(seq)
             self.account.cache(seq, seq.num_computed // STRIP_TOKENS)
@@ -467,20 +472,5 @@ class Scheduler:
             update = SequenceUpdate(seq.request.id, seq.sample, [], reason, error, seq.num_cached_tokens)
             state.updates.append(update)
 
-    def _valid_for_steps(self, rows: Rows) -> int:
-        """Return how often pure decode rows may be repeated before a block, a limit or a waiting request matters."""
-        if self._state.waiting or not rows:
-            return 1
-        fewest = self.config.max_positions
-        for seq, row in rows:
-            # One that ends early is cut back, and a sliding window may have dropped what lies before.
-            if row.kind != "decode" or row.prompt or (seq.stop_token_ids and not seq.pricing.can_share):
-                return 1
-            paid, last = seq.num_blocks * STRIP_TOKENS, seq.limit - 1
-            if seq.pricing.interval:
-                last = min(last, seq.pricing.next_choice(seq.num_prompt, row.start) - 1)
-            fewest = min(fewest, min(last, paid) - row.start)
-        return max(fewest, 1)
-
     def _live(self) -> list[SeqState]:
-        return [*self._state.running, *self._state.waiting]
+        return [*self._state.running, *self._state.waiting, *self._state.leaving]
