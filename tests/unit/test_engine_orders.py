@@ -10,10 +10,11 @@ from tests.support.engine_world import World, bound, layer
 
 from elbowroom.engine.ordering import ORDERS
 from elbowroom.engine.preemption import PREEMPTIONS
-from elbowroom.engine.preemption.auto import AutoPreemption, SwapCosts
+from elbowroom.engine.preemption.auto import AutoPreemption
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import Request
 from elbowroom.errors import PlanError
+from elbowroom.memory.swap_cost import SwapCost
 
 PLAN = bound(layer(), layer())
 BLOCK = 16384
@@ -150,12 +151,13 @@ def test_late_requests_go_behind_those_that_can_still_be_met() -> None:
 
 
 def test_auto_saves_what_is_cheaper_to_move_than_to_compute() -> None:
-    costs = SwapCosts(write_bytes_per_s=1e9, read_bytes_per_s=1e9, transfer_s=1e-3, prefill_tokens_per_s=1000.0)
-    policy = AutoPreemption(costs)
+    policy = AutoPreemption(SwapCost(write_bytes_per_s=1e9, read_bytes_per_s=1e9), prefill_tokens_per_s=1000.0)
     assert policy.saves(1000, 10**8, 10**8)
     assert not policy.saves(1000, 10**9, 10**9)
     assert policy.saves(1000, 9 * 10**8, 0)
-    assert not policy.saves(1, 1000, 1000)
+    for _ in range(100):
+        policy.computed(500, 0.01)
+    assert not policy.saves(1000, 10**8, 10**8)
 
 
 @pytest.mark.parametrize(("registry", "kind"), [(ORDERS, "order policy"), (PREEMPTIONS, "preemption policy")])

@@ -240,6 +240,8 @@ class Scheduler:
             rows = []
         repeats = result.num_steps - 1
         state.num_steps += result.num_steps
+        if result.duration_s > 0 and any(row.prompt for _, row in rows):
+            state.preemption.computed(sum([row.num_tokens for _, row in rows]), result.duration_s)
         for seq, row in rows:
             if seq.slot == row.slot:  # else it ended while the step ran
                 self._advance(seq, row, repeats)

@@ -194,6 +194,11 @@ class SchedulerStats:
     preemptions: int = 0
     reliefs: int = 0
     """Sequences that were turned into the relief plan."""
+    swaps_out: int = 0
+    """Sequences that were saved to the swap tier, and those that came back from it."""
+    swaps_in: int = 0
+    swapped_bytes: int = 0
+    failed_swaps: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0

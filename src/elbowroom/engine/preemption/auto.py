@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
+from elbowroom.memory.swap_cost import SwapCost
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwapCosts:
-    """What moving and computing take on this machine."""
-
-    write_bytes_per_s: float = 5e8
-    read_bytes_per_s: float = 1e9
-    transfer_s: float = 1e-3
-    """On top for each transfer."""
-    prefill_tokens_per_s: float = 1000.0
+_MEMORY = 0.9
+"""Weight of what was known of the speed of prefills when a step of one is measured."""
 
 
 @dataclass(slots=True)
@@ -22,14 +16,23 @@ class AutoPreemption:
     """FastSwitch always swaps, others always compute again; here each sequence takes what costs less.
 
     Transfers beside which others go on count as much as those that stop them: disk and memory are shared.
+
+    Args:
+        cost: of bytes, measured at the start.
+        prefill_tokens_per_s: a first guess; steps that read prompts tell better.
     """
 
-    costs: SwapCosts = field(default_factory=SwapCosts)
+    cost: SwapCost
+    prefill_tokens_per_s: float = 1000.0
     is_async: bool = True
     name: ClassVar[str] = "auto"
 
     def saves(self, num_tokens: int, num_bytes: int, num_new_bytes: int) -> bool:
         """Return whether writing what is new and reading all is faster than a prefill."""
-        costs = self.costs
-        moved_s = num_new_bytes / costs.write_bytes_per_s + num_bytes / costs.read_bytes_per_s + 2 * costs.transfer_s
-        return moved_s < num_tokens / costs.prefill_tokens_per_s
+        moved_s = self.cost.write_seconds(num_new_bytes, 1) + self.cost.read_seconds(num_bytes, 1)
+        return moved_s < num_tokens / self.prefill_tokens_per_s
+
+    def computed(self, num_tokens: int, seconds: float) -> None:
+        """Learn how fast prompts are read."""
+        measured = num_tokens / seconds
+        self.prefill_tokens_per_s += (1.0 - _MEMORY) * (measured - self.prefill_tokens_per_s)

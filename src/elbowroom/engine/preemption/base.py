@@ -24,3 +24,6 @@ class PreemptPolicy(Protocol):
             num_bytes: what it holds.
             num_new_bytes: those of them that the swap tier does not hold already.
         """
+
+    def computed(self, num_tokens: int, seconds: float) -> None:
+        """Note that a step with prompts computed so many tokens."""

@@ -16,3 +16,6 @@ class RecomputePreemption:
     def saves(self, num_tokens: int, num_bytes: int, num_new_bytes: int) -> bool:
         """Return False."""
         return False
+
+    def computed(self, num_tokens: int, seconds: float) -> None:
+        """Forget it."""

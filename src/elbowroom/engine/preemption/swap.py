@@ -16,3 +16,6 @@ class SwapPreemption:
     def saves(self, num_tokens: int, num_bytes: int, num_new_bytes: int) -> bool:
         """Return True."""
         return True
+
+    def computed(self, num_tokens: int, seconds: float) -> None:
+        """Forget it."""
