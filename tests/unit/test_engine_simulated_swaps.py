@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from elbowroom.engine.core import StepTimes
 from elbowroom.engine.executors import LinearCostModel, SimExecutor
 from elbowroom.engine.executors.simulated_transfers import SimTransfers, SwapShape
-from elbowroom.engine.preemption.auto import AutoPreemption, SwapCosts
-from elbowroom.engine.preemption.measured import measured_costs
 from elbowroom.engine.types import KVOp, Row, StepPlan, StepResult
 from elbowroom.memory.swap_cost import SwapCost
 
@@ -93,14 +90,3 @@ def test_failures_are_told_and_rows_of_absent_slots_are_not_computed() -> None:
     result = sim.step(load(2, 1, 128, False), slots=(2,))
     assert "no object" in (result.moved[0].error or "")
     assert result.duration_s == 0.0
-
-
-def test_measured_costs_decide_between_swapping_and_computing_again() -> None:
-    """Prefill counts from the first prompt on; a slow disk loses."""
-    times = StepTimes(prefill_s=2.0, prefill_tokens=1000)
-    costs = measured_costs(SwapCost(1e9, 5e8, transfer_s=0.01), times)
-    assert (costs.write_bytes_per_s, costs.read_bytes_per_s, costs.transfer_s) == (1e9, 5e8, 0.01)
-    assert costs.prefill_tokens_per_s == 500.0
-    assert AutoPreemption(costs).saves(500, 1_000_000, 1_000_000)
-    assert not AutoPreemption(measured_costs(SwapCost(1e5, 1e5), times)).saves(500, 1_000_000, 1_000_000)
-    assert measured_costs(SwapCost(1e9, 1e9), StepTimes()).prefill_tokens_per_s == SwapCosts().prefill_tokens_per_s
