@@ -84,14 +84,16 @@ class StoreExecutor:
     """Steps that asynchronous transfers take."""
     fails_every: int = 0
     """One transfer in so many fails; 0: none does."""
+    early: list[Moved] = field(default_factory=list)
     num_moved: int = 0
     age: int = 0
 
     def begin(self, op: KVOp) -> None:
         """Begin a transfer, or delete an object."""
         if op.kind == "forget":
-            self.pending = [each for each in self.pending if each.key != op.key or each.kind == "load"]
-            assert all(each.key != op.key for each in self.pending) or op.key in self.objects
+            for each in [each for each in self.pending if each.key == op.key]:
+                self.pending.remove(each)
+                self.early.append(self._move(each))
             self.objects.pop(op.key, None)
             return
         assert op.kind == "save" or op.slot not in self.content, "a slot is opened twice"
@@ -99,12 +101,21 @@ class StoreExecutor:
 
     def moved(self, plan: StepPlan) -> tuple[Moved, ...]:
         """End the transfers that are due."""
+        for row in plan.rows:
+            self.wait_for(row.slot)
         due = [op for op in self.pending if not op.is_async]
         self.age += 1
         if self.pending and not due and (plan.waits or self.age > self.delay):
             due, self.age = self.pending[:1], 0
         self.pending = [op for op in self.pending if op not in due]
-        return tuple([self._move(op) for op in due])
+        early, self.early = self.early, []
+        return (*early, *[self._move(op) for op in due])
+
+    def wait_for(self, slot: int) -> None:
+        """Whoever changes a slot waits until it is saved."""
+        for op in [each for each in self.pending if each.slot == slot and each.kind == "save"]:
+            self.pending.remove(op)
+            self.early.append(self._move(op))
 
     def _move(self, op: KVOp) -> Moved:
         self.num_moved += 1
@@ -128,7 +139,9 @@ class StoreExecutor:
         """Apply one change; slots must be used as KVOp says. False: a sequence could not go over."""
         if op.kind in ("save", "load", "forget"):
             self.begin(op)
-        elif op.slot not in self.content and op.kind in ("close", "truncate"):
+            return True
+        self.wait_for(op.slot)
+        if op.slot not in self.content and op.kind in ("close", "truncate"):
             assert op.kind == "close", "a slot is cut before it was read"
             self.pending = [each for each in self.pending if each.slot != op.slot]  # it never came back
         elif op.kind == "open":
@@ -160,8 +173,8 @@ class StoreExecutor:
         """Apply the plan's changes and run its rows ``num_steps`` times; report a shortfall as executors do."""
         stranded = tuple([op.slot for op in plan.ops if not self.apply(op)])
         rows = tuple([row for row in plan.rows if row.slot not in stranded])
-        assert not {row.slot for row in rows} & {op.slot for op in self.pending}, "a row of a slot that is moved"
         moved = self.moved(plan)
+        assert not {row.slot for row in rows} & {op.slot for op in self.pending}, "a row of a slot that is moved"
         made: dict[int, list[SampledToken]] = {}
         for repeat in range(num_steps if rows else 0):
             step = self._step(rows, repeat)
@@ -282,6 +295,8 @@ class World:
         """After the cache is cleared nothing is held anywhere."""
         account = self.scheduler.account
         account.reclaim(2**62)
+        for key in list(account.stowed):
+            self.scheduler.close_session(key)
         self.step()
         assert (account.used_bytes, account.cached_bytes, account.ops) == (0, 0, [])
         assert not self.executor.content

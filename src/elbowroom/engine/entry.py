@@ -5,11 +5,13 @@ from __future__ import annotations
 from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.state import SchedulerState
-from elbowroom.engine.swapping import come_back
+from elbowroom.engine.swapping import come_back, unstow
 
 
 def enter(seq: SeqState, state: SchedulerState) -> bool:
     """Give ``seq`` a slot with all blocks of its known tokens paid; False if they do not fit."""
+    if seq.saved is None:
+        unstow(seq, state.account)
     if seq.saved is not None:
         paid_bytes = state.account.pricings[seq.saved.plan].admission(len(seq.tokens), (), 0, seq.num_generated)[1]
         if not _fits(paid_bytes, seq, state):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import Dropped, KVPricing, num_blocks
 from elbowroom.engine.prefix import Node, PrefixIndex, block_keys, root_key
-from elbowroom.engine.sequence import Parked, Saved, SeqState
+from elbowroom.engine.sequence import Parked, Saved, SeqState, Stowed
 from elbowroom.engine.types import KVOp, Request
 from elbowroom.kv.conversion import RUN_BLOCKS
 
@@ -30,6 +30,8 @@ class KVAccount:
     """Number of the plan that running sequences can be turned into when memory is short."""
     index: PrefixIndex = field(default_factory=PrefixIndex)
     parked: dict[int, Parked] = field(default_factory=dict)
+    stowed: dict[int, Stowed] = field(default_factory=dict)
+    """Sessions that only the swap tier holds, the longest there first."""
     used_bytes: int = 0
     ops: list[KVOp] = field(default_factory=list)
     evicted_blocks: int = 0
@@ -213,19 +215,29 @@ class KVAccount:
             paid_bytes=seq.paid_bytes,
             dropped=seq.dropped,
             last_used=self._clock,
+            saved=seq.saved,
         )
+        seq.saved = None
         if seq.shared is not None:
             self.index.soften(seq.shared)
         seq.slot, seq.shared, seq.num_blocks, seq.paid_bytes = -1, None, 0, 0
 
     def drop_parked(self, key: int) -> None:
-        """Forget a parked session; it is prefilled again if it ever goes on."""
+        """Close a parked session; it is prefilled again if it ever goes on, or read back where it is saved."""
         parked = self.parked.pop(key)
+        if parked.saved is not None:
+            self.stowed[key] = Stowed(parked.asked_plan, parked.tokens, parked.saved)
         self.used_bytes -= self.private_bytes(parked.paid_bytes, parked.shared)
         if parked.shared is not None:
             self.index.soften(parked.shared, -1)
             self.index.unpin(parked.shared)
         self.ops.append(KVOp("close", parked.slot))
+
+    def drop_stowed(self, key: int) -> None:
+        """Delete what the swap tier holds of a session."""
+        stowed = self.stowed.pop(key, None)
+        if stowed is not None:
+            self.ops.append(KVOp("forget", -1, key=stowed.saved.key))
 
     def use_parked(self, key: int | None) -> Parked | None:
         """Return a parked session, marked as used now."""
@@ -238,6 +250,7 @@ class KVAccount:
     def take_over(self, seq: SeqState, key: int) -> None:
         """Let ``seq`` go on in the slot of its parked session, cut back to the tokens they have in common."""
         parked = self.parked.pop(key)
+        seq.saved = parked.saved
         if parked.shared is not None:
             self.index.soften(parked.shared, -1)
         self._choose_plan(seq, parked.plan)
@@ -259,9 +272,13 @@ class KVAccount:
 
     def num_kept(self, parked: Parked, seq: SeqState) -> int:
         """Return how many tokens of a parked session ``seq`` can go on from; one at least is left to compute."""
-        keep = min(common_prefix(parked.tokens, seq.tokens), len(seq.tokens) - 1)
+        return self.resume_point(parked.tokens, parked.pricing, seq)
+
+    def resume_point(self, tokens: list[int], pricing: KVPricing, seq: SeqState) -> int:
+        """Return how many of ``tokens``, as they are stored, ``seq`` can go on from."""
+        keep = min(common_prefix(tokens, seq.tokens), len(seq.tokens) - 1)
         # What an earlier position needs may have left a sliding window or been sealed.
-        return parked.pricing.resume_point(keep, len(parked.tokens))
+        return pricing.resume_point(keep, len(tokens))
 
     def take_over_bytes(self, parked: Parked, seq: SeqState) -> int:
         """Return what ``take_over`` and growing to all tokens of ``seq`` would add to ``used_bytes``."""

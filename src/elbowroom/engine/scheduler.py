@@ -35,7 +35,7 @@ from elbowroom.engine.relief import relieve
 from elbowroom.engine.rotation import give_ways
 from elbowroom.engine.sequence import SeqState
 from elbowroom.engine.state import Rows, SchedulerState
-from elbowroom.engine.swapping import forget, put_out, settle, wants_saving
+from elbowroom.engine.swapping import forget, put_out, settle, stow, wants_saving
 from elbowroom.engine.types import (
     FinishReason,
     KVOp,
@@ -179,6 +179,7 @@ class Scheduler:
         """Forget a parked sequence."""
         if key in self.account.parked:
             self.account.drop_parked(key)
+        self.account.drop_stowed(key)
 
     def has_work(self) -> bool:
         """Return whether a step would do something."""
@@ -456,7 +457,6 @@ class Scheduler:
         if reason in ("stop", "length"):
             state.admission.ended(seq.num_generated, seq.max_new_tokens)
         state.order.left(seq)
-        forget(seq, self.account)
         if seq in state.waiting:
             state.waiting.remove(seq)
         elif seq in state.leaving:
@@ -466,9 +466,11 @@ class Scheduler:
             state.running.remove(seq)
             self.account.cache(seq, seq.num_computed // STRIP_TOKENS)
             if session is not None and seq.sample == 0 and reason in ("stop", "length"):
+                stow(seq, state)
                 self.account.park(seq, session.key)
             else:
                 self.account.give_back(seq)
+        forget(seq, self.account)
         state.stats.finished[reason] = state.stats.finished.get(reason, 0) + 1
         if report:
             update = SequenceUpdate(seq.request.id, seq.sample, [], reason, error, seq.num_cached_tokens)

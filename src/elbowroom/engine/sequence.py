@@ -118,6 +118,21 @@ class SeqState:
         return replace(self.spec, history=tuple(self.tokens))
 
 
+@dataclass(frozen=True, slots=True)
+class Stowed:
+    """A session between two requests that only the swap tier holds."""
+
+    asked_plan: int
+    """Number of the plan that its requests asked for."""
+    tokens: list[int]
+    """Exactly the tokens that are saved."""
+    saved: Saved
+
+    def suits(self, request: Request) -> bool:
+        """Return whether a request may go on from here."""
+        return self.asked_plan == request.plan and (self.saved.plan == request.plan or not request.keeps_plan)
+
+
 @dataclass(slots=True, eq=False)
 class Parked:
     """The stored sequence of a session between two requests."""
@@ -135,6 +150,8 @@ class Parked:
     paid_bytes: int
     dropped: Dropped
     last_used: int
+    saved: Saved | None = None
+    """What the swap tier holds of it."""
 
     def suits(self, request: Request) -> bool:
         """Return whether a request may go on from here: under the plan that it asks for, or relieved, if it may be."""

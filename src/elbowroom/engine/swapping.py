@@ -37,6 +37,36 @@ def put_out(seq: SeqState, state: SchedulerState) -> None:
     state.stats.swaps_out += 1
 
 
+def stow(seq: SeqState, state: SchedulerState) -> None:
+    """Begin to save a sequence that will be parked: its session goes on from there when its slot was needed."""
+    if not wants_saving(seq, state):
+        forget(seq, state.account)
+        return
+    if not _is_valid(seq):
+        forget(seq, state.account)
+    key = f"{seq.order}.{seq.sample}.{seq.slot}" if seq.saved is None else seq.saved.key
+    seq.saved = Saved(key, seq.plan, seq.num_computed)
+    state.account.ops.append(
+        KVOp("save", seq.slot, num_tokens=seq.num_computed, key=key, is_async=state.preemption.is_async)
+    )
+
+
+def unstow(seq: SeqState, account: KVAccount) -> None:
+    """Let ``seq`` go on from what the swap tier holds of its session, as far as that is the same."""
+    session = seq.request.session
+    stowed = None if session is None or seq.num_generated else account.stowed.get(session.key)
+    if session is None or stowed is None or session.key in account.parked:
+        return
+    keep = 0
+    if stowed.suits(seq.request):
+        keep = account.resume_point(stowed.tokens, account.pricings[stowed.saved.plan], seq)
+    if keep == 0:
+        account.drop_stowed(session.key)
+        return
+    del account.stowed[session.key]
+    seq.saved = Saved(stowed.saved.key, stowed.saved.plan, keep)
+
+
 def come_back(seq: SeqState, state: SchedulerState) -> None:
     """Give a saved sequence its slot and begin to read its tokens; the caller has seen that they fit."""
     assert seq.saved is not None, "nothing is saved"
@@ -48,12 +78,14 @@ def come_back(seq: SeqState, state: SchedulerState) -> None:
 def settle(moved: Moved, state: SchedulerState) -> None:
     """Take in that a transfer has ended, well or not."""
     state.stats.swapped_bytes += moved.num_bytes
+    if moved.error is not None:
+        state.stats.failed_swaps += 1
+        _unsave(moved.key, state.account)
     group = state.leaving if moved.kind == "save" else state.running
     seq = next((each for each in group if each.slot == moved.slot), None)
     if seq is None:
         return  # it ended meanwhile
     if moved.error is not None:
-        state.stats.failed_swaps += 1
         seq.saved = None
     if moved.kind == "load":
         seq.is_loading = False
@@ -74,6 +106,17 @@ def forget(seq: SeqState, account: KVAccount) -> None:
     if seq.saved is not None:
         account.ops.append(KVOp("forget", seq.slot, key=seq.saved.key))
         seq.saved = None
+
+
+def _unsave(key: str, account: KVAccount) -> None:
+    """A session's tokens could not be saved: keep it without, and make room for others where the tier is full."""
+    for parked in account.parked.values():
+        if parked.saved is not None and parked.saved.key == key:
+            parked.saved = None
+    for session in [each for each, stowed in account.stowed.items() if stowed.saved.key == key]:
+        account.drop_stowed(session)
+    if account.stowed:
+        account.drop_stowed(next(iter(account.stowed)))
 
 
 def _is_valid(seq: SeqState) -> bool:
