@@ -32,7 +32,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> AsyncLLM:
 
 @pytest.fixture(scope="module")
 def server(llm: AsyncLLM) -> Iterator[Server]:
-    limits = ServerLimits(grace_s=1.0, max_body_bytes=2**20)
+    limits = ServerLimits(drain_timeout_s=1.0, max_body_bytes=2**20)
     with running({"tiny": llm}, limits) as made:
         yield made
         assert httpx.get(f"{made.url}/health").status_code == 200

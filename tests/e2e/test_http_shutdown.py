@@ -27,7 +27,8 @@ import sys
 from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.engine.build import build_engine
 from elbowroom.serve import ServerLimits, serve
-serve({"tiny": AsyncLLM(build_engine(sys.argv[1], "48MiB"))}, port=0, limits=ServerLimits(grace_s=float(sys.argv[2])))
+limits = ServerLimits(drain_timeout_s=float(sys.argv[2]))
+serve({"tiny": AsyncLLM(build_engine(sys.argv[1], "48MiB"))}, port=0, limits=limits)
 """
 
 
@@ -37,8 +38,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def server_process(directory: Path, grace_s: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-c", SCRIPT, str(directory), str(grace_s)]
+def server_process(directory: Path, drain_timeout_s: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-c", SCRIPT, str(directory), str(drain_timeout_s)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -58,7 +59,10 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_a_running_stream_is_finished_before_the_server_ends(directory: Path) -> None:
-    with server_process(directory, grace_s=20) as (process, url), OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+    with (
+        server_process(directory, drain_timeout_s=20) as (process, url),
+        OpenAI(base_url=f"{url}/v1", api_key="x") as client,
+    ):
         stream = client.completions.create(
             model="tiny", prompt="a", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
@@ -72,7 +76,10 @@ def test_a_running_stream_is_finished_before_the_server_ends(directory: Path) ->
 
 
 def test_after_the_grace_period_clients_are_told_and_the_server_ends(directory: Path) -> None:
-    with server_process(directory, grace_s=0.3) as (process, url), OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+    with (
+        server_process(directory, drain_timeout_s=0.3) as (process, url),
+        OpenAI(base_url=f"{url}/v1", api_key="x") as client,
+    ):
         stream = client.completions.create(
             model="tiny", prompt="a", max_tokens=8000, stream=True, extra_body={"ignore_eos": True}
         )
@@ -88,7 +95,7 @@ def test_after_the_grace_period_clients_are_told_and_the_server_ends(directory: 
 
 
 def test_an_idle_server_ends_at_once_and_says_where_it_was(directory: Path) -> None:
-    with server_process(directory, grace_s=10) as (process, url):
+    with server_process(directory, drain_timeout_s=10) as (process, url):
         assert httpx.get(f"{url}/health").status_code == 200
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)

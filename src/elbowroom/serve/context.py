@@ -9,16 +9,18 @@ from pydantic import BaseModel
 
 from elbowroom.serve.limits import ServerLimits
 from elbowroom.serve.metrics import ServerMetrics
+from elbowroom.serve.open_requests import OpenRequests
 from elbowroom.serve.served import ServedModels
 
 
 @dataclass(frozen=True, slots=True)
 class ServerContext:
-    """Models, limits and metrics of one app."""
+    """Models, limits, metrics and open requests of one app."""
 
     models: ServedModels
     limits: ServerLimits
     metrics: ServerMetrics
+    requests: OpenRequests
 
     def body_schema(self, schema: type[BaseModel]) -> dict[str, Any]:
         """Return the OpenAPI description of a body that the route parses itself."""

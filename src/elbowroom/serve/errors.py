@@ -32,6 +32,13 @@ class BodyTooLarge(RequestError):
     code = "request_body_too_large"
 
 
+class BodyTooSlow(RequestError):
+    """The request body did not arrive in time."""
+
+    http_status = 408
+    code = "request_body_timeout"
+
+
 class Unauthorized(RequestError):
     """The API key is missing or wrong."""
 
@@ -52,14 +59,24 @@ def error_json(error: Exception) -> bytes:
     return json.dumps(error_object(error)).encode()
 
 
-def install_error_handlers(app: FastAPI, retry_after_s: int) -> None:
+def error_response(error: Exception) -> Response:
+    """Return the response that describes ``error``."""
+    status = error.http_status if isinstance(error, ElbowroomError) else 500
+    headers = {}
+    if isinstance(error, ElbowroomError) and status in (429, 503):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if status in (408, 413):
+        headers["Connection"] = "close"  # what is left of the body is not read
+    return _respond(status, error_json(error), headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
     """Make every way out of ``app`` that is no success speak the OpenAI format."""
 
     def on_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, ElbowroomError):
             _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        status = error.http_status if isinstance(error, ElbowroomError) else 500
-        return _respond(status, error_json(error), _headers(status, retry_after_s))
+        return error_response(error)
 
     def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -74,13 +91,6 @@ def install_error_handlers(app: FastAPI, retry_after_s: int) -> None:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(Exception, on_error)
-
-
-def _headers(status: int, retry_after_s: int) -> dict[str, str]:
-    if status in (429, 503):
-        return {"Retry-After": str(retry_after_s)}
-    # What is left of a body that was too large is not read.
-    return {"Connection": "close"} if status == 413 else {}
 
 
 def _http_code(status: int) -> str:

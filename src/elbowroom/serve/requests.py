@@ -46,6 +46,8 @@ class GenerationRequest(Schema):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    priority: int | None = None
+    """Lower runs first; only where the server allows it."""
     kv: str | None = None
     """One of the KV plans that the server was started with."""
 
