@@ -116,3 +116,31 @@ def test_a_port_in_use_is_named_with_the_flag_that_changes_it() -> None:
         Server(engines, port=99999)
     with pytest.raises(ElbowroomError, match="cannot listen"):
         Server(engines, host="256.1.1.1", port=0)
+
+
+def test_while_it_drains_new_requests_get_503_and_a_second_signal_ends_it_at_once(directory: Path) -> None:
+    with server_process(directory, drain_timeout_s=60) as (process, url):
+        fields = {"prompt": "a", "max_tokens": 8000, "n": 16, "ignore_eos": True, "stream": True}
+        with (
+            httpx.Client(base_url=url, timeout=20) as client,
+            client.stream("POST", "/v1/completions", json=fields) as stream,
+        ):
+            next(stream.iter_lines())
+            assert httpx.get(f"{url}/ready").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 5
+            while httpx.get(f"{url}/ready").status_code == 200 and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+            refused = httpx.post(f"{url}/v1/completions", json=fields)
+            ready, health = httpx.get(f"{url}/ready"), httpx.get(f"{url}/health")
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            code, _ = ended(process)
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+    assert refused.headers["retry-after"] == "1"
+    assert (ready.status_code, ready.json()) == (503, {"status": "draining", "num_open": 1})
+    assert (health.status_code, health.json()["status"]) == (200, "draining")
+    assert code == 0
+    assert time.monotonic() - started < 8
