@@ -12,7 +12,7 @@ from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.serve.chat import chat_router
 from elbowroom.serve.completions import completions_router
 from elbowroom.serve.context import ServerContext
-from elbowroom.serve.errors import install_error_handlers
+from elbowroom.serve.errors import ERROR_RESPONSES, install_error_handlers
 from elbowroom.serve.limits import ServerLimits
 from elbowroom.serve.metrics import CountRequests, ServerMetrics
 from elbowroom.serve.open_requests import HoldRequests, OpenRequests
@@ -41,7 +41,7 @@ def create_app(engines: Mapping[str, AsyncLLM], limits: ServerLimits | None = No
     tenants = Tenants(limits.api_key, limits.api_key_file, limits.tenant_header)
     protected = [Depends(_names_tenant(tenants))]
     for router in (completions_router(context), chat_router(context), models_router(context)):
-        app.include_router(router, dependencies=protected)
+        app.include_router(router, dependencies=protected, responses=ERROR_RESPONSES)
     app.include_router(status_router(context))
     if limits.debug_routes:
         app.include_router(debug_router(context), dependencies=protected)

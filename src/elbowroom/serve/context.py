@@ -24,4 +24,17 @@ class ServerContext:
 
     def body_schema(self, schema: type[BaseModel]) -> dict[str, Any]:
         """Return the OpenAPI description of a body that the route parses itself."""
-        return {"requestBody": {"content": {"application/json": {"schema": schema.model_json_schema()}}}}
+        described = schema.model_json_schema()
+        made = _inlined(described, described.pop("$defs", {}))
+        return {"requestBody": {"required": True, "content": {"application/json": {"schema": made}}}}
+
+
+def _inlined(part: Any, definitions: dict[str, Any]) -> Any:
+    """Return a part of a schema with what it refers to: such references mean nothing in an OpenAPI document."""
+    if isinstance(part, list):
+        return [_inlined(each, definitions) for each in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        return _inlined(definitions[part["$ref"].removeprefix("#/$defs/")], definitions)
+    return {key: _inlined(each, definitions) for key, each in part.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -68,6 +69,24 @@ def error_response(error: Exception) -> Response:
     if status in (408, 413):
         headers["Connection"] = "close"  # what is left of the body is not read
     return _respond(status, error_json(error), headers)
+
+
+_FIELDS = {
+    "message": {"type": "string"},
+    "type": {"type": "string"},
+    "param": {"type": ["string", "null"]},
+    "code": {"type": "string"},
+}
+_SCHEMA = {
+    "type": "object",
+    "properties": {"error": {"type": "object", "properties": _FIELDS, "required": list(_FIELDS)}},
+    "required": ["error"],
+}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": _SCHEMA}}}
+    for status, text in (("4XX", "The request is refused"), ("5XX", "The server cannot answer it"))
+}
+"""OpenAPI description of every way out that is no success."""
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from elbowroom import __version__
 from elbowroom.engine.engine import Engine
@@ -16,6 +16,8 @@ from elbowroom.serve.context import ServerContext
 from elbowroom.serve.engine_metrics import render, snapshot
 from elbowroom.serve.responses import ModelList, Schema
 from elbowroom.serve.served import ServedModel
+
+_NOT_WELL: dict[int | str, dict[str, Any]] = {503: {"description": "The same, where it is not so"}}
 
 
 def models_router(context: ServerContext) -> APIRouter:
@@ -39,7 +41,7 @@ def status_router(context: ServerContext) -> APIRouter:
     """Return the routes that tell how the server is; they need no API key."""
     router = APIRouter(tags=["status"])
 
-    @router.get("/health")
+    @router.get("/health", responses=_NOT_WELL)
     async def health() -> Response:
         """Say whether every engine runs (200, also while the server drains) or one has died (503)."""
         engines = {model.name: _health(model) for model in context.models}
@@ -47,14 +49,14 @@ def status_router(context: ServerContext) -> APIRouter:
         body = {"status": _status(context, is_well), "models": engines}
         return Response(json.dumps(body), 200 if is_well else 503, media_type="application/json")
 
-    @router.get("/ready")
+    @router.get("/ready", responses=_NOT_WELL)
     async def ready() -> Response:
         """Say whether new requests are taken (200), or the server drains or an engine has died (503)."""
         status = _status(context, all(model.llm.is_alive for model in context.models))
         body = {"status": status, "num_open": context.requests.num_open}
         return Response(json.dumps(body), 200 if status == "ok" else 503, media_type="application/json")
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return metrics as Prometheus text."""
         snapshots = await asyncio.gather(*(snapshot(model) for model in context.models))
