@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -119,28 +120,33 @@ def test_a_port_in_use_is_named_with_the_flag_that_changes_it() -> None:
 
 
 def test_while_it_drains_new_requests_get_503_and_a_second_signal_ends_it_at_once(directory: Path) -> None:
-    with server_process(directory, drain_timeout_s=60) as (process, url):
-        fields = {"prompt": "a", "max_tokens": 8000, "n": 16, "ignore_eos": True, "stream": True}
-        with (
-            httpx.Client(base_url=url, timeout=20) as client,
-            client.stream("POST", "/v1/completions", json=fields) as stream,
-        ):
-            next(stream.iter_lines())
-            assert httpx.get(f"{url}/ready").status_code == 200
-            process.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + 5
-            while httpx.get(f"{url}/ready").status_code == 200 and time.monotonic() < deadline:
-                time.sleep(0.02)
+    fields = {"prompt": "a", "max_tokens": 8000, "n": 16, "ignore_eos": True}
 
-            refused = httpx.post(f"{url}/v1/completions", json=fields)
-            ready, health = httpx.get(f"{url}/ready"), httpx.get(f"{url}/health")
-            started = time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            code, _ = ended(process)
+    def ask(url: str) -> None:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.post(f"{url}/v1/completions", json=fields, timeout=60)
+
+    with server_process(directory, drain_timeout_s=60) as (process, url), ThreadPoolExecutor(1) as pool:
+        pool.submit(ask, url)
+        until(lambda: httpx.get(f"{url}/ready").json()["num_open"] == 1)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        refused = httpx.post(f"{url}/v1/completions", json=fields)
+        ready, health = httpx.get(f"{url}/ready"), httpx.get(f"{url}/health")
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        code, _ = ended(process)
 
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
     assert refused.headers["retry-after"] == "1"
     assert (ready.status_code, ready.json()) == (503, {"status": "draining", "num_open": 1})
     assert (health.status_code, health.json()["status"]) == (200, "draining")
     assert code == 0
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 15
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
