@@ -23,6 +23,7 @@ NAMES = (
     "serve",
     "serve-admission",
     "serve-fair",
+    "soak",
 )
 BENCHES: Registry[Benchmark] = Registry(
     "benchmark", {name: f"elbowroom.bench.{name.replace('-', '_')}:run" for name in NAMES}
