@@ -118,9 +118,6 @@ def serve(
     from elbowroom.models.directory import model_path, read_ahead
     from elbowroom.serve.preload import preload
 
-    scheduling = Scheduling(
-        admission=admission, order=order, preemption=preemption, swap_directory=swap, swap_limit=swap_limit
-    )
     directories = read_models(model or [])
     for directory in directories.values():
         read_ahead(model_path(directory))  # the address is checked first, so a missing model is no error yet
@@ -141,7 +138,15 @@ def serve(
         allow_priority=allow_priority,
         debug_routes=debug_routes,
     )
-    Tenants(api_key, api_key_file, tenant_header)  # keys that cannot be read are named before a model is loaded
+    tenants = Tenants(api_key, api_key_file, tenant_header)  # keys that cannot be read are named at once
+    scheduling = Scheduling(
+        admission=admission,
+        order=order,
+        tenant_weights=tenants.weights,
+        preemption=preemption,
+        swap_directory=swap,
+        swap_limit=swap_limit,
+    )
     check_address(host, port)
     shares = share_memory(directories, memory, dtype)
     options = {

@@ -23,7 +23,7 @@ class Tenant:
 
     name: str = ""
     weight: float = 1.0
-    """Share of a tenant: the number of requests that may wait is multiplied by it."""
+    """Share of a tenant: of the queue, and under the order ``fair`` of what it is served."""
 
 
 class Tenants:
@@ -50,6 +50,11 @@ class Tenants:
         self._header = header
         if key_file is not None:
             self._by_hash |= read_keys(key_file)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the tenants that keys name."""
+        return {tenant.name: tenant.weight for tenant in self._by_hash.values()}
 
     def of(self, request: Request) -> Tenant:
         """Return whose request it is.
