@@ -29,8 +29,8 @@ Matrix: TypeAlias = tuple[int, int, int, int, int, int]
 Vector: TypeAlias = tuple[int, int]
 """Address and length of a float32 vector; copied."""
 LayerStep: TypeAlias = tuple[int, Step, Strips, Tail | None, Selection | None, bool, bool]
-"""num_sequences, the step, a layer's strips, whether those that several sequences hold are read for all of them at once,
-whether the layer writes keys and values of its own."""
+"""num_sequences, the step, a layer's strips, whether those that several sequences hold are read for all of them at
+once, whether the layer writes keys and values of its own."""
 
 def multiply(matrix: Matrix, x: int, num_tokens: int, y: int) -> None:
     """Write ``x [num_tokens, columns] @ matrix.T + bias``, float32, to ``y [num_tokens, rows]``."""
