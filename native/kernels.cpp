@@ -108,11 +108,10 @@ class Attention {
     }
 
     // The block behind the sealed ones that any row reads.
-    int64_t sealed_end() const { return min(item_.end_block, args_.first_open(item_.sequence, last_position())); }
-    int64_t last_position() const {
-        int64_t last = 0;
-        for (int r = 0; r < item_.num_rows; ++r) last = max(last, position(r));
-        return last;
+    int64_t sealed_end() const {
+        int64_t end = 0;
+        for (int r = 0; r < item_.num_rows; ++r) end = max(end, first_open(r));
+        return min(item_.end_block, end);
     }
 
     // Queries with the channels that the keys of a strip have; returns whether they are others than before.
@@ -246,7 +245,7 @@ class Attention {
             low_ = min(low_, first_visible(r));
             high_ = max(high_, last_visible(r));
             for (int g = 0; g < group_; ++g) {
-                const char* row = args_.q.at(item_.first_row + r, int64_t{item_.head} * group_ + g);
+                const char* row = args_.q.at(row_of(r), int64_t{item_.head} * group_ + g);
                 float* target = q_ + (r * group_ + g) * ldk_;
                 load_query(row, target);
                 if (strips_.order != nullptr) order_channels(strips_.order_of(item_.head), target);
@@ -305,12 +304,19 @@ class Attention {
     // Slots are counted as if blocks that the item does not read were not there.
     int64_t hidden() const { return item_.num_hidden * kStripTokens; }
 
-    int64_t position(int r) const { return args_.step.positions[item_.first_row + r] - hidden(); }
+    int64_t row_of(int64_t r) const {
+        return item_.first_member < 0 ? item_.first_row + r : args_.members[item_.first_member + r].row;
+    }
+    int64_t sequence_of(int r) const {
+        return item_.first_member < 0 ? item_.sequence : args_.members[item_.first_member + r].sequence;
+    }
 
-    int64_t first_open(int r) const { return args_.first_open(item_.sequence, position(r)); }
+    int64_t position(int r) const { return args_.step.positions[row_of(r)] - hidden(); }
+
+    int64_t first_open(int r) const { return args_.first_open(sequence_of(r), position(r)); }
 
     int64_t in_window(int r) const {
-        const int64_t first = item_.selected == nullptr ? args_.step.first_slots[item_.sequence] : 0;
+        const int64_t first = item_.selected == nullptr ? args_.step.first_slots[sequence_of(r)] : 0;
         return args_.spec.window > 0 ? max(first, position(r) - args_.spec.window + 1) : first;
     }
 
@@ -321,7 +327,7 @@ class Attention {
     }
 
     int64_t last_visible(int r) const {
-        const int64_t last = min(position(r), args_.step.lengths[item_.sequence] - hidden() - 1);
+        const int64_t last = min(position(r), args_.step.lengths[sequence_of(r)] - hidden() - 1);
         return is_sealed_ ? min(last, first_open(r) * kStripTokens - 1) : last;
     }
 
@@ -543,7 +549,7 @@ class Attention {
 
     void write_rows() const {
         for (int64_t m = 0; m < M_; ++m) {
-            const int64_t row = item_.first_row + m / group_, head = int64_t{item_.head} * group_ + m % group_;
+            const int64_t row = row_of(m / group_), head = int64_t{item_.head} * group_ + m % group_;
             const float inverse = sum_[m] > 0 ? unit() / sum_[m] : sum_[m];
             float* result = out_ + m * ldv_;
             for (int64_t d = 0; d < ldv_; d += W) store(result + d, load<vf>(result + d) * inverse);

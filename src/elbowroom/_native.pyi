@@ -28,8 +28,9 @@ Matrix: TypeAlias = tuple[int, int, int, int, int, int]
 """Address, rows, columns, bytes of a row, dtype, address of the float32 bias (0: none)."""
 Vector: TypeAlias = tuple[int, int]
 """Address and length of a float32 vector; copied."""
-LayerStep: TypeAlias = tuple[int, Step, Strips, Tail | None, Selection | None, bool]
-"""num_sequences, the step, a layer's strips, whether the layer writes keys and values of its own."""
+LayerStep: TypeAlias = tuple[int, Step, Strips, Tail | None, Selection | None, bool, bool]
+"""num_sequences, the step, a layer's strips, whether those that several sequences hold are read for all of them at
+once, whether the layer writes keys and values of its own."""
 
 def multiply(matrix: Matrix, x: int, num_tokens: int, y: int) -> None:
     """Write ``x [num_tokens, columns] @ matrix.T + bias``, float32, to ``y [num_tokens, rows]``."""
@@ -80,6 +81,7 @@ def attend(
     strips: Strips,
     tail: Tail | None,
     selection: Selection | None,
+    shares: bool,
     spec: Spec,
     q: Rows,
     out: Rows,

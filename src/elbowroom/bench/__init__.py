@@ -24,6 +24,7 @@ NAMES = (
     "serve-admission",
     "serve-fair",
     "soak",
+    "shared-prefix",
 )
 BENCHES: Registry[Benchmark] = Registry(
     "benchmark", {name: f"elbowroom.bench.{name.replace('-', '_')}:run" for name in NAMES}

@@ -39,7 +39,8 @@ class NativeKernels:
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         count, addresses = strips.step.num_sequences, strips.step.addresses
         where = strips_tuple(strips), tail_tuple(strips), selection_tuple(strips)
-        _native.attend(count, addresses, *where, spec_tuple(spec), _rows(q), _rows(out), lse.data_ptr())
+        shares, rows = strips.shares, (_rows(q), _rows(out))
+        _native.attend(count, addresses, *where, shares, spec_tuple(spec), *rows, lse.data_ptr())
         return lse
 
 
