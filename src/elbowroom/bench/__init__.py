@@ -23,8 +23,8 @@ NAMES = (
     "serve",
     "serve-admission",
     "serve-fair",
-    "soak",
     "shared-prefix",
+    "soak",
 )
 BENCHES: Registry[Benchmark] = Registry(
     "benchmark", {name: f"elbowroom.bench.{name.replace('-', '_')}:run" for name in NAMES}

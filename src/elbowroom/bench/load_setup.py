@@ -15,7 +15,8 @@ from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.kv.plan import KVPlan
 from elbowroom.workloads.base import Workload
 from elbowroom.workloads.metrics import RunRecord, Targets
-from elbowroom.workloads.simulate import END, Simulation
+from elbowroom.workloads.prompts import END
+from elbowroom.workloads.simulate import Simulation
 
 MAX_TOKENS = 4096
 """Limit that clients send."""
