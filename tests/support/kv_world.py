@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -246,7 +247,9 @@ class World:
             ref, positions = self.refs[handle], torch.from_numpy(step.positions[rows])
             sealed = self.sealed(source, ref)
             out, lse, probs = dense(spec, q[rows], ref.k[source], ref.v[source], positions, sealed)
-            close = assert_nearly if self.store.plan.plan.codec.name in ("int8", "bfp", "kivi", "planes") else assert_close
+            close = (
+                assert_nearly if self.store.plan.plan.codec.name in ("int8", "bfp", "kivi", "planes") else assert_close
+            )
             close(got.out[rows], out)
             close(got.lse[rows], lse)
             if got.colsum is not None:
@@ -350,3 +353,7 @@ class ContiguousWorld(World):
                     k, v = store.tensors(handle, layer)
                     assert torch.equal(k[gone:].float(), ref.k[layer][gone:])
                     assert torch.equal(v[gone:].float(), ref.v[layer][gone:])
+
+
+BOTH = pytest.mark.parametrize("kind", [World, ContiguousWorld], ids=["paged", "contiguous"])
+"""For tests of what every store does."""

@@ -1,7 +1,7 @@
 """Strips whose tokens lie one behind the other: a sequence of consecutive ones is a plain tensor ``[S, Hkv, D]``.
 
-A token takes the keys of all its KV heads and then their values. So 64 tokens take the bytes of any plain strip, and the
-keys of a whole sequence are one tensor of even strides, as attention that knows no strips reads it.
+A token takes the keys of all its KV heads and then their values. So 64 tokens take the bytes of any plain strip, and
+the keys of a whole sequence are one tensor of even strides, as attention that knows no strips reads it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class TokenMajorLayout:
         heads = fmt.num_kv_heads
         tokens = strip.view(dtype_of(fmt)).view(-1, heads * (fmt.head_dim + fmt.v_head_dim))
         k, v = tokens[:, : heads * fmt.head_dim], tokens[:, heads * fmt.head_dim :]
-        return k.unflatten(1, (heads, -1)).transpose(0, 1), v.unflatten(1, (heads, -1)).transpose(0, 1)
+        keys, values = k.view(-1, heads, fmt.head_dim), v.view(-1, heads, fmt.v_head_dim)
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
     def bounds(self, strip: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
         """Refuse: strips of this layout have no digests.

@@ -74,6 +74,6 @@ def check_contiguous(plan: BoundPlan) -> None:
     """The contiguous store keeps tokens as they are computed, one behind the other, and all of them."""
     if plan.plan.codec.name != "plain" or plan.chooses or plan.plan.reads is not None:
         raise PlanError(
-            f"KV plan {plan.plan.text!r} cannot be kept in the contiguous store: it holds plain tokens only, all of them",
+            f"KV plan {plan.plan.text!r} cannot be kept in the contiguous store, which holds all tokens, plain",
             "use kv=plain, plain(bf16) or plain(fp16) with it, or the paged store (--kv-store paged)",
         )

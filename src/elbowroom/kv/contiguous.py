@@ -363,7 +363,9 @@ class ContiguousStore:
             raise IntegrityError(f"the span starts at token {start}, the sequence ends at {sequence.num_tokens}")
         pieces, count = self._pieces(start, stop), stop - start
         strip_bytes = self._space.strip_bytes.tolist()
-        if not extent.is_even or sum((end - first) * strip_bytes[place] for place, first, end in pieces) != len(payload):
+        if not extent.is_even or sum((end - first) * strip_bytes[place] for place, first, end in pieces) != len(
+            payload
+        ):
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {count} tokens")
         self._cut(sequence, start)  # pages of a step that was reserved and never run
         kept = np.asarray([holding.expired(stop) for holding in self._holdings], dtype=np.int64)

@@ -19,6 +19,7 @@ from elbowroom.errors import OutOfBudget
 from elbowroom.kv.base import Shortfall
 from elbowroom.kv.bound import BoundPlan, owns_kv
 from elbowroom.kv.capacity import Capacity
+from elbowroom.kv.holding import ROLLBACK_TOKENS, blocks_of
 from elbowroom.kv.pool import UNIT_BYTES
 from elbowroom.memory.arena import Arena
 from elbowroom.units import format_bytes
@@ -62,6 +63,23 @@ class Growth:
     """First page that is needed; None: the one that it has."""
 
 
+def most_pages(plan: BoundPlan, num_tokens: int, page_bytes: int) -> Pages:
+    """Return the most pages that a sequence of ``num_tokens`` needs between steps, for each layer that holds keys."""
+    pages = []
+    for layer, fmt in zip(plan.layers, plan.formats, strict=True):
+        if owns_kv(layer):
+            blocks, window = blocks_of(num_tokens), layer.window
+            if window is not None:  # it may begin in the middle of a block, and of a page
+                blocks = min(blocks, (window + ROLLBACK_TOKENS) // STRIP_TOKENS + 3)
+            pages.append(-(-blocks * fmt.strip_bytes // page_bytes) + (window is not None))
+    return np.asarray(pages, dtype=np.int64)
+
+
+def with_ahead(pages: Pages) -> Pages:
+    """Return how many pages are committed at most for ``pages`` that are needed."""
+    return pages + pages // AHEAD_SHARE
+
+
 class RowSpace:
     """Hands out rows and their pages.
 
@@ -93,6 +111,8 @@ class RowSpace:
         self._token_bytes = self.strip_bytes // STRIP_TOKENS
         self.row_tokens = -(-row_tokens // STRIP_TOKENS) * STRIP_TOKENS
         self._row_pages: Pages = -(-self.row_tokens * self._token_bytes // self._page)
+        self._most_held = np.minimum(self._row_pages, most_pages(plan, self.row_tokens, self._page))
+        """What layers with a sliding window hold between steps."""
         row_bytes = int(self._row_pages.sum()) * self._page
         most = min(num_rows, _MOST_BYTES // (int(self._row_pages.max()) * self._page))
         self.num_rows = max(min(most, capacity.num_bytes // row_bytes) if static else most, 1)
@@ -218,7 +238,7 @@ class RowSpace:
         """Return the pages ``begin .. end - 1`` to be committed."""
         sequence, needed = growth.sequence, self._pages_of(growth.num_tokens)
         first = sequence.first if growth.first is None else growth.first
-        ahead = (needed - first) // ahead_share if ahead_share else 0
+        ahead = np.minimum(needed - first, self._most_held) // ahead_share if ahead_share else 0
         begin = np.maximum(sequence.end, first)
         end = np.where(needed > sequence.end, np.minimum(needed + ahead, self._row_pages), sequence.end)
         return begin, np.maximum(begin, end)

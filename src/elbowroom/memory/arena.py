@@ -174,7 +174,7 @@ class Range:
         self._arena.forget(self)
 
     def _note_freed(self, pages: Offsets) -> None:
-        """Remember when pages became free, so that ``trim`` need not look at all pages of a range that is mostly empty."""
+        """Remember when pages became free, so that ``trim`` need not look at all pages of the range."""
         if pages.size == 0 or not self._arena.tier.elastic:
             return
         now = self._arena.clock()
