@@ -20,6 +20,7 @@ NAMES = (
     "release",
     "relief",
     "retrieval",
+    "stores",
 )
 BENCHES: Registry[Benchmark] = Registry(
     "benchmark", {name: f"elbowroom.bench.{name.replace('-', '_')}:run" for name in NAMES}
