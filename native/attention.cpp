@@ -78,8 +78,8 @@ struct AppendJob {
 
 // Writes a vector, in the given order of its elements, to its slot of the arrays that begin at codes and scales.
 void append_vector(const Strips& strips, const RowFormat& format, const char* source, DType dtype, int64_t width,
-                   const int16_t* order, int64_t slot, char* codes, char* scales, float* scratch) {
-    codes += slot * format.code_stride(width);
+                   const int16_t* order, int64_t slot, int64_t stride, char* codes, char* scales, float* scratch) {
+    codes += slot * stride;
     if (format.kind == RowKind::plain) return kernels().convert(source, dtype, codes, strips.dtype, width);
     kernels().widen(source, dtype, scratch, width);
     if (order != nullptr) {
@@ -96,9 +96,10 @@ void append_row(const AppendJob& job, int64_t sequence, int64_t row, float* scra
     char* strip = strips.strip(sequence, position / kStripTokens);
     for (int head = 0; head < strips.num_kv_heads; ++head) {
         append_vector(strips, strips.key, job.k.at(row, head), job.k.dtype, strips.head_dim,
-                      strips.order_of(head), slot, strips.keys(strip, head), strips.key_scales(strip, head), scratch);
+                      strips.order_of(head), slot, strips.key_stride(), strips.keys(strip, head),
+                      strips.key_scales(strip, head), scratch);
         append_vector(strips, strips.value, job.v.at(row, head), job.v.dtype, strips.v_head_dim, nullptr,
-                      slot, strips.values(strip, head), strips.value_scales(strip, head), scratch);
+                      slot, strips.value_stride(), strips.values(strip, head), strips.value_scales(strip, head), scratch);
     }
 }
 
@@ -172,9 +173,9 @@ void seal_head(const Strips& tail, const Strips& sealed, char* strip, char* targ
     const int64_t key_bytes = sealed.head_dim * size_of(tail.dtype), value_bytes = tail.v_head_dim * size_of(tail.dtype);
     for (int64_t slot = 0; slot < kStripTokens; ++slot) {
         append_vector(sealed, sealed.key, keys + slot * key_bytes, tail.dtype, sealed.head_dim, nullptr, slot,
-                      sealed.keys(target, head), sealed.key_scales(target, head), scratch);
+                      sealed.key_stride(), sealed.keys(target, head), sealed.key_scales(target, head), scratch);
         append_vector(sealed, sealed.value, values + slot * value_bytes, tail.dtype, sealed.v_head_dim, nullptr, slot,
-                      sealed.values(target, head), sealed.value_scales(target, head), scratch);
+                      sealed.value_stride(), sealed.values(target, head), sealed.value_scales(target, head), scratch);
     }
 }
 

@@ -30,7 +30,7 @@ using StepTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 using RowFormatTuple = std::tuple<int, int, int>;
 using StripsTuple =
     std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple,
-               int64_t, uintptr_t, int64_t, int64_t, int64_t>;
+               int64_t, uintptr_t, int64_t, int64_t, int64_t, bool>;
 using SelectionTuple = std::tuple<int64_t, uintptr_t, float, float, uintptr_t>;
 using TailTuple = std::tuple<StripsTuple, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
 using SpecTuple = std::tuple<int, int64_t, float, float>;
@@ -59,11 +59,11 @@ RowFormat to_row_format(const RowFormatTuple& t, int num_kv_heads) {
 
 Strips to_strips(const StripsTuple& t) {
     const auto [table, first_blocks, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim, key, value,
-                digest_bytes, order, channels_at, counts_at, heads_at] = t;
+                digest_bytes, order, channels_at, counts_at, heads_at, by_token] = t;
     return {pointer<const uint32_t>(table), pointer<const int64_t>(first_blocks), num_blocks, pointer<char>(base),
             num_bytes, DType(dtype), num_kv_heads, head_dim, v_head_dim, to_row_format(key, num_kv_heads),
             to_row_format(value, num_kv_heads), digest_bytes, pointer<const int16_t>(order), channels_at, counts_at,
-            heads_at};
+            heads_at, by_token};
 }
 
 LayerStrips to_layer_strips(const StripsTuple& strips, const std::optional<TailTuple>& tail,

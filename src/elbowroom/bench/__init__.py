@@ -25,6 +25,7 @@ NAMES = (
     "serve-fair",
     "shared-prefix",
     "soak",
+    "stores",
 )
 BENCHES: Registry[Benchmark] = Registry(
     "benchmark", {name: f"elbowroom.bench.{name.replace('-', '_')}:run" for name in NAMES}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elbowroom.commands.options import KV, Dtype, Memory, Progress, Relief
+from elbowroom.commands.options import KV, Dtype, Memory, Progress, Relief, Store
 from elbowroom.errors import BudgetTooSmall, RequestError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def serve(
         typer.Option(metavar="PLAN", help='Plan that a request may ask for by "kv"; repeatable.', show_default=False),
     ] = None,
     kv_relief: Relief = None,
+    kv_store: Store = "paged",
     dtype: Dtype = "auto",
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -153,6 +154,7 @@ def serve(
         "kv": kv,
         "kv_choices": kv_choice or (),
         "kv_relief": kv_relief,
+        "kv_store": kv_store,
         "dtype": dtype,
         "max_sequences": max_sequences,
         "prefix_cache": prefix_cache,

@@ -50,6 +50,11 @@ class Scheduling:
         if self.preemption in ("swap", "auto") and self.swap_directory is None:
             raise PlanError(f"preemption {self.preemption} has nowhere to save to", "name a directory: swap= (--swap)")
 
+    @property
+    def saves(self) -> bool:
+        """Whether sequences that have to go can be saved."""
+        return self.swap_directory is not None and self.preemption != "recompute"
+
     def make_admission(self) -> AdmissionPolicy:
         """Return the admission policy."""
         return ADMISSIONS.get(self.admission)()
@@ -66,7 +71,7 @@ class Scheduling:
         Raises:
             ConfigError: its directory cannot be written.
         """
-        if self.swap_directory is None or self.preemption == "recompute":
+        if self.swap_directory is None or not self.saves:
             return None
         return DiskTier(self.swap_directory, parse_bytes(self.swap_limit), ledger)
 
