@@ -84,23 +84,23 @@ def _speed(plan: BoundPlan, options: BenchOptions) -> tuple[list[Row], list[Clai
     rows.append(
         {"part": "decode", "store": "contiguous by torch SDPA", "step_s": sdpa_s, "greatest_difference": sdpa_error}
     )
-    claims = []
-    for name, rival in (("stores.decode", "static"), ("stores.decode_paged", "paged")):
-        ratio = median_ratio(turns, "contiguous", rival, "seconds")
-        assert ratio is not None, "no store refuses"
-        claims.append(
-            Claim(
-                id=name,
-                value=ratio.median,
-                op="<=",
-                target=1.03,
-                unit=f"seconds of a decode step over those of {rival}",
-                num_runs=ratio.num_runs,
-                low=ratio.low,
-                high=ratio.high,
-            )
-        )
-    return rows, claims
+    over_static, over_paged = (median_ratio(turns, "contiguous", rival, "seconds") for rival in ("static", "paged"))
+    assert over_static is not None, "no store refuses"
+    assert over_paged is not None, "no store refuses"
+    row = {"part": "decode", "store": "contiguous over paged", "ratio": over_paged.median}
+    rows.append(row | {"low": over_paged.low, "high": over_paged.high, "num_runs": over_paged.num_runs})
+    claim = Claim(
+        id="stores.decode",
+        value=over_static.median,
+        op="<=",
+        target=1.03,
+        unit="seconds of a decode step over those of static",
+        num_runs=over_static.num_runs,
+        low=over_static.low,
+        high=over_static.high,
+        reason="rows of both lie alike; low and high are order statistics around the median",
+    )
+    return rows, [claim]
 
 
 def _reservations(plan: BoundPlan, options: BenchOptions) -> list[Row]:
