@@ -82,7 +82,7 @@ def test_chances_follow_what_is_known() -> None:
     limit = np.asarray([100])
     fresh = model.chances(np.asarray([0]), limit, NOBODY, steps)
     assert fresh.tolist() == [[1.0, 1.0, 0.75, 0.25, 0.25, 0.0]]
-    # One with 25 tokens is one of the two longest; one with 45 is longer than all that is known, and may reach its limit.
+    # One with 25 tokens is one of the two longest; one with 45 is longer than all that is known: up to its limit.
     assert model.chances(np.asarray([25]), limit, NOBODY, steps).tolist() == [[1.0, 0.5, 0.5, 0.0, 0.0, 0.0]]
     assert model.chances(np.asarray([45]), np.asarray([55]), NOBODY, steps).tolist() == [[1.0, 1.0, 0, 0, 0, 0]]
     # Four that still run with 15 tokens say that few end early.
