@@ -155,6 +155,8 @@ class KVPricing:
 
     def price(self, blocks: int, dropped: Dropped = ()) -> int:
         """Return the bytes of a sequence of ``blocks``, all private, without what was dropped of them."""
+        if not dropped:
+            return self.by_blocks[blocks]
         gone = sum([count * cost for count, cost in zip(dropped, self.layer_bytes, strict=False)])
         return self.by_blocks[blocks] - gone
 

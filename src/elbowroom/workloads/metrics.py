@@ -9,6 +9,7 @@ one that met no target: it counts in ``num_failed`` and in the makespan, never a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -42,10 +43,9 @@ class RequestTimes:
         before = self.last_s
         if self.num_tokens == 0:
             self.first_s = before = times[0]
-        for time_s in times:
-            self.largest_gap_s = max(self.largest_gap_s, time_s - before)
-            before = time_s
-        self.last_s = before
+        within = max(map(operator.sub, times[1:], times), default=0.0)
+        self.largest_gap_s = max(self.largest_gap_s, times[0] - before, within)
+        self.last_s = times[-1]
         self.num_tokens += len(times)
 
     @property

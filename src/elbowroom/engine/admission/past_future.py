@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
-from elbowroom.engine.admission.base import Outlook
+from elbowroom.core import STRIP_TOKENS
+from elbowroom.engine.admission.base import Outlook, Tokens
 from elbowroom.engine.admission.lengths import LengthModel
 from elbowroom.engine.admission.peak import bytes_over
 
 _TIMES = 40
 """Moments of the future that are looked at, close together at first."""
 _PRIOR = 4.0
+
+
+@functools.lru_cache
+def _moments(blocks: int) -> Tokens:
+    """Return the steps ahead that are looked at, up to so many blocks of them, int64 ``[<= 40]``."""
+    most = max(blocks, 1) * STRIP_TOKENS
+    return np.unique(np.rint(np.geomspace(1, most, _TIMES)).astype(np.int64))
 
 
 @dataclass(slots=True)
@@ -42,8 +51,8 @@ class PastFutureAdmission:
         facts = [(each.num_generated, each.most_new_tokens, each.chunk_steps) for each in outlooks]
         has, limits, chunks = np.asarray(facts, dtype=np.int64).T
         self.lengths.allow(int(limits.max()))
-        furthest = max(int((limits - has + chunks).max()), 1)
-        times = np.unique(np.rint(np.geomspace(1, furthest, _TIMES)).astype(np.int64))
+        furthest = int((limits - has + chunks).max())
+        times = _moments(-(-furthest // STRIP_TOKENS))
         ahead = np.maximum(times - chunks[:, None], 0)
         alive = self.lengths.chances(has, limits, has[:-1], ahead)
         held = bytes_over(outlooks, times)
