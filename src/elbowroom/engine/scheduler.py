@@ -27,6 +27,7 @@ from elbowroom.engine.limits import max_new_tokens
 from elbowroom.engine.order import decodes_first, fresh_seed, insert
 from elbowroom.engine.relief import relieve
 from elbowroom.engine.sequence import Parked, SeqState
+from elbowroom.engine.stems import awaits_leader, expect, give_up_stems, keep_stem, leave, longest_stem, next_stop
 from elbowroom.engine.types import (
     FinishReason,
     KVOp,
@@ -117,6 +118,7 @@ class Scheduler:
         state.next_order += 1
         seed = request.sampling.seed
         keys = state.account.keys(request)
+        expect(state.account, request)
         stops = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             stops |= self._eos_token_ids
@@ -199,7 +201,8 @@ class Scheduler:
             if not self._admit(seq):
                 if state.running:
                     break
-                self._give_up(seq)
+                if not give_up_stems(account, seq):
+                    self._give_up(seq)
                 continue
             row = self._extend(seq, budget)
             if row is not None:
@@ -227,6 +230,7 @@ class Scheduler:
             before = seq.num_computed
             seq.num_computed = before + row.num_tokens + repeats
             if row.prompt:
+                keep_stem(self.account, seq)
                 ends = row.prompt.settles
                 dropped = seq.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
                 if ends or dropped != seq.dropped:
@@ -272,11 +276,11 @@ class Scheduler:
     def _admit(self, seq: SeqState) -> bool:
         """Start a waiting sequence if all its tokens fit beside what runs; True when it runs now."""
         state = self._state
-        if seq.sample > 0 and self._sibling_prefills(seq):
+        if awaits_leader(self.account, seq, state.running):
             return False
         if not may_begin(seq, state.running, self.account, state.admission, self.config.max_step_tokens):
             return False
-        if not (self._resume(seq) or self._enter(seq)):
+        if not (self._resume(seq) or self._graft(seq) or self._enter(seq)):
             return False
         if seq.num_generated == 0:
             seq.num_cached_tokens = seq.num_computed
@@ -313,9 +317,14 @@ class Scheduler:
             account.take_over(seq, session.key)
             return True
         parent = account.use_parked(session.parent)
-        return parent is not None and parent.suits(seq.request) and self._branch(seq, parent)
+        return parent is not None and parent.suits(seq.request) and self._branch(seq, parent, parent)
 
-    def _branch(self, seq: SeqState, parent: Parked) -> bool:
+    def _graft(self, seq: SeqState) -> bool:
+        """Branch from the longest stem of its that is kept."""
+        stem = longest_stem(self.account, seq)
+        return stem is not None and self._branch(seq, stem, None)
+
+    def _branch(self, seq: SeqState, parent: Parked, parked: Parked | None) -> bool:
         account = self.account
         keep = account.num_kept(parent, seq)
         if keep == 0:
@@ -324,7 +333,7 @@ class Scheduler:
         paid_bytes = parent.pricing.admission(len(seq.tokens), parent.dropped, keep)[1]
         if node is not None:
             account.index.pin(node)
-        if self._fits(account.private_bytes(paid_bytes, node), parent):
+        if self._fits(account.private_bytes(paid_bytes, node), parked):
             account.branch(seq, parent, node, keep)
             return True
         if node is not None:
@@ -342,13 +351,6 @@ class Scheduler:
                 return False
         return True
 
-    def _sibling_prefills(self, seq: SeqState) -> bool:
-        """Whether the first sample of the same request is computing the prompt that this one will share."""
-        return seq.pricing.can_share and any(
-            other.request.id == seq.request.id and other.sample == 0 and other.num_computed < other.num_prompt
-            for other in self._state.running
-        )
-
     # Growth and preemption
 
     def _extend(self, seq: SeqState, most_tokens: int) -> Row | None:
@@ -364,6 +366,7 @@ class Scheduler:
         if start < seq.num_prompt:
             if seq.pricing.chooses:  # computed again: what was generated was no part of that choice either
                 stop = min(stop, seq.num_prompt)
+            stop = next_stop(self.account, seq, stop)
             prompt = PromptPart.PART if stop < seq.num_prompt else PromptPart.END
         elif seq.pricing.interval and stop >= (choice := seq.pricing.next_choice(seq.num_prompt, start)):
             # By the query of one token, also when it is computed again.
@@ -398,6 +401,8 @@ class Scheduler:
                 self._state.stats.reliefs += 1
                 continue
             if not running or running[-1] is seq:
+                if len(running) <= 1 and give_up_stems(account, seq):
+                    continue
                 return False
             self._preempt(running[-1])
         return True
@@ -462,6 +467,7 @@ class Scheduler:
                 self.account.park(seq, session.key)
             else:
                 self.account.give_back(seq)
+        leave(self.account, seq)
         state.stats.finished[reason] = state.stats.finished.get(reason, 0) + 1
         if report:
             update = SequenceUpdate(seq.request.id, seq.sample, [], reason, error, seq.num_cached_tokens)
