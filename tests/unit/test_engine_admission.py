@@ -173,8 +173,29 @@ def test_simulated_answers_end_where_their_trace_says() -> None:
     assert set(reasons.values()) == {"stop"}
 
 
-def _simulated(name: str, blocks: int) -> Scheduler:
-    config = SchedulerConfig(max_positions=4096, max_step_tokens=128, eos_token_ids=(1,), prefix_cache=False)
+@pytest.mark.parametrize("name", ADMISSIONS.names())
+@pytest.mark.parametrize("seed", range(3))
+def test_skipping_to_events_changes_nothing(name: str, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    lengths = list(zip(generator.integers(1, 200, 14).tolist(), generator.integers(1, 300, 14).tolist(), strict=True))
+    ends = []
+    for repeats in (False, True):
+        scheduler, executor, steps = _simulated(name, 12, repeats), SimExecutor(LinearCostModel()), 0
+        for number, (prompt, length) in enumerate(lengths):
+            scheduler.add(_request(number, prompt, length))
+        seen = []
+        while scheduler.has_work():
+            result = executor.collect(executor.submit(scheduler.schedule(0.0)))
+            steps += result.num_steps
+            seen += [(each.request_id, steps) for each in scheduler.update(result) if each.finish_reason]
+        ends.append((sorted(seen), scheduler.stats().preemptions))
+    assert ends[0] == ends[1]
+
+
+def _simulated(name: str, blocks: int, repeats: bool = True) -> Scheduler:
+    config = SchedulerConfig(
+        max_positions=4096, max_step_tokens=128, eos_token_ids=(1,), prefix_cache=False, repeats_steps=repeats
+    )
     world = World(PLAN, blocks * BLOCK, max_positions=4096)
     return Scheduler(config, [world.pricing], blocks * BLOCK, ADMISSIONS.get(name)())
 

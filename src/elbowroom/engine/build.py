@@ -64,6 +64,7 @@ def build_engine(
         eos_token_ids=tuple(sorted({*config.eos_token_ids, *tokenizer.eos_token_ids})),
         prefix_cache=prefix_cache,
         relief_plan=plans.relief,
+        repeats_steps=False,
         seed=seed,
     )
     page_bytes = loaded.arena.tier.page_bytes

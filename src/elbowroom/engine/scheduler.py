@@ -15,19 +15,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.admission.base import AdmissionPolicy
 from elbowroom.engine.admission.gate import may_begin
 from elbowroom.engine.admission.greedy import GreedyAdmission
+from elbowroom.engine.entry import enter
+from elbowroom.engine.horizon import repeatable_steps
 from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.limits import max_new_tokens
 from elbowroom.engine.order import decodes_first, fresh_seed, insert
 from elbowroom.engine.relief import relieve
-from elbowroom.engine.sequence import Parked, SeqState
-from elbowroom.engine.stems import awaits_leader, expect, give_up_stems, keep_stem, leave, longest_stem, next_stop
+from elbowroom.engine.sequence import SeqState
+from elbowroom.engine.state import Rows, SchedulerState
+from elbowroom.engine.stems import awaits_leader, expect, give_up_stems, keep_stem, leave, next_stop
 from elbowroom.engine.types import (
     FinishReason,
     KVOp,
@@ -42,8 +45,6 @@ from elbowroom.engine.types import (
 from elbowroom.errors import RequestTooLarge
 from elbowroom.kv.base import PromptPart
 from elbowroom.units import format_bytes
-
-Rows = list[tuple[SeqState, Row]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,23 +61,10 @@ class SchedulerConfig:
     prefix_cache: bool = True
     relief_plan: int | None = None
     """Number of the plan that sequences of the first one are turned into before any is preempted; None: they stay."""
+    repeats_steps: bool = True
+    """Whether the executor repeats steps that the plan allows to repeat: a simulated one does."""
     seed: int = 0
     """Seeds requests that bring none."""
-
-
-@dataclass(slots=True)
-class _State:
-    """Everything that changes; copied whole by snapshot."""
-
-    account: KVAccount
-    admission: AdmissionPolicy
-    waiting: list[SeqState] = field(default_factory=list)
-    running: list[SeqState] = field(default_factory=list)
-    """Both in order of rank."""
-    next_order: int = 0
-    in_flight: Rows = field(default_factory=list)
-    updates: list[SequenceUpdate] = field(default_factory=list)
-    stats: SchedulerStats = field(default_factory=SchedulerStats)
 
 
 class Scheduler:
@@ -99,7 +87,7 @@ class Scheduler:
         self.config = config
         self._eos_token_ids = frozenset(config.eos_token_ids)
         books = KVAccount(tuple(pricings), capacity_bytes, config.prefix_cache, config.relief_plan)
-        self._state = _State(books, admission or GreedyAdmission())
+        self._state = SchedulerState(books, admission or GreedyAdmission())
 
     # Requests
 
@@ -201,7 +189,9 @@ class Scheduler:
             if not self._admit(seq):
                 if state.running:
                     break
-                if not give_up_stems(account, seq):
+                if give_up_stems(account, seq):
+                    state.refused = None
+                else:
                     self._give_up(seq)
                 continue
             row = self._extend(seq, budget)
@@ -212,7 +202,8 @@ class Scheduler:
             rows = [(seq, row) for seq, row in rows if seq.slot == row.slot]
         state.in_flight = rows
         ops, account.ops = tuple(account.ops), []
-        return StepPlan(ops, tuple([row for _, row in rows]), self._valid_for_steps(rows))
+        valid_for = repeatable_steps(rows, state) if self.config.repeats_steps else 1
+        return StepPlan(ops, tuple([row for _, row in rows]), valid_for)
 
     def update(self, result: StepResult) -> list[SequenceUpdate]:
         """Take in what the executor did; return the news for every sample that got tokens or ended."""
@@ -224,23 +215,14 @@ class Scheduler:
             self._retreat(rows, result.shortfall_bytes)
             rows = []
         repeats = result.num_steps - 1
+        state.num_steps += result.num_steps
         for seq, row in rows:
-            if seq.slot != row.slot:
-                continue  # ended while the step ran
-            before = seq.num_computed
-            seq.num_computed = before + row.num_tokens + repeats
-            if row.prompt:
-                keep_stem(self.account, seq)
-                ends = row.prompt.settles
-                dropped = seq.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
-                if ends or dropped != seq.dropped:
-                    self.account.shrink(seq, dropped)
-            if before < seq.num_prompt <= seq.num_computed:
-                self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
-            if row.sample is not None:
-                self._append_tokens(seq, result.tokens[row.slot])
-            elif seq.num_left == 0:
-                self._finish(seq, "length")  # a request that only prefills
+            if seq.slot == row.slot:  # else it ended while the step ran
+                self._advance(seq, row, repeats)
+                if row.sample is not None:
+                    self._append_tokens(seq, result.tokens[row.slot])
+                elif seq.num_left == 0:
+                    self._finish(seq, "length")  # a request that only prefills
         updates, state.updates = state.updates, []
         return updates
 
@@ -250,7 +232,7 @@ class Scheduler:
 
     def restore(self, snapshot: object) -> None:
         """Go back to a snapshot."""
-        assert isinstance(snapshot, _State)
+        assert isinstance(snapshot, SchedulerState)
         self._state = copy.deepcopy(snapshot)
 
     def stats(self) -> SchedulerStats:
@@ -278,9 +260,7 @@ class Scheduler:
         state = self._state
         if awaits_leader(self.account, seq, state.running):
             return False
-        if not may_begin(seq, state.running, self.account, state.admission, self.config.max_step_tokens):
-            return False
-        if not (self._resume(seq) or self._graft(seq) or self._enter(seq)):
+        if not self._enters(seq):
             return False
         if seq.num_generated == 0:
             seq.num_cached_tokens = seq.num_computed
@@ -291,65 +271,17 @@ class Scheduler:
         insert(state.running, seq)
         return True
 
-    def _enter(self, seq: SeqState) -> bool:
-        """Open a slot behind the longest cached prefix, with all blocks of the known tokens paid."""
-        account = self.account
-        node = account.match(seq)
-        if node is not None:
-            account.index.pin(node)
-        paid_bytes = seq.pricing.admission(len(seq.tokens), (), 0, seq.num_generated)[1]
-        if self._fits(account.private_bytes(paid_bytes, node)):
-            account.open(seq, node)
+    def _enters(self, seq: SeqState) -> bool:
+        """Ask the admission policy, and enter; a policy's no stands for some steps, or until a sequence goes."""
+        state, policy = self._state, self._state.admission
+        if state.refused is seq and state.num_steps < state.asks_again_at:
+            return False
+        state.refused = None
+        if may_begin(seq, state.running, self.account, policy, self.config.max_step_tokens) and enter(seq, state):
             return True
-        if node is not None:
-            account.index.unpin(node)
+        if policy.looks_ahead:  # also where the prompt does not fit: it will not before a sequence goes
+            state.refused, state.asks_again_at = seq, state.num_steps + policy.patience
         return False
-
-    def _resume(self, seq: SeqState) -> bool:
-        """Go on in the session's own parked slot, or branch from its parent's, where one is still stored."""
-        session, account = seq.request.session, self.account
-        if session is None or seq.num_generated:
-            return False
-        own = account.use_parked(session.key)
-        if own is not None and own.suits(seq.request):
-            if not self._fits(account.take_over_bytes(own, seq), own):
-                return False
-            account.take_over(seq, session.key)
-            return True
-        parent = account.use_parked(session.parent)
-        return parent is not None and parent.suits(seq.request) and self._branch(seq, parent, parent)
-
-    def _graft(self, seq: SeqState) -> bool:
-        """Branch from the longest stem of its that is kept."""
-        stem = longest_stem(self.account, seq)
-        return stem is not None and self._branch(seq, stem, None)
-
-    def _branch(self, seq: SeqState, parent: Parked, parked: Parked | None) -> bool:
-        account = self.account
-        keep = account.num_kept(parent, seq)
-        if keep == 0:
-            return False
-        node = account.ancestor(parent.shared, keep)
-        paid_bytes = parent.pricing.admission(len(seq.tokens), parent.dropped, keep)[1]
-        if node is not None:
-            account.index.pin(node)
-        if self._fits(account.private_bytes(paid_bytes, node), parked):
-            account.branch(seq, parent, node, keep)
-            return True
-        if node is not None:
-            account.index.unpin(node)
-        return False
-
-    def _fits(self, need: int, keep: Parked | None = None) -> bool:
-        """Make room for an admission; one free block for every running sequence must remain, and none is preempted."""
-        account = self.account
-        headroom = sum([seq.pricing.block_bytes for seq in self._state.running])
-        if account.free_bytes < need + headroom and account.attainable_bytes(keep) < need + headroom:
-            return False
-        while account.free_bytes < need:
-            if not account.evict_one(keep):
-                return False
-        return True
 
     # Growth and preemption
 
@@ -413,6 +345,7 @@ class Scheduler:
         self.account.give_back(seq)
         state.running.remove(seq)
         insert(state.waiting, seq)
+        state.refused = None
         state.stats.preemptions += 1
 
     def _retreat(self, rows: Rows, shortfall_bytes: int) -> None:
@@ -430,6 +363,21 @@ class Scheduler:
         self._finish(seq, "error", error=RequestTooLarge(text, "raise memory= (--memory)"))
 
     # Progress
+
+    def _advance(self, seq: SeqState, row: Row, repeats: int) -> None:
+        """Note that ``row`` was computed and repeated so often behind that."""
+        before = seq.num_computed
+        seq.num_computed = before + row.num_tokens + repeats
+        if repeats and seq.num_computed > seq.num_blocks * STRIP_TOKENS:  # the plan saw that it fits
+            self.account.grow(seq, num_blocks(seq.num_computed), seq.price_at(seq.num_computed, PromptPart.NONE))
+        if row.prompt:
+            keep_stem(self.account, seq)
+            ends = row.prompt.settles
+            dropped = seq.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
+            if ends or dropped != seq.dropped:
+                self.account.shrink(seq, dropped)
+        if before < seq.num_prompt <= seq.num_computed:
+            self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
 
     def _append_tokens(self, seq: SeqState, tokens: list[SampledToken]) -> None:
         known = seq.tokens
@@ -455,7 +403,7 @@ class Scheduler:
 
     def _finish(self, seq: SeqState, reason: FinishReason, report: bool = True, error: Exception | None = None) -> None:
         state, session = self._state, seq.request.session
-        self.account.lacking_bytes = 0
+        state.refused, self.account.lacking_bytes = None, 0
         if reason in ("stop", "length"):
             state.admission.ended(seq.num_generated, seq.max_new_tokens)
         if seq in state.waiting:
@@ -472,21 +420,6 @@ class Scheduler:
         if report:
             update = SequenceUpdate(seq.request.id, seq.sample, [], reason, error, seq.num_cached_tokens)
             state.updates.append(update)
-
-    def _valid_for_steps(self, rows: Rows) -> int:
-        """Return how often pure decode rows may be repeated before a block, a limit or a waiting request matters."""
-        if self._state.waiting or not rows:
-            return 1
-        fewest = self.config.max_positions
-        for seq, row in rows:
-            # One that ends early is cut back, and a sliding window may have dropped what lies before.
-            if row.kind != "decode" or row.prompt or (seq.stop_token_ids and not seq.pricing.can_share):
-                return 1
-            paid, last = seq.num_blocks * STRIP_TOKENS, seq.limit - 1
-            if seq.pricing.interval:
-                last = min(last, seq.pricing.next_choice(seq.num_prompt, row.start) - 1)
-            fewest = min(fewest, min(last, paid) - row.start)
-        return max(fewest, 1)
 
     def _live(self) -> list[SeqState]:
         return [*self._state.running, *self._state.waiting]

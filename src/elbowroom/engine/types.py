@@ -60,7 +60,8 @@ class Request:
 
 
 RowKind = Literal["chunk", "decode", "verify", "repair"]
-OpKind = Literal["open", "fork", "truncate", "convert", "close"]
+TransferKind = Literal["save", "load"]
+OpKind = Literal["open", "fork", "truncate", "convert", "close", "save", "load", "forget"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,12 @@ class KVOp:
     ``open`` makes ``slot`` empty, under ``plan``; ``fork`` makes ``slot`` share the first ``num_tokens`` of
     ``source``; ``truncate`` keeps the first ``num_tokens`` of ``slot``; ``convert`` keeps the tokens of ``slot`` under
     another ``plan``; ``close`` forgets it.
+
+    ``save`` makes the object ``key`` hold the first ``num_tokens`` of ``slot``: only what the object does not hold of
+    this sequence already is written. The slot stays as it is; changing it waits for the transfer. ``load`` makes
+    ``slot``, under ``plan``, a sequence of the first ``num_tokens`` of the object ``key``; no row may name it before
+    the transfer has ended. ``forget`` deletes the object ``key`` (one that is in transfer: once that has ended).
+    Transfers end in ``StepResult.moved``: those with ``is_async`` at any later step, others in the same one.
     """
 
     kind: OpKind
@@ -77,6 +84,28 @@ class KVOp:
     source: int = -1
     num_tokens: int = 0
     plan: int = 0
+    key: str = ""
+    """Name of the object that ``save``, ``load`` and ``forget`` mean."""
+    is_async: bool = False
+    """Whether steps go on while the tokens are written or read."""
+
+
+class Moved(NamedTuple):
+    """A transfer that has ended."""
+
+    kind: TransferKind
+    slot: int
+    key: str
+    num_tokens: int
+    """Tokens that the object (``save``) or the slot (``load``) holds now."""
+    seconds: float
+    """From its start to its end."""
+    num_bytes: int
+    """Bytes written or read: of a save only what was new."""
+    num_copies: int
+    """Runs of bytes, side by side in memory, that they were moved as."""
+    error: str | None = None
+    """Why it failed. The slot is unchanged (``save``) or absent (``load``), and the object is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +145,8 @@ class StepPlan:
     rows: tuple[Row, ...]
     valid_for_steps: int = 1
     """The rows may be repeated this often (each time one token further) before the scheduler must decide again."""
+    waits: bool = False
+    """Whether the step ends only when a transfer has (if any is under way): there is nothing to compute meanwhile."""
 
     @property
     def num_tokens(self) -> int:
@@ -143,6 +174,8 @@ class StepResult:
     """Above zero: the store lacked this many bytes and no row was computed."""
     stranded: tuple[int, ...] = ()
     """Slots that should have gone over to another plan and could not: no row of theirs was computed."""
+    moved: tuple[Moved, ...] = ()
+    """Transfers that have ended."""
 
 
 @dataclass(slots=True)

@@ -85,6 +85,10 @@ class AdmissionPolicy(Protocol):
     def looks_ahead(self) -> bool:
         """Whether it wants to be asked at all."""
 
+    @property
+    def patience(self) -> int:
+        """Steps for which a refusal stands, unless a sequence ends or gives way before."""
+
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether ``candidate`` may begin now.
 

@@ -15,6 +15,7 @@ class GreedyAdmission:
 
     name: ClassVar[str] = "greedy"
     looks_ahead: ClassVar[bool] = False
+    patience: ClassVar[int] = 1
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return True."""

@@ -35,6 +35,7 @@ class PastFutureAdmission:
     _draws: int = 0
     name: ClassVar[str] = "past_future"
     looks_ahead: ClassVar[bool] = True
+    patience: ClassVar[int] = 8
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether the highest of some drawn peaks fits."""

@@ -33,6 +33,7 @@ class PastFuturePaperAdmission:
     _draws: int = 0
     name: ClassVar[str] = "past_future_paper"
     looks_ahead: ClassVar[bool] = True
+    patience: ClassVar[int] = 1
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether the highest of some drawn peaks fits."""

@@ -1,0 +1,33 @@
+"""SchedulerState: everything of a scheduler that changes; copied whole by snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from elbowroom.engine.admission.base import AdmissionPolicy
+from elbowroom.engine.kv_account import KVAccount
+from elbowroom.engine.sequence import SeqState
+from elbowroom.engine.types import Row, SchedulerStats, SequenceUpdate
+
+Rows = list[tuple[SeqState, Row]]
+
+
+@dataclass(slots=True)
+class SchedulerState:
+    """Books, policies with what they remember, and the sequences."""
+
+    account: KVAccount
+    admission: AdmissionPolicy
+    waiting: list[SeqState] = field(default_factory=list)
+    running: list[SeqState] = field(default_factory=list)
+    """Both in order of rank."""
+    next_order: int = 0
+    num_steps: int = 0
+    """Forward passes so far, repeated ones included."""
+    refused: SeqState | None = None
+    """The first that waits, while the admission policy's last refusal of it stands."""
+    asks_again_at: int = 0
+    """The step in which the policy is asked again about ``refused``, if no sequence ends before."""
+    in_flight: Rows = field(default_factory=list)
+    updates: list[SequenceUpdate] = field(default_factory=list)
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
