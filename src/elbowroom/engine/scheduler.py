@@ -92,16 +92,8 @@ class Scheduler:
     # Requests
 
     def add(self, request: Request) -> None:
-        """Queue a request.
-
-        Raises:
-            RequestError: the prompt is empty.
-            ContextTooLong: prompt and max_tokens exceed the context.
-            RequestTooLarge: it could not run even alone in the KV budget.
-        """
-        account, pricing = self.account, self.account.pricings[request.plan]
-        usable_bytes = account.capacity_bytes - account.transient_bytes + pricing.transient_bytes
-        limit = max_new_tokens(request, self.config.max_positions, pricing, usable_bytes)
+        """Queue a request; errors as in ``limit``."""
+        limit, pricing = self.limit(request), self.account.pricings[request.plan]
         state, order = self._state, self._state.next_order
         state.next_order += 1
         seed = request.sampling.seed
@@ -124,6 +116,18 @@ class Scheduler:
                 pricing=pricing,
             )
             insert(state.waiting, seq)
+
+    def limit(self, request: Request) -> int:
+        """Return the most tokens that ``request`` may generate.
+
+        Raises:
+            RequestError: the prompt is empty.
+            ContextTooLong: prompt and max_tokens exceed the context.
+            RequestTooLarge: it could not run even alone in the KV budget.
+        """
+        account, pricing = self.account, self.account.pricings[request.plan]
+        usable_bytes = account.capacity_bytes - account.transient_bytes + pricing.transient_bytes
+        return max_new_tokens(request, self.config.max_positions, pricing, usable_bytes)
 
     def abort(self, request_id: int) -> bool:
         """Drop all samples of a request; its blocks are free from the next step on. False if it is unknown."""

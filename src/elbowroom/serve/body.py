@@ -26,13 +26,26 @@ async def parse_body(request: Request, schema: type[B], max_bytes: int) -> B:
         RequestError: it is no JSON object, or a field is missing or has another type.
         ClientDisconnect: the client hung up before its end.
     """
-    body = await read_body(request, max_bytes)
+    return parse_values(await read_body(request, max_bytes), schema)
+
+
+def parse_values(body: bytes, schema: type[B]) -> B:
+    """Return a JSON body as ``schema``.
+
+    Raises:
+        RequestError: it is no JSON object, or a field is missing or has another type.
+    """
     try:
         values = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as reason:
         raise RequestError(f"the body is not valid JSON: {reason}") from None
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
+    return check_values(values, schema)
+
+
+def check_values(values: dict[str, object], schema: type[B]) -> B:
+    """Return the fields of a body as ``schema``; errors as in ``parse_values``."""
     try:
         return schema.model_validate(values)
     except ValidationError as reason:

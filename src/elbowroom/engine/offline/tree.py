@@ -70,8 +70,8 @@ class PrefixTree:
 
     def upwards(self) -> npt.NDArray[np.int64]:
         """Return all nodes but the root, each before its parent."""
-        order = np.argsort(-np.asarray(self.depth, dtype=np.int64), kind="stable")
-        return order[order != ROOT]
+        order: npt.NDArray[np.int64] = np.argsort(-np.asarray(self.depth, dtype=np.int64), kind="stable")
+        return order[:-1]  # the root, of depth 0, is the last
 
     def members(self) -> npt.NDArray[np.int64]:
         """Return how many samples begin with the tokens of each node, int64 ``[nodes]``."""
@@ -103,9 +103,7 @@ class PrefixTree:
         """Return the same for caches that share whole blocks of ``grain`` tokens only."""
         whole = np.asarray(self.depth) // grain
         blocks = int((whole - whole[np.asarray(self.parent)]).sum())
-        rest = sum(
-            self._prompts.length(prompt) % grain * self.weight.get(prompt, 1) for prompt in self.ends
-        )
+        rest = sum(self._prompts.length(prompt) % grain * self.weight.get(prompt, 1) for prompt in self.ends)
         return blocks * grain + rest
 
     def _add(self, parent: int, token: int, depth: int, prompt: int) -> int:
