@@ -29,7 +29,7 @@ def print_forecast(found: Forecast) -> None:
     table.add_row("new tokens, at most", f"{found.new_tokens:,}")
     table.add_row("peak KV cache", f"{format_bytes(found.peak_kv_bytes)} of {format_bytes(found.kv_bytes)}")
     about = "about " if found.is_extrapolated else ""
-    table.add_row("time, at most", f"{about}{format_seconds(found.seconds)}")
+    table.add_row("time, if answers get so long", f"{about}{format_seconds(found.seconds)}")
     Console().print(table)
 
 

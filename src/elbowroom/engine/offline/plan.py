@@ -19,6 +19,8 @@ from elbowroom.engine.types import Stem
 Order = Literal["planned", "sorted", "arrival"]
 SHORTEST_STEM = STRIP_TOKENS // 4
 """Tokens that a stem must add to the one above it: its last block is mostly empty otherwise."""
+LEAST_SPARED = STRIP_TOKENS // 2
+"""Tokens that it must spare its members in all: it may take a block more than its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +117,7 @@ def _walk(tree: PrefixTree, keys: npt.NDArray[np.float64]) -> Iterator[int]:
 
 
 def _choose_stems(tree: PrefixTree) -> tuple[frozenset[int], int]:
-    """Return the nodes that are worth a place of their own, and the tokens to compute with them.
-
-    A stem may take a block more than its tokens; it has to spare its members more tokens than that, in all.
-    """
+    """Return the nodes that are worth a place of their own, and the tokens to compute with them."""
     members = tree.members()
     kept = np.zeros(len(tree), dtype=np.int64)
     """Depth of the nearest stem at or above each node."""
@@ -127,7 +126,7 @@ def _choose_stems(tree: PrefixTree) -> tuple[frozenset[int], int]:
         above, depth = int(kept[tree.parent[node]]), tree.depth[node]
         kept[node] = above
         spared = (depth - above) * (members[node] - 1)
-        if depth - above >= SHORTEST_STEM and spared >= STRIP_TOKENS:
+        if depth - above >= SHORTEST_STEM and spared >= LEAST_SPARED:
             kept[node] = depth
             chosen.append(int(node))
             planned += depth - above

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from io import BufferedReader
+from pathlib import Path
 
 from elbowroom.errors import RequestError
 
