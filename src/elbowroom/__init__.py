@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from elbowroom.engine.llm import LLM
     from elbowroom.engine.output import RequestOutput, SampleOutput
     from elbowroom.engine.sampling_params import SamplingParams
+    from elbowroom.engine.scheduling import Scheduling
     from elbowroom.engine.session import Session
     from elbowroom.errors import ElbowroomError
     from elbowroom.kv.plan import KVPlan
@@ -31,6 +32,7 @@ _EXPORTS = {
     "RequestOutput": "elbowroom.engine.output",
     "SampleOutput": "elbowroom.engine.output",
     "SamplingParams": "elbowroom.engine.sampling_params",
+    "Scheduling": "elbowroom.engine.scheduling",
     "Session": "elbowroom.engine.session",
     "run_batch": "elbowroom.serve.batch",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "RequestOutput",
     "SampleOutput",
     "SamplingParams",
+    "Scheduling",
     "Session",
     "run_batch",
 ]

@@ -15,8 +15,10 @@ import numpy as np
 from elbowroom.core import LayerSpec
 from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.admission import AdmissionPolicy
+from elbowroom.engine.ordering import OrderPolicy
+from elbowroom.engine.preemption import PreemptPolicy
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
-from elbowroom.engine.types import KVOp, Request, Row, SampledToken, SequenceUpdate, StepPlan, StepResult
+from elbowroom.engine.types import KVOp, Moved, Request, Row, SampledToken, SequenceUpdate, StepPlan, StepResult
 from elbowroom.errors import OutOfBudget
 from elbowroom.kv.base import KVHandle, KVStep
 from elbowroom.kv.bound import BoundPlan
@@ -74,10 +76,75 @@ class StoreExecutor:
     content: dict[int, list[int]] = field(default_factory=dict)
     specs: dict[int, tuple[int, int]] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
+    objects: dict[str, tuple[list[int], bytes]] = field(default_factory=dict)
+    """What was saved: tokens and span."""
+    pending: list[KVOp] = field(default_factory=list)
+    """Transfers under way, the oldest first."""
+    delay: int = 0
+    """Steps that asynchronous transfers take."""
+    fails_every: int = 0
+    """One transfer in so many fails; 0: none does."""
+    early: list[Moved] = field(default_factory=list)
+    num_moved: int = 0
+    age: int = 0
+
+    def begin(self, op: KVOp) -> None:
+        """Begin a transfer, or delete an object."""
+        if op.kind == "forget":
+            for each in [each for each in self.pending if each.key == op.key]:
+                self.pending.remove(each)
+                self.early.append(self._move(each))
+            self.objects.pop(op.key, None)
+            return
+        assert op.kind == "save" or op.slot not in self.content, "a slot is opened twice"
+        self.pending.append(op)
+
+    def moved(self, plan: StepPlan) -> tuple[Moved, ...]:
+        """End the transfers that are due."""
+        for row in plan.rows:
+            self.wait_for(row.slot)
+        due = [op for op in self.pending if not op.is_async]
+        self.age += 1
+        if self.pending and not due and (plan.waits or self.age > self.delay):
+            due, self.age = self.pending[:1], 0
+        self.pending = [op for op in self.pending if op not in due]
+        early, self.early = self.early, []
+        return (*early, *[self._move(op) for op in due])
+
+    def wait_for(self, slot: int) -> None:
+        """Whoever changes a slot waits until it is saved."""
+        for op in [each for each in self.pending if each.slot == slot and each.kind == "save"]:
+            self.pending.remove(op)
+            self.early.append(self._move(op))
+
+    def _move(self, op: KVOp) -> Moved:
+        self.num_moved += 1
+        if op.kind == "load" and op.key not in self.objects:
+            return Moved("load", op.slot, op.key, 0, 0.0, 0, 0, "the object is gone")
+        if self.fails_every and self.num_moved % self.fails_every == 0:
+            self.objects.pop(op.key, None)
+            return Moved("save" if op.kind == "save" else "load", op.slot, op.key, 0, 0.0, 0, 0, "no luck")
+        if op.kind == "save":
+            content = self.content[op.slot]
+            assert len(content) == op.num_tokens, "a slot changed while it was saved"
+            self.objects[op.key] = list(content), self.store.export_span(self.handles[op.slot], 0, op.num_tokens)
+            return Moved("save", op.slot, op.key, op.num_tokens, 0.0, 1, 1)
+        tokens, span = self.objects[op.key]
+        assert len(tokens) == op.num_tokens
+        self.handles[op.slot], self.content[op.slot] = self.store.open(op.plan), list(tokens)
+        self.store.import_span(self.handles[op.slot], span)
+        return Moved("load", op.slot, op.key, op.num_tokens, 0.0, 1, 1)
 
     def apply(self, op: KVOp) -> bool:
         """Apply one change; slots must be used as KVOp says. False: a sequence could not go over."""
-        if op.kind == "open":
+        if op.kind in ("save", "load", "forget"):
+            self.begin(op)
+            return True
+        self.wait_for(op.slot)
+        if op.slot not in self.content and op.kind in ("close", "truncate"):
+            assert op.kind == "close", "a slot is cut before it was read"
+            self.pending = [each for each in self.pending if each.slot != op.slot]  # it never came back
+        elif op.kind == "open":
             assert op.slot not in self.content, "a slot is opened twice"
             self.handles[op.slot], self.content[op.slot] = self.store.open(op.plan), []
         elif op.kind == "fork":
@@ -95,6 +162,7 @@ class StoreExecutor:
             except OutOfBudget:
                 return False
         else:
+            self.pending = [each for each in self.pending if each.slot != op.slot]
             self.store.close(self.handles.pop(op.slot))
             del self.content[op.slot]
             self.specs.pop(op.slot, None)
@@ -105,6 +173,8 @@ class StoreExecutor:
         """Apply the plan's changes and run its rows ``num_steps`` times; report a shortfall as executors do."""
         stranded = tuple([op.slot for op in plan.ops if not self.apply(op)])
         rows = tuple([row for row in plan.rows if row.slot not in stranded])
+        moved = self.moved(plan)
+        assert not {row.slot for row in rows} & {op.slot for op in self.pending}, "a row of a slot that is moved"
         made: dict[int, list[SampledToken]] = {}
         for repeat in range(num_steps if rows else 0):
             step = self._step(rows, repeat)
@@ -112,11 +182,11 @@ class StoreExecutor:
             if shortfall is not None:
                 assert repeat == 0, "a repetition that the plan allows does not fit"
                 missing = shortfall.needed_bytes - shortfall.available_bytes
-                return StepResult({}, shortfall_bytes=missing, stranded=stranded)
+                return StepResult({}, shortfall_bytes=missing, stranded=stranded, moved=moved)
             self.store.end_step(step)
             for row in rows:
                 self._advance(row, repeat, made)
-        return StepResult(made, num_steps if rows else 1, stranded=stranded)
+        return StepResult(made, num_steps if rows else 1, stranded=stranded, moved=moved)
 
     def _step(self, rows: tuple[Row, ...], repeat: int) -> KVStep:
         rows = tuple(sorted(rows, key=lambda row: self.handles[row.slot].plan))
@@ -152,6 +222,8 @@ class World:
         plan: BoundPlan | Sequence[BoundPlan],
         capacity_bytes: int,
         admission: AdmissionPolicy | None = None,
+        order: OrderPolicy | None = None,
+        preemption: PreemptPolicy | None = None,
         **config: object,
     ) -> None:
         plans = [plan] if isinstance(plan, BoundPlan) else list(plan)
@@ -160,14 +232,14 @@ class World:
         limits = settings.max_positions, settings.max_step_tokens, tier.page_bytes
         pricings = [KVPricing.of(each, *limits, namespace=each.fingerprint()) for each in plans]
         self.pricing = pricings[0]
-        self.scheduler = Scheduler(settings, pricings, capacity_bytes, admission)
+        self.scheduler = Scheduler(settings, pricings, capacity_bytes, admission, order, preemption)
         arena, capacity = Arena(tier, Ledger(Budget({}))), Capacity(capacity_bytes)
         stores = [PagedStore(each, arena, capacity) for each in plans]
         self.store = MixedStore(stores) if len(stores) > 1 else stores[0]
         self.executor = StoreExecutor(self.store)
         self._first_capacity_bytes = capacity_bytes
         self.shortfalls = 0
-        self.num_rows = 0
+        self.num_rows = self.num_prefilled = 0
 
     @property
     def capacity_bytes(self) -> int:
@@ -188,12 +260,13 @@ class World:
         result = self.executor.run(plan, min(repeats, plan.valid_for_steps))
         self.shortfalls += result.shortfall_bytes > 0
         self.num_rows += len(plan.rows)
+        self.num_prefilled += sum(row.num_tokens for row in plan.rows if row.kind == "chunk")
         updates = self.scheduler.update(result)
         self.scheduler.check()
         self._check_content()
         return updates
 
-    def _check_plan(self, plan: StepPlan, before: dict[tuple[int, int, int], object]) -> None:
+    def _check_plan(self, plan: StepPlan, before: dict[tuple[float, ...], object]) -> None:
         account, state = self.scheduler.account, self.scheduler._state
         held = account.used_bytes + account.cached_bytes
         if held:
@@ -201,6 +274,8 @@ class World:
         assert plan.num_tokens <= self.scheduler.config.max_step_tokens
         assert len({row.slot for row in plan.rows}) == len(plan.rows) <= self.scheduler.config.max_sequences
         assert len(state.running) <= self.scheduler.config.max_sequences
+        if state.order.name not in ("fcfs", "priority"):
+            return  # ranks change
         waiting = {seq.rank for seq in state.waiting}
         for rank in before.keys() & waiting:
             assert all(other.rank < rank for other in state.running), "an older sequence gave way to a younger one"
@@ -210,7 +285,7 @@ class World:
         state = self.scheduler._state
         changed = {op.slot for op in state.account.ops}
         for seq in state.running:
-            if seq.slot not in changed:
+            if seq.slot not in changed and not seq.is_loading:
                 assert self.executor.content[seq.slot] == seq.tokens[: seq.num_computed]
         for parked in state.account.parked.values():
             if parked.slot not in changed:
@@ -220,9 +295,13 @@ class World:
         """After the cache is cleared nothing is held anywhere."""
         account = self.scheduler.account
         account.reclaim(2**62)
+        for key in list(account.stowed):
+            self.scheduler.close_session(key)
         self.step()
         assert (account.used_bytes, account.cached_bytes, account.ops) == (0, 0, [])
         assert not self.executor.content
+        assert not self.executor.objects, "something saved was forgotten"
+        assert not self.executor.pending
         assert self.store.report().num_strips == 0
         self.store.check_integrity()
 

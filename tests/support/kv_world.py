@@ -274,7 +274,9 @@ class World:
         """Everything that a refused call must leave alone."""
         store = self.store
         tables = {number: (seq.table.tolist(), seq.num_tokens) for number, seq in store._sequences.items()}
-        refs = [(pool._refs[: pool._fresh].tolist(), sorted(pool._freed)) for pool in store._pools.pools]
+        refs = [
+            (np.argwhere(pool._refs).tolist(), pool._refs.sum(), pool.num_free_groups) for pool in store._pools.pools
+        ]
         return tables, refs, self.ledger.snapshot()
 
     def check(self) -> None:

@@ -22,6 +22,7 @@ from elbowroom.errors import PlanError
 
 PLAN = bound(layer(), layer())
 BLOCK = 16384
+NOBODY = np.zeros(0, dtype=np.int64)
 FORESEEING = [name for name in ADMISSIONS.names() if name != "greedy"]
 
 
@@ -50,13 +51,14 @@ def test_the_peak_is_that_of_stepping(sequences: list[tuple[int, int]]) -> None:
 
 
 def test_bytes_stop_at_a_bound_and_leave_out_what_is_shared() -> None:
-    more = np.asarray([0, 64, 640])
     made = outlook(64)
     bounded = Outlook(
         **{name: getattr(made, name) for name in made.__slots__} | {"most_bytes": 3 * BLOCK, "spared_bytes": BLOCK}
     )
-    assert made.bytes_at(more).tolist() == [BLOCK, 2 * BLOCK, 11 * BLOCK]
-    assert bounded.bytes_at(more).tolist() == [0, BLOCK, 2 * BLOCK]
+    peaks = [[future_peak([each], np.asarray([more])) for more in (0, 64, 640)] for each in (made, bounded)]
+    assert peaks == [[BLOCK, 2 * BLOCK, 11 * BLOCK], [0, BLOCK, 2 * BLOCK]]
+    # Two plans in one batch, and the higher of two guesses.
+    assert future_peak([made, bounded], np.asarray([[0, 0], [640, 64]])) == 11 * BLOCK
 
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.lists(st.integers(0, 9), max_size=6))
@@ -64,7 +66,7 @@ def test_survival_is_that_of_kaplan_and_meier(finished: list[int], running: list
     model = LengthModel()
     for length in finished:
         model.add(length)
-    lengths, shares = model.survival(running)
+    lengths, shares = model.survival(np.asarray(running, dtype=np.int64))
     alive = 1.0
     for length, share in zip(lengths.tolist(), shares.tolist(), strict=True):
         at_risk = sum(each >= length for each in (*finished, *running))
@@ -75,19 +77,19 @@ def test_survival_is_that_of_kaplan_and_meier(finished: list[int], running: list
 def test_drawn_lengths_follow_what_is_known() -> None:
     model = LengthModel()
     rank, zero, hundred = np.asarray([0.5]), np.asarray([0]), np.asarray([100])
-    assert model.draw(zero, hundred, [], rank).tolist() == [100]  # nothing is known
+    assert model.draw(zero, hundred, NOBODY, rank).tolist() == [100]  # nothing is known
     for length in (10, 20, 30, 40):
         model.add(length)
     ranks = np.asarray([0.0, 0.3, 0.6, 0.99])
-    assert model.draw(np.zeros(4, int), np.full(4, 100), [], ranks).tolist() == [10, 20, 30, 40]
-    assert model.draw(np.asarray([25, 25, 45]), np.full(3, 100), [], np.asarray([0.2, 0.9, 0.5])).tolist() == [
+    assert model.draw(np.zeros(4, int), np.full(4, 100), NOBODY, ranks).tolist() == [10, 20, 30, 40]
+    assert model.draw(np.asarray([25, 25, 45]), np.full(3, 100), NOBODY, np.asarray([0.2, 0.9, 0.5])).tolist() == [
         30,
         40,
         100,
     ]
-    assert model.draw(np.asarray([25]), np.asarray([26]), [], rank).tolist() == [26]
+    assert model.draw(np.asarray([25]), np.asarray([26]), NOBODY, rank).tolist() == [26]
     # Four that still run with 15 tokens say that few end early.
-    assert model.draw(zero, hundred, [15] * 4, np.asarray([0.2])).tolist() == [20]
+    assert model.draw(zero, hundred, np.full(4, 15), np.asarray([0.2])).tolist() == [20]
 
 
 def test_policies_admit_what_they_foresee() -> None:

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.support.engine_world import World, bound, expected_output, layer
 
+from elbowroom.engine.ordering import ORDERS
+from elbowroom.engine.preemption.recompute import RecomputePreemption
+from elbowroom.engine.preemption.swap import SwapPreemption
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import Request, SampledToken, SequenceUpdate, SessionRef, StepResult
 from elbowroom.errors import ContextTooLong, RequestError, RequestTooLarge
@@ -29,6 +32,8 @@ CODECS = {
     "choices": ((layer(), layer()), ("plain", "plain(bf16)", "int8"), None),
 }
 """Layers, plans that requests may ask for, and the number of the one that relieves memory."""
+EAGER = {"fair": {"quantum": 16.0, "least_steps": 2, "interval": 1}, "slo": {"ttft_s": 1.0, "slack_s": 0.1}}
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 PREFIXES = [[(i * k) % 49 + 1 for i in range(400)] for k in (3, 5)]
 
 ADD = st.tuples(
@@ -45,6 +50,7 @@ ADD = st.tuples(
             "ignore_eos": st.booleans(),
             "plan": st.sampled_from([0, 0, 0, 1, 2]),
             "keeps_plan": st.booleans(),
+            "tenant": st.sampled_from(["a", "a", "b"]),
         }
     ),
 )
@@ -112,13 +118,16 @@ class Driver:
         """Everything ends within a bounded number of steps, and nothing is left behind."""
         steps = 0
         while self.world.scheduler.has_work():
-            seen = len(self.log), self.world.num_rows
+            seen = self.progress()
             self.step()
-            assert (len(self.log), self.world.num_rows) != seen or not self.open, "a step made no progress"
+            assert self.progress() != seen or not self.open, "a step made no progress"
             steps += 1
             assert steps < 20_000, "requests never end"
         assert not self.open, "requests were forgotten"
         self.world.check_empty()
+
+    def progress(self) -> tuple[int, int, int]:
+        return len(self.log), self.world.num_rows, self.world.executor.num_moved
 
     def step(self, repeats: int = 1) -> None:
         for update in self.world.step(repeats):
@@ -147,7 +156,7 @@ class Driver:
         self.next_id += 1
         names = ("n", "max_tokens", "ignore_eos")
         sampling = SamplingParams(seed=5, **{name: options[name] for name in names})
-        extra = {name: options[name] for name in ("priority", "salt", "keeps_plan") if name in options}
+        extra = {name: options[name] for name in ("priority", "salt", "keeps_plan", "tenant") if name in options}
         extra["plan"] = options["plan"] % len(self.world.scheduler.account.pricings)
         request = Request(id=self.next_id, prompt_token_ids=tuple(prompt), sampling=sampling, session=ref, **extra)
         try:
@@ -236,6 +245,25 @@ def test_whatever_happens_every_request_ends_once_with_its_own_tokens(
     driver = Driver(make_world(name, blocks, sequences))
     driver.play(actions)
     assert driver.world.shortfalls == 0, "the store had less than the scheduler counted on"
+
+
+@pytest.mark.parametrize("delay", [None, 0, 3])
+@pytest.mark.parametrize("order", ORDERS.names())
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=NO_SHRINKING)
+@given(actions=st.lists(ACTION, max_size=25), blocks=st.integers(6, 40), fails=st.sampled_from([0, 0, 2, 3]))
+def test_so_it_is_in_every_order_and_when_sequences_are_saved(
+    order: str, delay: int | None, actions: list[tuple[str, Any]], blocks: int, fails: int
+) -> None:
+    saves = RecomputePreemption() if delay is None else SwapPreemption(is_async=delay > 0)
+    world = World(
+        PLANS["full"],
+        blocks * 16384,
+        max_sequences=5,
+        order=ORDERS.get(order)(**EAGER.get(order, {})),
+        preemption=saves,
+    )
+    world.executor.delay, world.executor.fails_every = delay or 0, fails
+    Driver(world).play([each for each in actions if each[0] != "snapshot"])
 
 
 @pytest.mark.parametrize("name", list(CODECS))

@@ -135,7 +135,7 @@ def test_check_sees_every_kind_of_damage(damage: str):
     if damage == "refs":
         pool._refs[0, 0] += 1
     elif damage == "stack":
-        pool._freed.append(0)
+        pool.extents.give([0])
     else:
         pool._range._covers[1] += 1
     with pytest.raises(IntegrityError):

@@ -18,7 +18,7 @@ FLOORS = (
     ("kv", "weights"),
     ("models",),
     ("engine",),
-    ("planner", "train", "recall"),
+    ("planner", "train", "recall", "workloads"),
     ("serve", "evals", "vision"),
     ("bench",),
     ("commands",),

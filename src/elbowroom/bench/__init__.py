@@ -1,6 +1,6 @@
 """Benchmarks: one file each, a ``run(options)`` that measures and says which claims hold."""
 
-from elbowroom.bench.base import Benchmark, BenchOptions, BenchResult, Claim
+from elbowroom.bench.base import Benchmark, BenchOptions, BenchResult, Claim, LoadOptions
 from elbowroom.registry import Registry
 
 NAMES = (
@@ -21,9 +21,12 @@ NAMES = (
     "release",
     "relief",
     "retrieval",
+    "serve",
+    "serve-admission",
+    "serve-fair",
 )
 BENCHES: Registry[Benchmark] = Registry(
     "benchmark", {name: f"elbowroom.bench.{name.replace('-', '_')}:run" for name in NAMES}
 )
 
-__all__ = ["BENCHES", "BenchOptions", "BenchResult", "Benchmark", "Claim"]
+__all__ = ["BENCHES", "BenchOptions", "BenchResult", "Benchmark", "Claim", "LoadOptions"]

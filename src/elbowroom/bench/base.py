@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 Row = Mapping[str, object]
@@ -73,12 +74,35 @@ class BenchResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What ``bench serve`` replays, and how."""
+
+    trace: Path | None = None
+    """None: a small load that is made."""
+    policies: tuple[str, ...] = ("greedy", "past_future")
+    """Of admission."""
+    simulate: bool = False
+    """On the simulated executor alone."""
+    memory: str | None = None
+    """Of the KV cache; None: derived from the trace."""
+    ttft_s: float = 10.0
+    gap_s: float = 1.5
+    num_requests: int | None = None
+    rate: float | None = None
+    """Requests a second, to which arrival times are scaled; None: as in the trace."""
+    report: Path | None = None
+    """HTML file to write."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
     """What every benchmark takes."""
 
     quick: bool = False
     """A small version that only shows that the benchmark runs; its claims prove nothing."""
     seed: int = 0
+    load: LoadOptions | None = None
+    """For benchmarks that replay a workload."""
 
 
 class Benchmark(Protocol):

@@ -24,6 +24,28 @@ def bench(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write NAME_DATE.json here; it must exist.")
     ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="serve: trace to replay; without it a small load is made.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="serve: admission policy; repeat it to compare.")
+    ] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="serve: price steps instead of computing them.")] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="AMOUNT", help="serve: of the KV cache; by default 0.7 of the trace's mean live KV."),
+    ] = None,
+    ttft: Annotated[float, typer.Option(metavar="S", help="serve: target of the first token, in seconds.")] = 10.0,
+    gap: Annotated[float, typer.Option(metavar="S", help="serve: target of the largest gap, in seconds.")] = 1.5,
+    requests: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="serve: the first N requests of the trace.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(metavar="R", help="serve: requests a second; by default those of the trace.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="serve: write an HTML page with pictures.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure, and say which claims hold.
@@ -35,12 +57,30 @@ def bench(
 
     if output is not None and not output.is_dir():
         raise RequestError(f"--output {output} is no directory", "make it first")
-    from elbowroom.bench import BENCHES, BenchOptions
+    from elbowroom.bench import BENCHES, BenchOptions, LoadOptions
 
     if list_only:
         typer.echo("\n".join(BENCHES.names()))
         return
     chosen = names or list(BENCHES.names())
+    load = LoadOptions(
+        trace=trace,
+        policies=tuple(policy or LoadOptions().policies),
+        simulate=simulate,
+        memory=memory,
+        ttft_s=ttft,
+        gap_s=gap,
+        num_requests=requests,
+        rate=rate,
+        report=report,
+    )
+    if load != LoadOptions() and chosen != ["serve"]:
+        raise RequestError(
+            "--trace, --policy, --simulate, --memory, --ttft, --gap, --requests, --rate and --report are for serve",
+            "write: elbowroom bench serve ...",
+        )
+    if report is not None and not report.absolute().parent.is_dir():
+        raise RequestError(f"--report {report}: there is no folder {report.parent}", "make it first")
     try:
         runs = {name: BENCHES.get(name) for name in chosen}
     except ImportError as missing:
@@ -48,7 +88,7 @@ def bench(
     failures: list[str] = []
     for name, run in runs.items():
         sys.stderr.write(f"{name} ...\n")
-        result = run(BenchOptions(quick=quick, seed=seed))
+        result = run(BenchOptions(quick=quick, seed=seed, load=load))
         failures += [f"{name}: {failure}" for failure in result.failures]
         if output is not None:
             _write(result, output)

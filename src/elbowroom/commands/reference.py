@@ -29,6 +29,7 @@ FLOORS = (
     ("7", ("commands",)),
     ("7, below the commands", ("bench",)),
     ("6", ("serve", "evals")),
+    ("5", ("workloads",)),
     ("4", ("engine",)),
     ("3", ("models",)),
     ("2", ("kv", "weights")),

@@ -47,6 +47,30 @@ def serve(
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prefixes that later requests may share.")
     ] = True,
+    admission: Annotated[
+        str,
+        typer.Option(metavar="POLICY", help="Who may begin: greedy, conservative, past_future, past_future_paper."),
+    ] = "greedy",
+    order: Annotated[
+        str, typer.Option(metavar="POLICY", help="Who is served first: priority, fcfs, fair (by tenant), slo.")
+    ] = "priority",
+    preemption: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POLICY",
+            help="What becomes of sequences that have to go: recompute, swap, or auto, the default with --swap.",
+            show_default=False,
+        ),
+    ] = None,
+    swap: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Directory on disk where sequences are saved that have to go.", show_default=False
+        ),
+    ] = None,
+    swap_limit: Annotated[
+        str, typer.Option(metavar="AMOUNT", help="Most bytes that are saved there, for each model.")
+    ] = "4GiB",
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="How long running requests may go on after Ctrl-C.")
     ] = 10.0,
@@ -60,9 +84,13 @@ def serve(
 
     All models share the memory budget. Ctrl-C or SIGTERM ends the server once running requests have ended.
     """
+    from elbowroom.engine.scheduling import Scheduling
     from elbowroom.models.directory import model_path, read_ahead
     from elbowroom.serve.preload import preload
 
+    scheduling = Scheduling(
+        admission=admission, order=order, preemption=preemption, swap_directory=swap, swap_limit=swap_limit
+    )
     directories = read_models(model or [])
     for directory in directories.values():
         read_ahead(model_path(directory))  # the address is checked first, so a missing model is no error yet
@@ -79,6 +107,7 @@ def serve(
         "dtype": dtype,
         "max_sequences": max_sequences,
         "prefix_cache": prefix_cache,
+        "scheduling": scheduling,
     }
     engines: dict[str, AsyncLLM] = {}
     try:

@@ -8,9 +8,11 @@ from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.core import EngineCore
 from elbowroom.engine.engine import Engine, EngineParts
 from elbowroom.engine.executors.local import TorchExecutor
+from elbowroom.engine.executors.transfers import Transfers
 from elbowroom.engine.plans import KVPlans
 from elbowroom.engine.resident import Progress, load_resident
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
+from elbowroom.engine.scheduling import Scheduling
 from elbowroom.kv.mixed import MixedStore
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
@@ -26,6 +28,7 @@ def build_engine(
     kv_relief: str | KVPlan | None = None,
     max_sequences: int = 64,
     prefix_cache: bool = True,
+    scheduling: Scheduling | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Engine:
@@ -42,6 +45,7 @@ def build_engine(
             computed again; it rounds what they hold, so by default there is none. Requests that name a plan keep it.
         max_sequences: most sequences that run at once.
         prefix_cache: keep finished prefixes for requests that share them.
+        scheduling: who may begin, who is served first, and what becomes of those that have to go.
         seed: seeds requests that bring none.
         progress: called with bytes loaded and bytes in all.
 
@@ -51,6 +55,7 @@ def build_engine(
         PlanError: a plan is malformed, does not suit the model, or is no relief of ``kv``.
         RequestError: another argument is malformed.
     """
+    policies = scheduling or Scheduling()
     plans = KVPlans.of(kv, kv_choices, kv_relief)
     loaded = load_resident(model, memory, plans, dtype, max_sequences=max_sequences, progress=progress)
     config, tokenizer, sizes = loaded.config, loaded.tokenizer, loaded.memory
@@ -72,8 +77,20 @@ def build_engine(
         KVPricing.of(each.plan, config.max_positions, sizes.max_step_tokens, page_bytes, namespace=each.fingerprint)
         for each in (loaded.store, *loaded.others)
     ]
-    executor = TorchExecutor(loaded.path.model(loaded.decoder), loaded.decoder.weights, store, loaded.workspace)
-    core = _make_core(Scheduler(settings, pricings, kv_bytes), executor, loaded.arena)
+    tier = policies.make_tier(loaded.ledger)
+    transfers = None if tier is None else Transfers(store, tier)
+    decoder = loaded.decoder
+    executor = TorchExecutor(loaded.path.model(decoder), decoder.weights, store, loaded.workspace, transfers)
+    scheduler = Scheduler(
+        settings, pricings, kv_bytes, policies.make_admission(), policies.make_order(), policies.make_preemption(tier)
+    )
+    core = _make_core(scheduler, executor, loaded.arena)
+
+    def close() -> None:
+        if tier is not None:
+            tier.close()
+        loaded.close()
+
     return Engine(
         EngineParts(
             model_name=loaded.directory.name if model else "builtin",
@@ -87,7 +104,7 @@ def build_engine(
             core=core,
             meter=loaded.meter,
             load=loaded.load,
-            close=loaded.close,
+            close=close,
         )
     )
 

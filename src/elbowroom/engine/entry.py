@@ -6,10 +6,19 @@ from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.state import SchedulerState
 from elbowroom.engine.stems import longest_stem
+from elbowroom.engine.swapping import come_back, unstow
 
 
 def enter(seq: SeqState, state: SchedulerState) -> bool:
     """Give ``seq`` a slot with all blocks of its known tokens paid; False if they do not fit."""
+    if seq.saved is None:
+        unstow(seq, state.account)
+    if seq.saved is not None:
+        paid_bytes = state.account.pricings[seq.saved.plan].admission(len(seq.tokens), (), 0, seq.num_generated)[1]
+        if not _fits(paid_bytes, seq, state):
+            return False
+        come_back(seq, state)
+        return True
     return _resume(seq, state) or _graft(seq, state) or _open(seq, state)
 
 
@@ -20,7 +29,7 @@ def _open(seq: SeqState, state: SchedulerState) -> bool:
     if node is not None:
         account.index.pin(node)
     paid_bytes = seq.pricing.admission(len(seq.tokens), (), 0, seq.num_generated)[1]
-    if _fits(account.private_bytes(paid_bytes, node), state):
+    if _fits(account.private_bytes(paid_bytes, node), seq, state):
         account.open(seq, node)
         return True
     if node is not None:
@@ -35,7 +44,7 @@ def _resume(seq: SeqState, state: SchedulerState) -> bool:
         return False
     own = account.use_parked(session.key)
     if own is not None and own.suits(seq.request):
-        if not _fits(account.take_over_bytes(own, seq), state, own):
+        if not _fits(account.take_over_bytes(own, seq), seq, state, own):
             return False
         account.take_over(seq, session.key)
         return True
@@ -58,7 +67,7 @@ def _branch(seq: SeqState, parent: Parked, state: SchedulerState, parked: Parked
     paid_bytes = parent.pricing.admission(len(seq.tokens), parent.dropped, keep)[1]
     if node is not None:
         account.index.pin(node)
-    if _fits(account.private_bytes(paid_bytes, node), state, parked):
+    if _fits(account.private_bytes(paid_bytes, node), seq, state, parked):
         account.branch(seq, parent, node, keep)
         return True
     if node is not None:
@@ -66,10 +75,11 @@ def _branch(seq: SeqState, parent: Parked, state: SchedulerState, parked: Parked
     return False
 
 
-def _fits(need: int, state: SchedulerState, keep: Parked | None = None) -> bool:
+def _fits(need: int, seq: SeqState, state: SchedulerState, keep: Parked | None = None) -> bool:
     """Make room for an admission; one free block for every running sequence must remain, and none is preempted."""
     account = state.account
-    headroom = sum([seq.pricing.block_bytes for seq in state.running])
+    headroom = sum([other.pricing.block_bytes for other in state.running])
+    headroom *= state.return_blocks if seq.num_preemptions else 1
     if account.free_bytes < need + headroom and account.attainable_bytes(keep) < need + headroom:
         return False
     while account.free_bytes < need:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import Dropped, KVPricing, num_blocks
 from elbowroom.engine.prefix import Node, PrefixIndex, block_keys, root_key
-from elbowroom.engine.sequence import KeptStem, Parked, SeqState, StemKey
+from elbowroom.engine.sequence import KeptStem, Parked, Saved, SeqState, StemKey, Stowed
 from elbowroom.engine.types import KVOp, Request
 from elbowroom.kv.conversion import RUN_BLOCKS
 
@@ -32,6 +32,8 @@ class KVAccount:
     parked: dict[int, Parked] = field(default_factory=dict)
     stems: dict[StemKey, KeptStem] = field(default_factory=dict)
     """Prefixes that live requests, or some to come, begin with; see ``stems``."""
+    stowed: dict[int, Stowed] = field(default_factory=dict)
+    """Sessions that only the swap tier holds, the longest there first."""
     used_bytes: int = 0
     ops: list[KVOp] = field(default_factory=list)
     evicted_blocks: int = 0
@@ -126,6 +128,14 @@ class KVAccount:
         else:
             self.ops.append(KVOp("fork", seq.slot, node.slot, seq.num_computed))
 
+    def load(self, seq: SeqState, saved: Saved, *, is_async: bool) -> None:
+        """Give ``seq`` a slot for what is saved of it, and pay for all tokens that it knows."""
+        self._choose_plan(seq, saved.plan)
+        seq.slot, seq.shared, seq.num_computed, seq.dropped = self.new_slot(), None, saved.num_tokens, ()
+        self._pay_all(seq)
+        op = KVOp("load", seq.slot, num_tokens=saved.num_tokens, plan=saved.plan, key=saved.key, is_async=is_async)
+        self.ops.append(op)
+
     def _choose_plan(self, seq: SeqState, plan: int) -> None:
         seq.plan, seq.pricing = plan, self.pricings[plan]
 
@@ -207,19 +217,29 @@ class KVAccount:
             paid_bytes=seq.paid_bytes,
             dropped=seq.dropped,
             last_used=self._clock,
+            saved=seq.saved,
         )
+        seq.saved = None
         if seq.shared is not None:
             self.index.soften(seq.shared)
         seq.slot, seq.shared, seq.num_blocks, seq.paid_bytes = -1, None, 0, 0
 
     def drop_parked(self, key: int) -> None:
-        """Forget a parked session; it is prefilled again if it ever goes on."""
+        """Close a parked session; it is prefilled again if it ever goes on, or read back where it is saved."""
         parked = self.parked.pop(key)
+        if parked.saved is not None:
+            self.stowed[key] = Stowed(parked.asked_plan, parked.tokens, parked.saved)
         self.used_bytes -= self.private_bytes(parked.paid_bytes, parked.shared)
         if parked.shared is not None:
             self.index.soften(parked.shared, -1)
             self.index.unpin(parked.shared)
         self.ops.append(KVOp("close", parked.slot))
+
+    def drop_stowed(self, key: int) -> None:
+        """Delete what the swap tier holds of a session."""
+        stowed = self.stowed.pop(key, None)
+        if stowed is not None:
+            self.ops.append(KVOp("forget", -1, key=stowed.saved.key))
 
     def use_parked(self, key: int | None) -> Parked | None:
         """Return a parked session, marked as used now."""
@@ -232,6 +252,7 @@ class KVAccount:
     def take_over(self, seq: SeqState, key: int) -> None:
         """Let ``seq`` go on in the slot of its parked session, cut back to the tokens they have in common."""
         parked = self.parked.pop(key)
+        seq.saved = parked.saved
         if parked.shared is not None:
             self.index.soften(parked.shared, -1)
         self._choose_plan(seq, parked.plan)
@@ -253,9 +274,13 @@ class KVAccount:
 
     def num_kept(self, parked: Parked, seq: SeqState) -> int:
         """Return how many tokens of a parked session ``seq`` can go on from; one at least is left to compute."""
-        keep = min(common_prefix(parked.tokens, seq.tokens), len(seq.tokens) - 1)
+        return self.resume_point(parked.tokens, parked.pricing, seq)
+
+    def resume_point(self, tokens: list[int], pricing: KVPricing, seq: SeqState) -> int:
+        """Return how many of ``tokens``, as they are stored, ``seq`` can go on from."""
+        keep = min(common_prefix(tokens, seq.tokens), len(seq.tokens) - 1)
         # What an earlier position needs may have left a sliding window or been sealed.
-        return parked.pricing.resume_point(keep, len(parked.tokens))
+        return pricing.resume_point(keep, len(tokens))
 
     def take_over_bytes(self, parked: Parked, seq: SeqState) -> int:
         """Return what ``take_over`` and growing to all tokens of ``seq`` would add to ``used_bytes``."""

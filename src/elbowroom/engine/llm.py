@@ -13,6 +13,7 @@ from elbowroom.engine.output import RequestOutput
 from elbowroom.engine.prompts import Message, Prompt, chat_ids, prompt_ids
 from elbowroom.engine.resident import Progress
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.scheduling import Scheduling
 from elbowroom.engine.session import Session
 from elbowroom.errors import RequestError
 from elbowroom.kv.plan import KVPlan
@@ -38,6 +39,7 @@ class LLM:
         kv_relief: str | KVPlan | None = None,
         max_sequences: int = 64,
         prefix_cache: bool = True,
+        scheduling: Scheduling | None = None,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> None:
@@ -50,6 +52,7 @@ class LLM:
             kv_relief=kv_relief,
             max_sequences=max_sequences,
             prefix_cache=prefix_cache,
+            scheduling=scheduling,
             seed=seed,
             progress=progress,
         )

@@ -15,9 +15,14 @@ def decodes_first(running: list[SeqState]) -> list[SeqState]:
     return decodes
 
 
+def by_rank(seq: SeqState) -> tuple[float, ...]:
+    """Return the sequence's place in the order of service."""
+    return seq.rank
+
+
 def insert(ordered: list[SeqState], seq: SeqState) -> None:
     """Put ``seq`` to its place by rank."""
-    bisect.insort(ordered, seq, key=lambda each: each.rank)
+    bisect.insort(ordered, seq, key=by_rank)
 
 
 def fresh_seed(seed: int, order: int) -> int:

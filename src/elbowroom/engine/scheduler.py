@@ -26,11 +26,17 @@ from elbowroom.engine.entry import enter
 from elbowroom.engine.horizon import repeatable_steps
 from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.limits import max_new_tokens
-from elbowroom.engine.order import decodes_first, fresh_seed, insert
+from elbowroom.engine.order import by_rank, decodes_first, fresh_seed, insert
+from elbowroom.engine.ordering.base import OrderPolicy
+from elbowroom.engine.ordering.priority import PriorityOrder
+from elbowroom.engine.preemption.base import PreemptPolicy
+from elbowroom.engine.preemption.recompute import RecomputePreemption
 from elbowroom.engine.relief import relieve
+from elbowroom.engine.rotation import give_ways
 from elbowroom.engine.sequence import SeqState
 from elbowroom.engine.state import Rows, SchedulerState
 from elbowroom.engine.stems import awaits_leader, expect, give_up_stems, keep_stem, leave, next_stop
+from elbowroom.engine.swapping import forget, put_out, settle, stow, wants_saving
 from elbowroom.engine.types import (
     FinishReason,
     KVOp,
@@ -63,6 +69,8 @@ class SchedulerConfig:
     """Number of the plan that sequences of the first one are turned into before any is preempted; None: they stay."""
     repeats_steps: bool = True
     """Whether the executor repeats steps that the plan allows to repeat: a simulated one does."""
+    return_blocks: int = 2
+    """Blocks for every running sequence that must be free before one comes back that had to go: hysteresis."""
     seed: int = 0
     """Seeds requests that bring none."""
 
@@ -75,6 +83,8 @@ class Scheduler:
         pricings: what sequences cost under each of the plans that requests may ask for, the usual one first.
         capacity_bytes: bytes that the KV store may hold.
         admission: who of those that fit may begin; by default all.
+        order: who is served first; by default priority, then arrival.
+        preemption: whether those that have to go are saved or computed again; by default computed again.
     """
 
     def __init__(
@@ -83,11 +93,19 @@ class Scheduler:
         pricings: Sequence[KVPricing],
         capacity_bytes: int,
         admission: AdmissionPolicy | None = None,
+        order: OrderPolicy | None = None,
+        preemption: PreemptPolicy | None = None,
     ) -> None:
         self.config = config
         self._eos_token_ids = frozenset(config.eos_token_ids)
         books = KVAccount(tuple(pricings), capacity_bytes, config.prefix_cache, config.relief_plan)
-        self._state = SchedulerState(books, admission or GreedyAdmission())
+        self._state = SchedulerState(
+            books,
+            admission or GreedyAdmission(),
+            order or PriorityOrder(),
+            preemption or RecomputePreemption(),
+            config.return_blocks,
+        )
 
     # Requests
 
@@ -115,6 +133,8 @@ class Scheduler:
                 plan=request.plan,
                 pricing=pricing,
             )
+            state.order.joined(seq)
+            seq.rank = state.order.rank(seq, request.arrival_s)
             insert(state.waiting, seq)
 
     def limit(self, request: Request) -> int:
@@ -140,13 +160,19 @@ class Scheduler:
         """End every request with ``error`` and forget all slots (the executor lost its store); return the news."""
         state, account = self._state, self.account
         updates = [SequenceUpdate(seq.request.id, seq.sample, [], "error", error) for seq in self._live()]
+        for seq in self._live():
+            state.order.left(seq)
+            forget(seq, account)
         state.waiting.clear()
         state.running.clear()
+        state.leaving.clear()
         state.in_flight = []
         state.updates = []
         stats = state.stats
         stats.finished["error"] = stats.finished.get("error", 0) + len(updates)
+        forgotten = [op for op in account.ops if op.kind == "forget"]
         state.account = account.emptied()
+        state.account.ops = forgotten
         return updates
 
     def finish_sample(self, request_id: int, sample: int) -> None:
@@ -159,11 +185,12 @@ class Scheduler:
         """Forget a parked sequence."""
         if key in self.account.parked:
             self.account.drop_parked(key)
+        self.account.drop_stowed(key)
 
     def has_work(self) -> bool:
         """Return whether a step would do something."""
         state = self._state
-        return bool(state.waiting or state.running or state.account.ops or state.updates)
+        return bool(state.waiting or state.running or state.leaving or state.account.ops or state.updates)
 
     @property
     def account(self) -> KVAccount:
@@ -176,11 +203,12 @@ class Scheduler:
         """Return the next step: decodes first, then prompts under way, then admissions into what is left.
 
         Args:
-            now: seconds on the caller's clock; kept for policies that need time.
+            now: seconds on the caller's clock, that of ``Request.arrival_s``.
         """
         state, account = self._state, self.account
         if account.free_bytes < 0:
             self._make_room(lambda: 0, None)
+        self._review(now)
         rows: Rows = []
         budget, preemptions = self.config.max_step_tokens, state.stats.preemptions
         for seq in decodes_first(state.running):
@@ -191,7 +219,7 @@ class Scheduler:
         while budget > 0 and state.waiting and len(state.running) < self.config.max_sequences:
             seq = state.waiting[0]
             if not self._admit(seq):
-                if state.running:
+                if state.running or state.leaving:
                     break
                 if give_up_stems(account, seq):
                     state.refused = None
@@ -203,16 +231,18 @@ class Scheduler:
                 rows.append((seq, row))
                 budget -= row.num_tokens
         if state.stats.preemptions > preemptions:  # perhaps for an older sequence, after the row was made
-            rows = [(seq, row) for seq, row in rows if seq.slot == row.slot]
+            rows = [(seq, row) for seq, row in rows if seq.slot == row.slot and not seq.is_leaving]
         state.in_flight = rows
         ops, account.ops = tuple(account.ops), []
         valid_for = repeatable_steps(rows, state) if self.config.repeats_steps else 1
-        return StepPlan(ops, tuple([row for _, row in rows]), valid_for)
+        return StepPlan(ops, tuple([row for _, row in rows]), valid_for, waits=not rows)
 
     def update(self, result: StepResult) -> list[SequenceUpdate]:
         """Take in what the executor did; return the news for every sample that got tokens or ended."""
         state = self._state
         rows, state.in_flight = state.in_flight, []
+        for moved in result.moved:
+            settle(moved, state)
         for seq in [seq for seq in state.running if seq.slot in result.stranded]:
             self._preempt(seq)
         if result.shortfall_bytes > 0:
@@ -220,6 +250,8 @@ class Scheduler:
             rows = []
         repeats = result.num_steps - 1
         state.num_steps += result.num_steps
+        if result.duration_s > 0 and any(row.prompt for _, row in rows):
+            state.preemption.computed(sum([row.num_tokens for _, row in rows]), result.duration_s)
         for seq, row in rows:
             if seq.slot == row.slot:  # else it ended while the step ran
                 self._advance(seq, row, repeats)
@@ -255,7 +287,8 @@ class Scheduler:
         state = self._state
         assert all(seq.slot < 0 and seq.num_blocks == 0 for seq in state.waiting), "a waiting sequence holds blocks"
         assert all(seq.slot >= 0 and seq.num_left > 0 for seq in state.running), "a running sequence has no next row"
-        self.account.check(state.running)
+        assert all(seq.is_leaving and seq.slot >= 0 for seq in state.leaving), "a leaving sequence has no slot"
+        self.account.check([*state.running, *state.leaving])
 
     # Admission
 
@@ -270,7 +303,9 @@ class Scheduler:
             seq.num_cached_tokens = seq.num_computed
             state.stats.prompt_tokens += seq.num_prompt
             state.stats.cached_prompt_tokens += seq.num_computed
-        seq.is_new_to_executor = True
+            if not seq.num_preemptions:
+                state.order.served(seq, seq.num_prompt - seq.num_computed, 0)
+        seq.num_steps_run, seq.is_new_to_executor = 0, True
         state.waiting.remove(seq)
         insert(state.running, seq)
         return True
@@ -287,6 +322,17 @@ class Scheduler:
             state.refused, state.asks_again_at = seq, state.num_steps + policy.patience
         return False
 
+    def _review(self, now: float) -> None:
+        """Sort anew where ranks have changed, and put out who has to go for the head of the queue."""
+        state = self._state
+        if state.order.reviews(state.num_steps):
+            for seq in (*state.waiting, *state.running):
+                seq.rank = state.order.rank(seq, now)
+            state.waiting.sort(key=by_rank)
+            state.running.sort(key=by_rank)
+        for seq in give_ways(state, self.config.max_sequences, self.config.max_step_tokens, now):
+            self._preempt(seq)
+
     # Growth and preemption
 
     def _extend(self, seq: SeqState, most_tokens: int) -> Row | None:
@@ -294,6 +340,8 @@ class Scheduler:
 
         None if nothing may be computed, or the sequence had to give way.
         """
+        if seq.is_loading:
+            return None
         start, end = seq.num_computed, len(seq.tokens)
         stop = end if end - start <= most_tokens else start + most_tokens
         if stop == start:
@@ -319,7 +367,8 @@ class Scheduler:
         if not (prompt and seq.pricing.chooses) and stop <= seq.num_blocks * STRIP_TOKENS:
             return True
         if not self._make_room(lambda: seq.price_at(stop, prompt) - seq.paid_bytes, seq):
-            self._preempt(seq)
+            if not self._state.leaving:  # else it waits for what comes free soon
+                self._preempt(seq)
             return False
         self.account.grow(seq, num_blocks(stop), seq.price_at(stop, prompt))
         return True
@@ -329,28 +378,36 @@ class Scheduler:
 
         What ``seq`` needs is less once it has gone over to the relief plan.
         """
-        account, running = self.account, self._state.running
+        account, state = self.account, self._state
         while account.free_bytes < need():
             if account.evict_one():
                 continue
-            if relieve(running, account):
-                self._state.stats.reliefs += 1
+            if relieve(state.running, account):
+                state.stats.reliefs += 1
                 continue
-            if not running or running[-1] is seq:
-                if len(running) <= 1 and give_up_stems(account, seq):
+            leaving = sum([account.private_bytes(each.paid_bytes, each.shared) for each in state.leaving])
+            if seq is not None and account.free_bytes + leaving >= need():
+                return False
+            last = next((each for each in reversed(state.running) if not each.is_loading), None)
+            if last is None or last is seq:
+                if len(state.running) <= 1 and not state.leaving and give_up_stems(account, seq):
                     continue
                 return False
-            self._preempt(running[-1])
+            self._preempt(last, may_save=seq is not None)
         return True
 
-    def _preempt(self, seq: SeqState) -> None:
-        """Take a running sequence's blocks away; they will be recomputed."""
+    def _preempt(self, seq: SeqState, *, may_save: bool = True) -> None:
+        """Take a running sequence's blocks away; they are saved, or computed again later."""
         state = self._state
+        seq.num_preemptions += 1
+        state.stats.preemptions += 1
+        state.refused = None
+        if may_save and wants_saving(seq, state):
+            put_out(seq, state)
+            return
         self.account.give_back(seq)
         state.running.remove(seq)
         insert(state.waiting, seq)
-        state.refused = None
-        state.stats.preemptions += 1
 
     def _retreat(self, rows: Rows, shortfall_bytes: int) -> None:
         """The store had less than was counted on: until some sequence ends, count on so much less."""
@@ -371,6 +428,7 @@ class Scheduler:
     def _advance(self, seq: SeqState, row: Row, repeats: int) -> None:
         """Note that ``row`` was computed and repeated so often behind that."""
         before = seq.num_computed
+        seq.num_steps_run += 1 + repeats
         seq.num_computed = before + row.num_tokens + repeats
         if repeats and seq.num_computed > seq.num_blocks * STRIP_TOKENS:  # the plan saw that it fits
             self.account.grow(seq, num_blocks(seq.num_computed), seq.price_at(seq.num_computed, PromptPart.NONE))
@@ -395,6 +453,7 @@ class Scheduler:
             reason = None
         state = self._state
         state.stats.generated_tokens += len(tokens)
+        state.order.served(seq, 0, len(tokens))
         update = SequenceUpdate(
             seq.request.id, seq.sample, tokens, reason, None, seq.num_cached_tokens, seq.is_relieved
         )
@@ -410,20 +469,26 @@ class Scheduler:
         state.refused, self.account.lacking_bytes = None, 0
         if reason in ("stop", "length"):
             state.admission.ended(seq.num_generated, seq.max_new_tokens)
+        state.order.left(seq)
         if seq in state.waiting:
             state.waiting.remove(seq)
+        elif seq in state.leaving:
+            state.leaving.remove(seq)
+            self.account.give_back(seq)
         else:
             state.running.remove(seq)
             self.account.cache(seq, seq.num_computed // STRIP_TOKENS)
             if session is not None and seq.sample == 0 and reason in ("stop", "length"):
+                stow(seq, state)
                 self.account.park(seq, session.key)
             else:
                 self.account.give_back(seq)
         leave(self.account, seq)
+        forget(seq, self.account)
         state.stats.finished[reason] = state.stats.finished.get(reason, 0) + 1
         if report:
             update = SequenceUpdate(seq.request.id, seq.sample, [], reason, error, seq.num_cached_tokens)
             state.updates.append(update)
 
     def _live(self) -> list[SeqState]:
-        return [*self._state.running, *self._state.waiting]
+        return [*self._state.running, *self._state.waiting, *self._state.leaving]

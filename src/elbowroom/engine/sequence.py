@@ -10,6 +10,16 @@ from elbowroom.engine.types import Request, SampleSpec
 from elbowroom.kv.base import PromptPart
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What the swap tier holds of a sequence."""
+
+    key: str
+    plan: int
+    """Number of the KV plan that it was stored under."""
+    num_tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class SeqState:
     """Tokens, progress and KV bookkeeping of one sample.
@@ -45,19 +55,27 @@ class SeqState:
     """What the plan's policy has dropped."""
     num_cached_tokens: int = 0
     is_new_to_executor: bool = True
+    saved: Saved | None = None
+    is_leaving: bool = False
+    """Whether it is being saved."""
+    is_loading: bool = False
+    """Whether it is being read back."""
+    num_steps_run: int = 0
+    """Steps that it got rows in since it began or came back."""
+    num_preemptions: int = 0
     num_prompt: int = field(init=False)
     """Prompt tokens."""
     limit: int = field(init=False)
     """Tokens in all at which it ends."""
-    rank: tuple[int, int, int] = field(init=False)
-    """Order of service: priority, then arrival, then sample."""
+    rank: tuple[float, ...] = field(init=False)
+    """Place in the order of service, as the order policy said last."""
     spec: SampleSpec = field(init=False)
     """What the executor needs for choosing the next token, once it knows the slot."""
 
     def __post_init__(self) -> None:
         """Derive what is asked for in every step."""
         self.num_prompt = len(self.request.prompt_token_ids)
-        self.rank = (self.request.priority, self.order, self.sample)
+        self.rank = (self.order, self.sample)
         self.limit = self.num_prompt + self.max_new_tokens
         request = self.request
         self.spec = SampleSpec(
@@ -100,6 +118,21 @@ class SeqState:
         return replace(self.spec, history=tuple(self.tokens))
 
 
+@dataclass(frozen=True, slots=True)
+class Stowed:
+    """A session between two requests that only the swap tier holds."""
+
+    asked_plan: int
+    """Number of the plan that its requests asked for."""
+    tokens: list[int]
+    """Exactly the tokens that are saved."""
+    saved: Saved
+
+    def suits(self, request: Request) -> bool:
+        """Return whether a request may go on from here."""
+        return self.asked_plan == request.plan and (self.saved.plan == request.plan or not request.keeps_plan)
+
+
 @dataclass(slots=True, eq=False)
 class Parked:
     """The stored sequence of a session between two requests."""
@@ -117,6 +150,8 @@ class Parked:
     paid_bytes: int
     dropped: Dropped
     last_used: int
+    saved: Saved | None = None
+    """What the swap tier holds of it."""
 
     def suits(self, request: Request) -> bool:
         """Return whether a request may go on from here: under the plan that it asks for, or relieved, if it may be."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from elbowroom.engine.admission.base import AdmissionPolicy
 from elbowroom.engine.kv_account import KVAccount
+from elbowroom.engine.ordering.base import OrderPolicy
+from elbowroom.engine.preemption.base import PreemptPolicy
 from elbowroom.engine.sequence import SeqState
 from elbowroom.engine.types import Row, SchedulerStats, SequenceUpdate
 
@@ -18,9 +20,15 @@ class SchedulerState:
 
     account: KVAccount
     admission: AdmissionPolicy
+    order: OrderPolicy
+    preemption: PreemptPolicy
+    return_blocks: int = 1
+    """Blocks for every running sequence that must be free before one comes back that had to go."""
     waiting: list[SeqState] = field(default_factory=list)
     running: list[SeqState] = field(default_factory=list)
     """Both in order of rank."""
+    leaving: list[SeqState] = field(default_factory=list)
+    """Sequences that are being saved: they hold their slots and get no rows."""
     next_order: int = 0
     num_steps: int = 0
     """Forward passes so far, repeated ones included."""

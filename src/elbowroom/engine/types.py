@@ -68,15 +68,15 @@ OpKind = Literal["open", "fork", "truncate", "convert", "close", "save", "load",
 class KVOp:
     """One change of stored sequences, applied in order before the rows of a step.
 
-    ``open`` makes ``slot`` empty, under ``plan``; ``fork`` makes ``slot`` share the first ``num_tokens`` of
-    ``source``; ``truncate`` keeps the first ``num_tokens`` of ``slot``; ``convert`` keeps the tokens of ``slot`` under
-    another ``plan``; ``close`` forgets it.
+    ``open`` makes ``slot`` empty, under ``plan`` (``num_tokens``: how long it may become, a hint); ``fork`` makes
+    ``slot`` share the first ``num_tokens`` of ``source``; ``truncate`` keeps the first ``num_tokens`` of ``slot``;
+    ``convert`` keeps the tokens of ``slot`` under another ``plan``; ``close`` forgets it.
 
-    ``save`` makes the object ``key`` hold the first ``num_tokens`` of ``slot``: only what the object does not hold of
-    this sequence already is written. The slot stays as it is; changing it waits for the transfer. ``load`` makes
-    ``slot``, under ``plan``, a sequence of the first ``num_tokens`` of the object ``key``; no row may name it before
-    the transfer has ended. ``forget`` deletes the object ``key`` (one that is in transfer: once that has ended).
-    Transfers end in ``StepResult.moved``: those with ``is_async`` at any later step, others in the same one.
+    ``save`` makes the object ``key`` hold the first ``num_tokens`` of ``slot``; only what it does not hold of this
+    sequence already is written. The slot stays as it is; changing it waits for the transfer. ``load`` makes ``slot``,
+    under ``plan``, a sequence of the first ``num_tokens`` of the object ``key``; a row that names it waits for the
+    transfer, and is not computed if that fails. ``forget`` deletes the object ``key``, once its transfer has ended.
+    Transfers end in ``StepResult.moved``: those with ``is_async`` in any later result, others in that of the step.
     """
 
     kind: OpKind
@@ -146,7 +146,7 @@ class StepPlan:
     valid_for_steps: int = 1
     """The rows may be repeated this often (each time one token further) before the scheduler must decide again."""
     waits: bool = False
-    """Whether the step ends only when a transfer has (if any is under way): there is nothing to compute meanwhile."""
+    """There is nothing to compute: the step may last until a transfer under way has ended, or for a moment of that."""
 
     @property
     def num_tokens(self) -> int:
@@ -174,6 +174,8 @@ class StepResult:
     """Above zero: the store lacked this many bytes and no row was computed."""
     stranded: tuple[int, ...] = ()
     """Slots that should have gone over to another plan and could not: no row of theirs was computed."""
+    step_ends_s: tuple[float, ...] = ()
+    """Seconds from the start to the end of each step done, where they are known one by one."""
     moved: tuple[Moved, ...] = ()
     """Transfers that have ended."""
 
@@ -206,6 +208,11 @@ class SchedulerStats:
     preemptions: int = 0
     reliefs: int = 0
     """Sequences that were turned into the relief plan."""
+    swaps_out: int = 0
+    """Sequences that were saved to the swap tier, and those that came back from it."""
+    swaps_in: int = 0
+    swapped_bytes: int = 0
+    failed_swaps: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0

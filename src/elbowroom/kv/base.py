@@ -120,8 +120,8 @@ class KVReport:
 class KVStore(Protocol):
     """Holds keys and values of sequences; the only writer of their bytes."""
 
-    def open(self, plan: int = 0) -> KVHandle:
-        """Return a new empty sequence, under one of the store's plans."""
+    def open(self, plan: int = 0, expected_tokens: int = 0) -> KVHandle:
+        """Return a new empty sequence, under one of the store's plans; ``expected_tokens`` is a hint: 0 is none."""
 
     def fork(self, handle: KVHandle, num_tokens: int | None = None) -> KVHandle:
         """Return a sequence that shares the first ``num_tokens`` (default all) of ``handle``, copy-on-write."""

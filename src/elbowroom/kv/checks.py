@@ -12,7 +12,7 @@ from elbowroom.kernels.extras import check_extras
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.heads import Places, check_heads
 from elbowroom.kv.holding import NEVER, Extent
-from elbowroom.kv.layout import Lane
+from elbowroom.kv.layout import Lane, PoolSet
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.sequence import Rows, Sequence
 
@@ -62,3 +62,42 @@ def check_part(sequence: Sequence, lane: Lane, rows: Rows, _: int, end: int) -> 
         for row, entries in zip(rows.tolist(), sequence.table[rows], strict=True):
             for entry in entries[entries != ABSENT].tolist():
                 check_heads(lane.pool.strip(entry).numpy(), lane.pool.fmt, sequence.places, row)
+
+
+def check_rollback(pools: PoolSet, plan: BoundPlan, sequence: Sequence, num_tokens: int) -> None:
+    """Refuse to go back to the first ``num_tokens`` of a sequence if what they need is gone.
+
+    Raises:
+        IntegrityError: names what is gone, and what to do instead.
+    """
+    if not 0 <= num_tokens <= sequence.num_tokens:
+        raise IntegrityError(f"a sequence of {sequence.num_tokens} tokens has no prefix of {num_tokens}")
+    if num_tokens < sequence.chosen_tokens:
+        raise IntegrityError(
+            f"cannot go back to token {num_tokens}: plan {plan.plan} chose among all tokens before "
+            f"{sequence.chosen_tokens}",
+            "prefill the prefix again",
+        )
+    for lane in pools.main:
+        if lane.holding.chosen:
+            continue
+        lost = int(sequence.expired_blocks[lane.first_row])
+        if lost > lane.holding.expired(num_tokens):
+            raise IntegrityError(
+                f"cannot go back to token {num_tokens}: tokens before {lost * STRIP_TOKENS} left the sliding "
+                f"window of {lane.holding.window}",
+                "prefill the prefix again",
+            )
+    if num_tokens % STRIP_TOKENS:
+        check_open(pools, plan, sequence, num_tokens // STRIP_TOKENS, f"cannot go back to token {num_tokens}")
+
+
+def check_open(pools: PoolSet, plan: BoundPlan, sequence: Sequence, block: int, refusal: str) -> None:
+    """Refuse what needs the tokens of ``block`` as they were before sealing, if those are gone."""
+    for lane in pools.tails:
+        if not sequence.holds(lane.first_row, block):
+            first, codec = block * STRIP_TOKENS, plan.plan.layout.name
+            raise IntegrityError(
+                f"{refusal}: tokens {first} to {first + STRIP_TOKENS - 1} are sealed by codec {codec!r}",
+                f"go back to token {first} and prefill from there",
+            )

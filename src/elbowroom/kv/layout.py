@@ -13,7 +13,8 @@ from elbowroom.errors import BudgetError, OutOfBudget
 from elbowroom.kv.base import Shortfall
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.capacity import Capacity
-from elbowroom.kv.holding import Extent, Holding, blocks_of
+from elbowroom.kv.extents import Ask
+from elbowroom.kv.holding import Blocks, Extent, Holding, blocks_of
 from elbowroom.kv.pool import ABSENT, StripPool
 from elbowroom.kv.sequence import Rows, Sequence, Table
 from elbowroom.memory.arena import Arena
@@ -38,6 +39,24 @@ class Lane:
     def first_row(self) -> int:
         """Any of the rows."""
         return int(self.rows[0])
+
+    def ask(self, sequence: Sequence, blocks: Blocks) -> Ask:
+        """Return what to ask the pool for, so that ``blocks`` of a sequence come to lie behind those before them.
+
+        Whoever does not say how long a sequence will be gets room to grow to twice its length.
+        """
+        if blocks.size == 0:
+            return Ask(0)
+        first = int(blocks[0])
+        after = -1
+        if first and sequence.holds(self.first_row, first - 1):
+            after = self.pool.group_of(int(sequence.table[self.first_row, first - 1]))
+        if self.holding.part not in ("all", "sealed"):
+            return Ask(blocks.size, after)
+        end = max(blocks_of(sequence.expected_tokens), 2 * first, int(blocks[-1]) + 1)
+        if self.holding.window is not None:
+            end = min(end, first + self.holding.window // STRIP_TOKENS + 1)
+        return Ask(blocks.size, after, end - first)
 
 
 class PoolSet:
@@ -156,8 +175,8 @@ class PoolSet:
         """Bytes of pages that are resident and hold no strip."""
         return sum(pool.free_bytes for pool in self.pools)
 
-    def shortfall(self, counts: Counts[int]) -> Shortfall | None:
-        """Return why ``counts[i]`` blocks of lane i cannot be had, or None."""
+    def shortfall(self, counts: Counts[int], asks: Counts[Counts[Ask]] = ()) -> Shortfall | None:
+        """Return why ``counts[i]`` blocks of lane i cannot be had, or None; ``asks`` as for ``take``."""
         asked = list(self._asked(counts))
         for pool, groups, singles in asked:
             needed = pool.groups_of(groups, singles)
@@ -172,7 +191,10 @@ class PoolSet:
         )
         if worst <= available:
             return None
-        cost = sum(pool.cost(groups, singles) for pool, groups, singles in asked)
+        wanted = asks or [()] * len(asked)
+        cost = sum(
+            pool.cost(groups, singles, each) for (pool, groups, singles), each in zip(asked, wanted, strict=False)
+        )
         return Shortfall(cost, max(available, 0)) if cost and cost > available else None
 
     def _asked(self, counts: Counts[int]) -> Iterator[tuple[StripPool, int, int]]:
@@ -181,37 +203,41 @@ class PoolSet:
             singles = zip((*self.staging, *self.fresh), counts[len(self.pools) :], strict=True)
             yield pool, counts[number], sum(count for lane, count in singles if lane.pool is pool)
 
-    def take(self, counts: Counts[int]) -> list[Table]:
+    def take(self, counts: Counts[int], asks: Counts[Counts[Ask]] = ()) -> list[Table]:
         """Take ``counts[i]`` blocks for lane i, or nothing at all.
+
+        ``asks[i]``, where given, says for a lane whose layers lie side by side who wants them, and where.
 
         Raises:
             OutOfBudget: the pages do not fit.
         """
         taken: list[Table] = []
         try:
-            for lane, count in zip(self._lanes, counts, strict=True):
-                singles = lane.holding.part in ("staging", "fresh")
-                taken.append(lane.pool.take_singles(count) if singles else lane.pool.take(count))
+            for number, (lane, count) in enumerate(zip(self._lanes, counts, strict=True)):
+                if lane.holding.part in ("staging", "fresh"):
+                    taken.append(lane.pool.take_singles(count))
+                else:
+                    taken.append(lane.pool.take(count, asks[number] if asks else ()))
         except BudgetError:
             for lane, entries in zip(self._lanes, taken, strict=False):
                 lane.pool.release(entries)
             raise
         return taken
 
-    def take_for(self, what: str, counts: Counts[int]) -> list[Table]:
+    def take_for(self, what: str, counts: Counts[int], asks: Counts[Counts[Ask]] = ()) -> list[Table]:
         """Take blocks for ``what``, or explain in its words why not.
 
         Raises:
             OutOfBudget: they do not fit; nothing changes then.
         """
-        missing = self.shortfall(counts)
+        missing = self.shortfall(counts, asks)
         if missing is not None:
             raise OutOfBudget(
                 f"{what} needs {format_bytes(missing.needed_bytes)} of KV memory; "
                 f"{format_bytes(missing.available_bytes)} could be had",
                 "raise memory= (--memory), or close sequences first",
             )
-        return self.take(counts)
+        return self.take(counts, asks)
 
     def share(self, table: Table) -> None:
         """Hold all strips of ``table [num_rows, blocks]`` once more."""
@@ -313,7 +339,12 @@ class PoolSet:
                 counts.append(size(lane.first_row))
             else:  # layers differ in what they hold: they get single strips
                 counts.append(sum(size(row) for row in lane.users.tolist()))
-        taken = self.take_for(f"a span of {extent.num_tokens - start} tokens", counts)
+        asks = (
+            []
+            if not extent.is_even
+            else [[lane.ask(sequence, np.arange(*spans.get(lane.first_row, (0, 0))))] for lane in self._lanes]
+        )
+        taken = self.take_for(f"a span of {extent.num_tokens - start} tokens", counts, asks)
         for lane, entries in zip(self._lanes, taken, strict=True):
             if lane.users.size and not extent.is_even:
                 ends = np.cumsum([size(row) for row in lane.users.tolist()])

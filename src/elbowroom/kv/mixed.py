@@ -15,6 +15,7 @@ from elbowroom.errors import IntegrityError
 from elbowroom.kernels import LayerStrips
 from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Shortfall, Want
 from elbowroom.kv.conversion import convert
+from elbowroom.kv.moving import HeldBlock
 from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.read_count import sum_reads
 
@@ -48,9 +49,9 @@ class MixedStore:
 
     # Sequences
 
-    def open(self, plan: int = 0) -> KVHandle:
+    def open(self, plan: int = 0, expected_tokens: int = 0) -> KVHandle:
         """Return a new empty sequence under a plan."""
-        return replace(self.stores[plan].open(), plan=plan)
+        return replace(self.stores[plan].open(0, expected_tokens), plan=plan)
 
     def fork(self, handle: KVHandle, num_tokens: int | None = None) -> KVHandle:
         """Return a sequence that shares the first ``num_tokens`` of ``handle``, copy-on-write."""
@@ -136,6 +137,14 @@ class MixedStore:
         self._of(handle).overwrite(handle, positions)
 
     # Moving
+
+    def lend(self, handle: KVHandle, num_tokens: int) -> list[HeldBlock]:
+        """Return where the bytes of the first ``num_tokens`` lie; they are those until the sequence changes."""
+        return self._of(handle).lend(handle, num_tokens)
+
+    def admit(self, num_tokens: int, plan: int = 0) -> KVHandle:
+        """Return a new sequence of ``num_tokens`` under a plan; its bytes are to be written where ``lend`` says."""
+        return replace(self.stores[plan].admit(num_tokens), plan=plan)
 
     def export_span(self, handle: KVHandle, start: int, stop: int) -> bytes:
         """Return tokens ``[start, stop)`` as one checksummed object."""

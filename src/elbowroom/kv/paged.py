@@ -21,7 +21,7 @@ from elbowroom.kv.base import AttnOut, KVHandle, KVReport, KVStep, Positions, Sh
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.capacity import Capacity
 from elbowroom.kv.cascade import check_history, read_history
-from elbowroom.kv.checks import check_import, check_part
+from elbowroom.kv.checks import check_import, check_open, check_part, check_rollback
 from elbowroom.kv.codecs import token_codec
 from elbowroom.kv.codecs.ordered import in_order
 from elbowroom.kv.compaction import Compactor
@@ -29,6 +29,7 @@ from elbowroom.kv.heads import read_places, write_places
 from elbowroom.kv.held import read_tokens, report
 from elbowroom.kv.holding import NEVER, Blocks, Extent
 from elbowroom.kv.layout import Lane, PoolSet
+from elbowroom.kv.moving import HeldBlock, check_moving, held_blocks
 from elbowroom.kv.prepare import Prepared, Preparer, part_of
 from elbowroom.kv.read_count import plane_reads
 from elbowroom.kv.sealing import Sealer, open_layer
@@ -79,15 +80,17 @@ class PagedStore:
 
     # Sequences
 
-    def open(self, plan: int = 0) -> KVHandle:
-        """Return a new empty sequence.
+    def open(self, plan: int = 0, expected_tokens: int = 0) -> KVHandle:
+        """Return a new empty sequence; room for ``expected_tokens`` is kept side by side while there is other room.
 
         Raises:
             IntegrityError: ``plan`` is not 0.
         """
         if plan:
             raise IntegrityError(f"the store has one plan, no number {plan}")
-        return self._adopt(Sequence(self._pools.num_rows))
+        made = Sequence(self._pools.num_rows)
+        made.expected_tokens = expected_tokens
+        return self._adopt(made)
 
     def fork(self, handle: KVHandle, num_tokens: int | None = None) -> KVHandle:
         """Return a sequence that shares the first ``num_tokens`` of ``handle``, copy-on-write.
@@ -97,7 +100,7 @@ class PagedStore:
         """
         sequence = self._sequence(handle)
         count = sequence.num_tokens if num_tokens is None else num_tokens
-        self._check_rollback(sequence, count)
+        check_rollback(self._pools, self.plan, sequence, count)
         twin = sequence.prefix(count)
         for lane, rows, first, end in self._pools.parts(self._pools.extent(twin, count)):
             if lane.holding.part == "tail":
@@ -115,7 +118,7 @@ class PagedStore:
             IntegrityError: the sequence is shorter, or a sliding window has dropped what the prefix needs.
         """
         sequence = self._sequence(handle)
-        self._check_rollback(sequence, num_tokens)
+        check_rollback(self._pools, self.plan, sequence, num_tokens)
         return self._pools.cut(sequence, num_tokens)
 
     def close(self, handle: KVHandle) -> int:
@@ -144,38 +147,6 @@ class PagedStore:
         if sequence is None:
             raise IntegrityError(f"sequence {handle.id} is not open in this store")
         return sequence
-
-    def _check_rollback(self, sequence: Sequence, num_tokens: int) -> None:
-        if not 0 <= num_tokens <= sequence.num_tokens:
-            raise IntegrityError(f"a sequence of {sequence.num_tokens} tokens has no prefix of {num_tokens}")
-        if num_tokens < sequence.chosen_tokens:
-            raise IntegrityError(
-                f"cannot go back to token {num_tokens}: plan {self.plan.plan} chose among all tokens before "
-                f"{sequence.chosen_tokens}",
-                "prefill the prefix again",
-            )
-        for lane in self._pools.main:
-            if lane.holding.chosen:
-                continue
-            lost = int(sequence.expired_blocks[lane.first_row])
-            if lost > lane.holding.expired(num_tokens):
-                raise IntegrityError(
-                    f"cannot go back to token {num_tokens}: tokens before {lost * STRIP_TOKENS} left the sliding "
-                    f"window of {lane.holding.window}",
-                    "prefill the prefix again",
-                )
-        if num_tokens % STRIP_TOKENS:
-            self._check_open(sequence, num_tokens // STRIP_TOKENS, f"cannot go back to token {num_tokens}")
-
-    def _check_open(self, sequence: Sequence, block: int, refusal: str) -> None:
-        """Refuse what needs the tokens of ``block`` as they were before sealing, if those are gone."""
-        for lane in self._pools.tails:
-            if not sequence.holds(lane.first_row, block):
-                first = block * STRIP_TOKENS
-                raise IntegrityError(
-                    f"{refusal}: tokens {first} to {first + STRIP_TOKENS - 1} are sealed by codec {self._codec.name!r}",
-                    f"go back to token {first} and prefill from there",
-                )
 
     # A step
 
@@ -323,11 +294,13 @@ class PagedStore:
         if kept.size and (kept[0] < start or kept[-1] >= sequence.num_tokens or (np.diff(kept) < 1).any()):
             raise IntegrityError(f"{kept.tolist()} are no ascending positions of {start}..{sequence.num_tokens - 1}")
         count = start + kept.size
-        self._check_rollback(sequence, count)
+        check_rollback(self._pools, self.plan, sequence, count)
         targets = np.arange(start, count)
         moved = targets != kept
         if moved.any():
-            self._check_open(sequence, int(targets[moved][0]) // STRIP_TOKENS, "cannot move accepted tokens")
+            check_open(
+                self._pools, self.plan, sequence, int(targets[moved][0]) // STRIP_TOKENS, "cannot move accepted tokens"
+            )
             self._unshare(sequence, np.unique(targets[moved] // STRIP_TOKENS), count)
             self._slots.move(sequence, kept[moved], targets[moved])
             self._slots.seal(sequence, int(targets[moved][0]) // STRIP_TOKENS, count // STRIP_TOKENS)
@@ -358,9 +331,9 @@ class PagedStore:
                 f"positions {wanted[0]}..{wanted[-1]} are not all stored in a sequence of {sequence.num_tokens} tokens"
             )
         if wanted.size:
-            self._check_rollback(sequence, int(wanted[0]))
+            check_rollback(self._pools, self.plan, sequence, int(wanted[0]))
             for block in np.unique(wanted // STRIP_TOKENS).tolist():
-                self._check_open(sequence, block, f"cannot write block {block} again")
+                check_open(self._pools, self.plan, sequence, block, f"cannot write block {block} again")
         sequence.writable = wanted
 
     # Moving
@@ -383,6 +356,32 @@ class PagedStore:
         for lane in self._pools.main:
             self._expire(sequence, lane, lane.rows, num_blocks)
 
+    def lend(self, handle: KVHandle, num_tokens: int) -> list[HeldBlock]:
+        """Return where the bytes of the first ``num_tokens`` lie; they are those until the sequence changes.
+
+        Raises:
+            IntegrityError: the sequence is shorter, or a strip of them has expired.
+            PlanError: the plan chooses among tokens, heads or channels.
+        """
+        check_moving(self.plan.plan)
+        sequence = self._sequence(handle)
+        check_rollback(self._pools, self.plan, sequence, num_tokens)
+        return held_blocks(self._pools, sequence, num_tokens)
+
+    def admit(self, num_tokens: int, plan: int = 0) -> KVHandle:
+        """Return a new sequence of ``num_tokens``; its bytes are to be written where ``lend`` says.
+
+        Raises:
+            OutOfBudget: the strips do not fit; nothing changes then.
+        """
+        handle = self.open(plan)
+        try:
+            self._extend(self._sequence(handle), 0, Extent(num_tokens))
+        except BaseException:
+            self.close(handle)
+            raise
+        return handle
+
     def export_span(self, handle: KVHandle, start: int, stop: int) -> bytes:
         """Return tokens ``[start, stop)`` as one checksummed object.
 
@@ -397,7 +396,7 @@ class PagedStore:
                 f"tokens {start}..{stop} are no span of a sequence of {sequence.num_tokens}",
                 f"start at a multiple of {STRIP_TOKENS}",
             )
-        self._check_rollback(sequence, stop)
+        check_rollback(self._pools, self.plan, sequence, stop)
         extent = self._pools.extent(sequence, stop)
         if start and (self.plan.kept_heads or not extent.is_even):
             raise IntegrityError(

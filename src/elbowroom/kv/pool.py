@@ -1,17 +1,20 @@
 """StripPool: allocation, sharing and freeing of the layer strips of one format.
 
 The strips of one token block over all layers of the pool form a *group*, side by side, so that moving a block is one
-long run. Groups are handed out from a stack: recently freed ones first, because their pages are still resident.
+long run; ``Extents`` hands out groups so that those of a sequence lie in few runs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from elbowroom.core import PageFormat
-from elbowroom.errors import IntegrityError
+from elbowroom.errors import ElbowroomError, IntegrityError
+from elbowroom.kv.extents import Ask, Extents
 from elbowroom.memory.arena import Arena
 
 ABSENT = np.uint32(0xFFFFFFFF)
@@ -48,10 +51,8 @@ class StripPool:
         self.num_groups = max(1, min(virtual_bytes, int(ABSENT) * UNIT_BYTES) // self.group_bytes)
         self._range = arena.reserve(self.num_groups * self.group_bytes, owner)
         self._refs = np.zeros((self.num_groups, num_layers), dtype=np.int32)
-        self._freed: list[int] = []
-        """Groups that were used and are empty again, the latest last."""
-        self._fresh = 0
-        """Groups from here on were never used."""
+        self.extents = Extents(self.num_groups)
+        """Its free groups."""
 
     @property
     def base(self) -> Tensor:
@@ -71,37 +72,51 @@ class StripPool:
     @property
     def num_strips(self) -> int:
         """Strips in use, shared ones once."""
-        return int(np.count_nonzero(self._refs[: self._fresh]))
+        return int(np.count_nonzero(self._refs[: self.extents.fresh]))
 
     @property
     def num_shared_strips(self) -> int:
         """Strips that more than one sequence holds."""
-        return int(np.count_nonzero(self._refs[: self._fresh] > 1))
+        return int(np.count_nonzero(self._refs[: self.extents.fresh] > 1))
 
     @property
     def num_free_groups(self) -> int:
         """Groups that address space is left for."""
-        return self.num_groups - self._fresh + len(self._freed)
+        return self.extents.num_free
 
     def groups_of(self, num_groups: int, num_singles: int = 0) -> int:
         """Return the groups that so many whole ones and so many single strips take."""
         return num_groups - (-num_singles // self.num_layers)
 
-    def cost(self, num_groups: int, num_singles: int = 0) -> int:
-        """Return the bytes by which taking ``num_groups``, then ``num_singles`` strips, would raise ``live_bytes``."""
-        groups = self._peek(self.groups_of(num_groups, num_singles))
+    def group_of(self, entry: int) -> int:
+        """Return the group of the strip of a table entry."""
+        return entry * UNIT_BYTES // self.group_bytes
+
+    def cost(self, num_groups: int, num_singles: int = 0, asks: Sequence[Ask] = ()) -> int:
+        """Return the bytes by which taking ``num_groups``, then ``num_singles`` strips, would raise ``live_bytes``.
+
+        ``asks``: the groups, as ``take`` would be asked for them.
+        """
+        trial = self.extents.copy()
+        wanted = [*(asks or [Ask(num_groups)]), Ask(self.groups_of(0, num_singles))]
+        groups = np.asarray([group for ask in wanted for group in trial.take(ask)], dtype=np.int64)
         if groups.size == 0:
             return 0
         strips = self._members(groups).reshape(-1)[: num_groups * self.num_layers + num_singles]
         return self._range.cost(strips * self.strip_bytes, self.strip_bytes)
 
-    def take(self, num_groups: int) -> Entries:
+    def take(self, num_groups: int, asks: Sequence[Ask] = ()) -> Entries:
         """Return table columns ``[num_layers, num_groups]`` of new strips, each held once.
+
+        Args:
+            num_groups: columns.
+            asks: who wants how many of them, and where; together as many.
 
         Raises:
             OutOfBudget: the pages do not fit; nothing is taken.
         """
-        return self._take(num_groups, num_groups * self.num_layers).reshape(num_groups, self.num_layers).T
+        wanted = asks or [Ask(num_groups)]
+        return self._take(wanted, num_groups * self.num_layers).reshape(num_groups, self.num_layers).T
 
     def take_singles(self, num_strips: int) -> Entries:
         """Return table columns ``[1, num_strips]`` of new strips that have nothing to do with each other.
@@ -109,17 +124,21 @@ class StripPool:
         Raises:
             OutOfBudget: the pages do not fit; nothing is taken.
         """
-        return self._take(self.groups_of(0, num_strips), num_strips)[None]
+        return self._take([Ask(self.groups_of(0, num_strips))], num_strips)[None]
 
-    def _take(self, num_groups: int, num_strips: int) -> Entries:
+    def _take(self, asks: Sequence[Ask], num_strips: int) -> Entries:
         """Return the places of the first ``num_strips`` of new groups."""
-        if num_groups == 0:
+        if num_strips == 0:
             return np.empty(0, dtype=np.uint32)
-        strips = self._members(self._peek(num_groups)).reshape(-1)[:num_strips]
-        self._range.commit(strips * self.strip_bytes, self.strip_bytes)
-        reused = min(num_groups, len(self._freed))
-        del self._freed[len(self._freed) - reused :]
-        self._fresh += num_groups - reused
+        taken: list[int] = []
+        try:
+            for ask in asks:
+                taken += self.extents.take(ask)
+            strips = self._members(np.asarray(taken, dtype=np.int64)).reshape(-1)[:num_strips]
+            self._range.commit(strips * self.strip_bytes, self.strip_bytes)
+        except ElbowroomError:
+            self.extents.give(sorted(taken))
+            raise
         self._refs.reshape(-1)[strips] = 1
         return (strips * (self.strip_bytes // UNIT_BYTES)).astype(np.uint32)
 
@@ -146,7 +165,7 @@ class StripPool:
             return 0
         groups = np.unique(dead // self.num_layers)
         empty = groups[~self._refs[groups].any(axis=1)]
-        self._freed.extend(empty[::-1].tolist())
+        self.extents.give(empty.tolist())
         return self._range.decommit(dead * self.strip_bytes, self.strip_bytes)
 
     def is_shared(self, entries: Entries) -> bool:
@@ -168,21 +187,15 @@ class StripPool:
         counts = np.bincount(self._strips(expected), minlength=self._refs.size)
         if not np.array_equal(counts, self._refs.reshape(-1)):
             raise IntegrityError("strip reference counts do not agree with the tables")
-        empty = np.flatnonzero(~self._refs[: self._fresh].any(axis=1)).tolist()
-        if empty != sorted(self._freed) or self._refs[self._fresh :].any():
-            raise IntegrityError("the stack of free strip groups does not agree with the reference counts")
+        empty = np.flatnonzero(~self._refs[: self.extents.fresh].any(axis=1)).tolist()
+        free = self.extents.free_groups()
+        if empty != free or len(free) != self.extents.num_used_free or self._refs[self.extents.fresh :].any():
+            raise IntegrityError("the free strip groups do not agree with the reference counts")
         self._range.check(np.flatnonzero(counts) * self.strip_bytes, self.strip_bytes)
 
     def close(self) -> None:
         """Give the range back."""
         self._range.close()
-
-    def _peek(self, num_groups: int) -> Groups:
-        if num_groups > self.num_free_groups:
-            raise IntegrityError(f"address space for {num_groups} strip groups is used up")
-        reused = min(num_groups, len(self._freed))
-        fresh = range(self._fresh, self._fresh + num_groups - reused)
-        return np.asarray([*self._freed[len(self._freed) - reused :][::-1], *fresh], dtype=np.int64)
 
     def _members(self, groups: Groups) -> Groups:
         """Return the numbers of strips ``[groups, num_layers]``."""

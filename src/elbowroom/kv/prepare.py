@@ -18,6 +18,7 @@ from elbowroom.kernels.extras import kept_heads, key_channels, slot_tokens
 from elbowroom.kv.base import KVStep, Positions, PromptPart, Shortfall
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.compaction import Compaction
+from elbowroom.kv.extents import Ask
 from elbowroom.kv.heads import heads_of, whole_places
 from elbowroom.kv.holding import NEVER, Blocks, blocks_of
 from elbowroom.kv.layout import Lane, PoolSet
@@ -105,10 +106,11 @@ class Preparer:
                 sum(each.missing[number].size + each.copies[number].size + each.spare(lane) for each in needs)
                 for number, lane in enumerate(self._pools)
             ]
-            shortfall = self._pools.shortfall(counts)
+            asks = [_asks(lane, number, needs) for number, lane in enumerate(self._pools)]
+            shortfall = self._pools.shortfall(counts, asks)
             if shortfall is not None:
                 return shortfall
-            self._provide(needs, self._pools.take(counts))
+            self._provide(needs, self._pools.take(counts, asks))
         tails = None
         if self._pools.tails:
             tails = self._tails.update(rows, step, lengths, waiting)
@@ -309,6 +311,14 @@ class Preparer:
             lane.pool.copy(old, entries)
             sequence.put(lane.rows, blocks, entries)
             lane.pool.release(old)
+
+
+def _asks(lane: Lane, number: int, needs: Rows[_Need]) -> list[Ask]:
+    """Return what ``needs`` ask of a lane, in the order in which they get it."""
+    asks = []
+    for need in needs:
+        asks += [Ask(need.copies[number].size), lane.ask(need.sequence, need.missing[number])]
+    return [ask for ask in asks if ask.num_groups]
 
 
 def part_of(step: KVStep, row: int) -> PromptPart:

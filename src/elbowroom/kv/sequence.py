@@ -27,6 +27,8 @@ class Sequence:
         """Tokens before the last step; what came after them can be taken back (``accept``)."""
         self.room = 0
         """Positions below this one can be written without another strip, if no block is shared."""
+        self.expected_tokens = 0
+        """How long it will be, if anybody said so."""
         self.num_blocks = 0
         self.shared_blocks = 0
         """Blocks before this one may be held by other sequences too; writing there needs a look."""

@@ -1,13 +1,11 @@
 """Seams of memory/: what a tier must do, and what a holder of reclaimable bytes must do.
 
 A *memory tier* gives address space whose pages can be made resident and given back (device, host).
-An *object tier* stores keyed immutable blobs asynchronously (disk, remote).
+An *object tier*, which stores blobs under keys (disk, remote), is described in ``objects``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -48,32 +46,3 @@ class Reclaimer(Protocol):
 
     def reclaim(self, num_bytes: int, lossless_only: bool) -> int:
         """Free at least ``num_bytes`` if possible and return the bytes really freed; called between steps only."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """Outcome of one submitted transfer of an object tier."""
-
-    ticket: int
-    key: bytes
-    data: bytes | None
-    """Payload of a get; None for a put, or when the object is absent."""
-    error: str | None = None
-
-
-class ObjectTier(Protocol):
-    """Keyed immutable blobs; every call returns at once, work completes in ``poll``."""
-
-    name: str
-
-    def submit_put(self, key: bytes, data: bytes) -> int:
-        """Start to store ``data`` under ``key``; return a ticket."""
-
-    def submit_get(self, key: bytes) -> int:
-        """Start to read ``key``; return a ticket."""
-
-    def poll(self) -> list[Completion]:
-        """Return what has completed since the last call."""
-
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """Return for each key whether the object is stored."""

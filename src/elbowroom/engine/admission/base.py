@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.sequence import SeqState
 
 Tokens = npt.NDArray[np.int64]
@@ -48,11 +47,11 @@ class Outlook:
             step_tokens: most tokens of a step.
             shared_bytes: of cached prefix blocks that it shares, or would.
         """
-        pricing, limit = seq.pricing, seq.limit
-        dropped = seq.dropped or pricing.dropped((), seq.num_prompt, ends_prompt=True)
-        prices = pricing.prices
-        gone = pricing.price(0) - pricing.price(0, dropped)
-        most = int(prices[-1])
+        pricing, limit, gone = seq.pricing, seq.limit, 0
+        if pricing.chooses:
+            dropped = seq.dropped or pricing.dropped((), seq.num_prompt, ends_prompt=True)
+            gone = pricing.price(0) - pricing.price(0, dropped)
+        most = pricing.by_blocks[-1]
         if pricing.interval:
             most = pricing.generation_bytes(seq.num_prompt, limit) + gone
         return cls(
@@ -61,17 +60,10 @@ class Outlook:
             most_new_tokens=seq.max_new_tokens,
             true_new_tokens=seq.request.num_output_tokens,
             chunk_steps=-(-max(seq.num_prompt - seq.num_computed, 0) // step_tokens),
-            prices=prices,
+            prices=pricing.prices,
             most_bytes=most,
             spared_bytes=shared_bytes + gone,
         )
-
-    def bytes_at(self, num_more: Tokens) -> npt.NDArray[np.int64]:
-        """Return the bytes that it pays for once it has ``num_more [n]`` tokens more, int64 ``[n]``."""
-        blocks = -(-(self.num_tokens + num_more) // STRIP_TOKENS)
-        held = np.minimum(self.prices[np.minimum(blocks, self.prices.size - 1)], self.most_bytes)
-        paid: npt.NDArray[np.int64] = np.maximum(held - self.spared_bytes, 0)
-        return paid
 
 
 class AdmissionPolicy(Protocol):

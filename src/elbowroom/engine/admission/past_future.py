@@ -10,47 +10,46 @@ import numpy as np
 
 from elbowroom.engine.admission.base import Outlook
 from elbowroom.engine.admission.lengths import LengthModel
-from elbowroom.engine.admission.peak import future_peak
+from elbowroom.engine.admission.peak import bytes_over
 
-MOST_SETS = 5
-"""Times that lengths are drawn for a decision; the highest peak counts."""
-_DRAWS = 200
+_TIMES = 40
+"""Moments of the future that are looked at, close together at first."""
+_PRIOR = 4.0
 
 
 @dataclass(slots=True)
 class PastFutureAdmission:
-    """Past-Future (Gong et al., ASPLOS 2025, arXiv 2507.10150), with unfinished answers as observations.
+    """Past-Future (Gong et al., ASPLOS 2025, arXiv 2507.10150), with chances in place of draws.
 
-    Each decision draws how long every running answer will get, given what it has, and how long the candidate's; a
-    request begins if the peak of what all will hold stays below the room less ``reserve``.
+    The paper draws a length for every sequence, several times, and compares the highest peak with the room. Here each
+    sequence is alive at each moment with the chance that its answer is that long, given what it has; the bytes of all
+    have a mean and a standard deviation then, and a request begins if the mean and ``caution`` deviations fit at every
+    moment. That is the same forecast without its noise, and asking again does not help a request that had bad luck.
 
-    Deviation from the paper: running answers are censored observations (``LengthModel``), so no window has to be filled
-    with guesses at the start; as published the longest answer possible is guessed, and nothing is admitted for long
-    (``past_future_paper``).
+    Running answers are censored observations (``LengthModel``), and a prior stands for what is not known yet, so no
+    window has to be filled with the longest answer possible, which admits nothing for long (``past_future_paper``).
     """
 
-    reserve: float = 0.05
-    seed: int = 0
-    lengths: LengthModel = field(default_factory=LengthModel)
-    _draws: int = 0
+    caution: float = 1.0
+    lengths: LengthModel = field(default_factory=lambda: LengthModel(_PRIOR))
     name: ClassVar[str] = "past_future"
     looks_ahead: ClassVar[bool] = True
     patience: ClassVar[int] = 8
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
-        """Return whether the highest of some drawn peaks fits."""
+        """Return whether all that will probably be held fits."""
         outlooks = [*running, candidate]
-        has = np.asarray([each.num_generated for each in outlooks], dtype=np.int64)
-        limits = np.asarray([each.most_new_tokens for each in outlooks], dtype=np.int64)
-        steps = np.asarray([each.chunk_steps for each in outlooks], dtype=np.int64)
-        self._draws += 1
-        generator = np.random.default_rng([self.seed, self._draws])
-        room = room_bytes * (1.0 - self.reserve)
-        for _ in range(min(MOST_SETS, _DRAWS // len(outlooks) + 1)):
-            drawn = self.lengths.draw(has, limits, has[:-1].tolist(), generator.random(len(outlooks)))
-            if future_peak(outlooks, drawn - has + steps) > room:
-                return False
-        return True
+        facts = [(each.num_generated, each.most_new_tokens, each.chunk_steps) for each in outlooks]
+        has, limits, chunks = np.asarray(facts, dtype=np.int64).T
+        self.lengths.allow(int(limits.max()))
+        furthest = max(int((limits - has + chunks).max()), 1)
+        times = np.unique(np.rint(np.geomspace(1, furthest, _TIMES)).astype(np.int64))
+        ahead = np.maximum(times - chunks[:, None], 0)
+        alive = self.lengths.chances(has, limits, has[:-1], ahead)
+        held = bytes_over(outlooks, times)
+        mean = (alive * held).sum(axis=0)
+        variance = (alive * (1.0 - alive) * held.astype(np.float64) ** 2).sum(axis=0)
+        return bool((mean + self.caution * np.sqrt(variance) <= room_bytes).all())
 
     def ended(self, num_generated: int, most_new_tokens: int) -> None:
         """Remember its length; one that was cut off at its limit would have gone on, and still took so much."""

@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from elbowroom.engine.admission.base import Outlook
-from elbowroom.engine.admission.past_future import MOST_SETS
+from elbowroom.engine.admission.lengths import Counts
 from elbowroom.engine.admission.peak import future_peak
 
 WINDOW = 200
 """Answers that are remembered (the paper's branch; the paper: 1,000)."""
+MOST_SETS = 5
+"""Times that lengths are drawn for a decision; the highest peak counts."""
 _DRAWS = 200
 
 
@@ -42,26 +44,37 @@ class PastFuturePaperAdmission:
             self.window.extend([candidate.most_new_tokens] * (WINDOW // 2))
         self._draws += 1
         generator = np.random.default_rng([self.seed, self._draws])
-        past, room = np.sort(np.asarray(self.window, dtype=np.int64)), room_bytes * (1.0 - self.reserve)
-        for _ in range(min(MOST_SETS, _DRAWS // len(outlooks) + 1)):
-            places = generator.random(len(outlooks))
-            more = [_left(past, each, place) for each, place in zip(outlooks, places, strict=True)]
-            if future_peak(outlooks, np.asarray(more, dtype=np.int64)) > room:
-                return False
-        return True
+        facts = [(each.num_generated, each.most_new_tokens, each.chunk_steps) for each in outlooks]
+        has, limits, steps = np.asarray(facts, dtype=np.int64).T
+        places = generator.random((min(MOST_SETS, _DRAWS // len(outlooks) + 1), len(outlooks)))
+        more = _left(np.sort(np.asarray(self.window, dtype=np.int64)), has, limits, places) + steps
+        return future_peak(outlooks, more) <= room_bytes * (1.0 - self.reserve)
 
     def ended(self, num_generated: int, most_new_tokens: int) -> None:
         """Remember its length."""
         self.window.append(num_generated)
 
 
-def _left(past: npt.NDArray[np.int64], outlook: Outlook, place: float) -> int:
-    """Return how many tokens more an answer gets, drawn at ``place`` from 0 to 1."""
-    has = outlook.num_generated
-    if has == 0:
-        return int(past[int(place * past.size)]) + outlook.chunk_steps
-    longer = past[np.searchsorted(past, has, side="right") :]
-    ends = [longer] if longer.size and longer[-1] >= outlook.most_new_tokens else [longer, [outlook.most_new_tokens]]
-    known = np.concatenate([[has], *ends])
-    drawn = float(np.interp(place * (known.size - 1), np.arange(known.size), known))
-    return max(round(drawn) - has, 1) + outlook.chunk_steps
+def _left(past: Counts, has: Counts, limits: Counts, places: npt.NDArray[np.float64]) -> Counts:
+    """Return how many tokens more answers get, drawn at ``places`` from 0 to 1, int64 of their shape.
+
+    Args:
+        past: int64 ``[window]``, ascending.
+        has: int64 ``[n]``, tokens that the answers have.
+        limits: int64 ``[n]``, tokens that they may have.
+        places: float64 ``[guesses, n]``.
+    """
+    first = past.searchsorted(has, side="right")
+    longer = past.size - first
+    # What it has, then what is longer, then the limit where that is longer still.
+    knots = longer + (past[-1] < limits)
+    place = places * knots
+    low = place.astype(np.int64)
+
+    def knot(number: Counts) -> Counts:
+        inside = past[np.clip(first + number - 1, 0, past.size - 1)]
+        return np.where(number == 0, has, np.where(number <= longer, inside, limits))
+
+    drawn = knot(low) + (place - low) * (knot(np.minimum(low + 1, knots)) - knot(low))
+    fresh = past[(places * past.size).astype(np.int64)]
+    return np.where(has == 0, fresh, np.maximum(np.rint(drawn).astype(np.int64) - has, 1))

@@ -28,12 +28,38 @@ class StepShape:
     """Rows whose logits are needed."""
     context_tokens: int
     """Keys read: the sum over computed tokens of the tokens before them."""
+    num_decode_rows: int = 0
+    """Rows that compute the last token sampled for their slot."""
+    kv_tokens: int = 0
+    """Tokens that the sequences of the step have stored behind it."""
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepShape:
         """Return the shape of ``plan``."""
-        context = sum(row.num_tokens * row.start + row.num_tokens * (row.num_tokens + 1) // 2 for row in plan.rows)
-        return cls(plan.num_tokens, sum(row.sample is not None for row in plan.rows), context)
+        tokens = context = decodes = stored = sampled = 0
+        for row in plan.rows:
+            count = row.num_tokens
+            tokens += count
+            context += count * row.start + count * (count + 1) // 2
+            stored += row.start + count
+            decodes += row.kind == "decode"
+            sampled += row.sample is not None
+        return cls(tokens, sampled, context, decodes, stored)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of prompts, those that are computed again included."""
+        return self.num_tokens - self.num_decode_rows
+
+    def repeated(self) -> StepShape:
+        """Return the shape of the same rows one token further; all of them are decodes."""
+        return StepShape(
+            self.num_tokens,
+            self.num_sampled,
+            self.context_tokens + self.num_tokens,
+            self.num_decode_rows,
+            self.kv_tokens + self.num_tokens,
+        )
 
 
 class CostModel(Protocol):
@@ -56,3 +82,25 @@ class LinearCostModel:
         """Return the price in seconds."""
         tokens = shape.num_tokens * self.token_s + shape.num_sampled * self.sample_s
         return self.step_s + tokens + shape.context_tokens * self.context_s
+
+
+@dataclass(frozen=True, slots=True)
+class ServingCostModel:
+    """A step costs a constant, plus something for each prompt token, each decoding row and each token stored.
+
+    The defaults are those of a server GPU with a model of about 8 billion parameters, as serving studies simulate it.
+    """
+
+    step_s: float = 20e-3
+    prefill_token_s: float = 0.12e-3
+    decode_row_s: float = 0.04e-3
+    kv_token_s: float = 0.2e-6
+
+    def step_seconds(self, shape: StepShape) -> float:
+        """Return the price in seconds."""
+        return (
+            self.step_s
+            + (shape.num_tokens - shape.num_decode_rows) * self.prefill_token_s
+            + shape.num_decode_rows * self.decode_row_s
+            + shape.kv_tokens * self.kv_token_s
+        )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from elbowroom.engine.executors.transfers import Transfers
 from elbowroom.engine.sampler import SlotSampler, sample
 from elbowroom.engine.types import KVOp, Row, SampledToken, StepPlan, StepResult
 from elbowroom.errors import IntegrityError, OutOfBudget
@@ -54,12 +55,21 @@ class TorchExecutor:
         weights: its weights, which hear of every step.
         store: its keys and values.
         scratch: where large activations live.
+        transfers: who saves and loads sequences, where plans may ask for that.
     """
 
-    def __init__(self, model: StepModel, weights: WeightProvider, store: KVStore, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        model: StepModel,
+        weights: WeightProvider,
+        store: KVStore,
+        scratch: Scratch,
+        transfers: Transfers | None = None,
+    ) -> None:
         self._model, self._weights, self.store, self._scratch = model, weights, store, scratch
+        self._transfers = transfers
         self._torch_threads = torch.get_num_threads()
-        self._handles: dict[int, KVHandle] = {}
+        self._handles: dict[int, KVHandle] = {} if transfers is None else transfers.handles
         self._samplers: dict[int, SlotSampler] = {}
         self._results: dict[int, StepResult] = {}
         self._next_ticket = 0
@@ -73,10 +83,14 @@ class TorchExecutor:
         started = time.perf_counter()
         stranded = tuple([op.slot for op in plan.ops if not self._apply(op)])
         rows = tuple([row for row in plan.rows if row.slot not in stranded]) if stranded else plan.rows
+        if self._transfers is not None:
+            self._transfers.settle(row.slot for row in rows)
+            rows = tuple([row for row in rows if row.slot in self._handles])  # without those that failed to load
         tokens, shortfall = self._run(rows) if rows else ({}, 0)
+        moved = () if self._transfers is None else self._transfers.take_ended(plan.waits)
         self._next_ticket += 1
         seconds = time.perf_counter() - started
-        self._results[self._next_ticket] = StepResult(tokens, 1, seconds, shortfall, stranded)
+        self._results[self._next_ticket] = StepResult(tokens, 1, seconds, shortfall, stranded, moved=moved)
         return self._next_ticket
 
     def collect(self, ticket: int) -> StepResult:
@@ -85,6 +99,8 @@ class TorchExecutor:
 
     def reset(self) -> None:
         """Close every sequence (after a failed step)."""
+        if self._transfers is not None:
+            self._transfers.reset()
         for handle in self._handles.values():
             self.store.close(handle)
         self._handles.clear()
@@ -92,8 +108,13 @@ class TorchExecutor:
 
     def _apply(self, op: KVOp) -> bool:
         """Apply a change; False if a sequence could not go over to another plan for lack of memory."""
+        if op.kind in ("save", "load", "forget"):
+            self._transfer(op)
+            return True
+        if self._transfers is not None:
+            self._transfers.before(op)
         if op.kind == "open":
-            self._handles[op.slot] = self.store.open(op.plan)
+            self._handles[op.slot] = self.store.open(op.plan, op.num_tokens)
         elif op.kind == "fork":
             self._handles[op.slot] = self.store.fork(self._handles[op.source], op.num_tokens)
         elif op.kind == "truncate":
@@ -103,10 +124,15 @@ class TorchExecutor:
                 self._handles[op.slot] = self.store.convert(self._handles[op.slot], op.plan)
             except OutOfBudget:
                 return False
-        else:
+        elif op.slot in self._handles or self._transfers is None:  # a slot that failed to load is closed already
             self.store.close(self._handles.pop(op.slot))
             self._samplers.pop(op.slot, None)
         return True
+
+    def _transfer(self, op: KVOp) -> None:
+        if self._transfers is None:
+            raise IntegrityError(f"a step asks for {op.kind!r}, and there is no place to swap to", "set --swap")
+        self._transfers.apply(op)
 
     @torch.inference_mode()
     def _run(self, rows: tuple[Row, ...]) -> tuple[dict[int, list[SampledToken]], int]:

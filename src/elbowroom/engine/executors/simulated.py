@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from elbowroom.engine.executors.base import CostModel, StepShape
+from elbowroom.engine.executors.simulated_transfers import SimTransfers
 from elbowroom.engine.types import Row, SampledToken, StepPlan, StepResult
 
 
@@ -15,27 +18,39 @@ class SimExecutor:
         cost: price of a step.
         token_id: the token that every row "samples".
         end_token_id: the one that ends an answer: one of the scheduler's ``eos_token_ids``.
+        transfers: prices of saving and loading, where plans may ask for that.
     """
 
-    def __init__(self, cost: CostModel, token_id: int = 0, end_token_id: int = 1) -> None:
+    def __init__(
+        self, cost: CostModel, token_id: int = 0, end_token_id: int = 1, transfers: SimTransfers | None = None
+    ) -> None:
         self._cost, self._token, self._end = cost, SampledToken(token_id), SampledToken(end_token_id)
+        self._transfers = transfers
         self._results: dict[int, StepResult] = {}
         self._next_ticket = 0
         self.stop_after_s: float | None = None
         """Do not repeat a step once this much time has passed in it (the next arrival, set by the driver)."""
 
     def submit(self, plan: StepPlan) -> int:
-        """Price the step and as many repetitions as the plan and ``stop_after_s`` allow."""
-        shape = StepShape.of(plan)
-        total, steps = 0.0, 0 if plan.rows else 1  # changes of stored sequences alone cost next to nothing
-        most = min([plan.valid_for_steps, *(left for row in plan.rows if (left := _left(row)) is not None)])
-        while plan.rows and steps < most and (steps == 0 or self.stop_after_s is None or total < self.stop_after_s):
+        """Price the step and as many repetitions as the plan, ``stop_after_s`` and transfers that end allow."""
+        rows, stop_after_s, total, ends = plan.rows, self.stop_after_s, 0.0, list[float]()
+        if self._transfers is not None:
+            rows, total = self._transfers.begin(plan)
+            stop_after_s = _earliest(stop_after_s, self._transfers.next_end_s(), total)
+        shape = StepShape.of(plan if rows is plan.rows else replace(plan, rows=rows))
+        most = min([plan.valid_for_steps, *(left for row in rows if (left := _left(row)) is not None)])
+        latest = float("inf") if stop_after_s is None else stop_after_s
+        while rows and len(ends) < most and (not ends or total < latest):
             total += self._cost.step_seconds(shape)
-            steps += 1
-            shape = StepShape(shape.num_tokens, shape.num_sampled, shape.context_tokens + shape.num_tokens)
-        tokens = {row.slot: self._answer(row, steps) for row in plan.rows if row.sample is not None}
+            ends.append(total)
+            shape = shape.repeated()
+        if not rows and plan.waits and stop_after_s is not None:
+            total = max(total, stop_after_s)
+        tokens = {row.slot: self._answer(row, len(ends)) for row in rows if row.sample is not None}
+        moved = () if self._transfers is None else self._transfers.end(total)
         self._next_ticket += 1
-        self._results[self._next_ticket] = StepResult(tokens, steps, total)
+        made = tuple(ends) or (total,)  # changes of stored sequences alone cost next to nothing
+        self._results[self._next_ticket] = StepResult(tokens, len(made), total, moved=moved, step_ends_s=made)
         return self._next_ticket
 
     def _answer(self, row: Row, steps: int) -> list[SampledToken]:
@@ -48,6 +63,13 @@ class SimExecutor:
     def collect(self, ticket: int) -> StepResult:
         """Return the priced step."""
         return self._results.pop(ticket)
+
+
+def _earliest(stop_s: float | None, end_s: float | None, passed_s: float) -> float | None:
+    """Return the earlier of a time in a step and of a transfer's end, which is counted from ``passed_s`` on."""
+    if end_s is None:
+        return stop_s
+    return passed_s + end_s if stop_s is None else min(stop_s, passed_s + end_s)
 
 
 def _left(row: Row) -> int | None:

@@ -1,0 +1,71 @@
+"""Scheduling: which policies an engine's scheduler follows, by name, and the swap tier that they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from elbowroom.engine.admission import ADMISSIONS, AdmissionPolicy
+from elbowroom.engine.ordering import ORDERS, OrderPolicy
+from elbowroom.engine.preemption import PREEMPTIONS, PreemptPolicy
+from elbowroom.engine.preemption.auto import AutoPreemption
+from elbowroom.engine.preemption.recompute import RecomputePreemption
+from elbowroom.engine.preemption.swap import SwapPreemption
+from elbowroom.errors import PlanError
+from elbowroom.memory.disk import DiskTier
+from elbowroom.memory.ledger import Ledger
+from elbowroom.memory.swap_cost import measure_swap_cost
+from elbowroom.units import parse_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduling:
+    """Policies by name.
+
+    Raises:
+        PlanError: a name is unknown, or what it needs is missing.
+    """
+
+    admission: str = "greedy"
+    """Who may begin: ``greedy``, ``conservative``, ``past_future``, ``past_future_paper``; ``oracle`` simulates."""
+    order: str = "priority"
+    """Who is served first: ``priority``, ``fcfs``, ``fair``, ``slo``."""
+    preemption: str | None = None
+    """What becomes of those that have to go: ``recompute``, ``swap``, ``auto``; by default ``auto`` with a swap
+    directory, else ``recompute``."""
+    swap_directory: str | Path | None = None
+    """Where sequences are saved that have to go."""
+    swap_limit: str | int = "4GiB"
+    """Most bytes that are saved there."""
+
+    def __post_init__(self) -> None:
+        """Check the names before any model is loaded."""
+        for registry, name in ((ADMISSIONS, self.admission), (ORDERS, self.order), (PREEMPTIONS, self.preemption)):
+            if name is not None:
+                registry.get(name)
+        if self.preemption in ("swap", "auto") and self.swap_directory is None:
+            raise PlanError(f"preemption {self.preemption} has nowhere to save to", "name a directory: swap= (--swap)")
+
+    def make_admission(self) -> AdmissionPolicy:
+        """Return the admission policy."""
+        return ADMISSIONS.get(self.admission)()
+
+    def make_order(self) -> OrderPolicy:
+        """Return the order policy."""
+        return ORDERS.get(self.order)()
+
+    def make_tier(self, ledger: Ledger) -> DiskTier | None:
+        """Return the swap tier; None: nothing is saved.
+
+        Raises:
+            ConfigError: its directory cannot be written.
+        """
+        if self.swap_directory is None or self.preemption == "recompute":
+            return None
+        return DiskTier(self.swap_directory, parse_bytes(self.swap_limit), ledger)
+
+    def make_preemption(self, tier: DiskTier | None) -> PreemptPolicy:
+        """Return the preemption policy; ``auto`` measures the tier."""
+        if tier is None:
+            return RecomputePreemption()
+        return SwapPreemption() if self.preemption == "swap" else AutoPreemption(measure_swap_cost(tier))
