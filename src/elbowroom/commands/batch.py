@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from elbowroom.commands.options import KV, Dtype, Json, Memory, Progress, Relief
+from elbowroom.commands.options import KV, Admission, Dtype, Json, Memory, Progress, Relief
 
 if TYPE_CHECKING:
     from elbowroom.serve.batch import BatchOptions
@@ -41,6 +41,7 @@ def batch(
             show_default=False,
         ),
     ] = None,
+    admission: Admission = "past_future",
     order: Annotated[
         str,
         typer.Option(
@@ -86,6 +87,7 @@ def batch(
         kv_relief=kv_relief,
         dtype=dtype,
         max_sequences=max_sequences,
+        admission=admission,
         seed=seed,
         order=chosen,
         restart=restart,

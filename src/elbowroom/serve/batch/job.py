@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom import __version__
+from elbowroom.engine.admission import ADMISSIONS
 from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.engine.build import build_engine
 from elbowroom.engine.engine import Engine
@@ -19,6 +20,7 @@ from elbowroom.engine.offline.prompts import PromptSpool
 from elbowroom.engine.offline.sequences import offline_sequences
 from elbowroom.engine.resident import Progress, model_fingerprint
 from elbowroom.engine.scheduler import Scheduler
+from elbowroom.engine.scheduling import Scheduling
 from elbowroom.engine.types import SchedulerStats
 from elbowroom.errors import RequestError
 from elbowroom.memory.meter import available_bytes
@@ -59,6 +61,8 @@ class BatchOptions:
     """Most sequences that run at once; None: as many as keep their logits small beside the budget."""
     kv_bytes: int | None = None
     """Most bytes of the KV cache; None: what the budget leaves."""
+    admission: str = "past_future"
+    """Who may begin: an admission policy by name."""
     seed: int = 0
     """Of requests that bring none."""
     order: Order = "planned"
@@ -207,7 +211,8 @@ def _run(
 def _forecast(found: Scan, engine: Engine, options: BatchOptions) -> Forecast:
     costs = measure_costs(engine, found.longest, options.seed)
     real = engine.parts.core.scheduler
-    twin = Scheduler(real.config, real.account.pricings, real.account.capacity_bytes)
+    admission = ADMISSIONS.get(options.admission)()
+    twin = Scheduler(real.config, real.account.pricings, real.account.capacity_bytes, admission)
     return forecast(found.plan(options.order), found.new_tokens, twin, costs, NUM_WAITING, found.kv_plans)
 
 
@@ -222,6 +227,7 @@ def _engine(options: BatchOptions, viewer: BatchViewer) -> Engine:
         kv_choices=options.kv_choices,
         kv_relief=options.kv_relief,
         max_sequences=most,
+        scheduling=Scheduling(admission=options.admission),
         seed=options.seed,
         progress=viewer.loading,
     )
