@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from elbowroom.engine.session import Session
     from elbowroom.errors import ElbowroomError
     from elbowroom.kv.plan import KVPlan
+    from elbowroom.serve.batch import BatchOptions, BatchReport, run_batch
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "AsyncLLM": "elbowroom.engine.async_llm",
+    "BatchOptions": "elbowroom.serve.batch",
+    "BatchReport": "elbowroom.serve.batch",
     "ElbowroomError": "elbowroom.errors",
     "KVPlan": "elbowroom.kv.plan",
     "LLM": "elbowroom.engine.llm",
@@ -31,11 +34,14 @@ _EXPORTS = {
     "SamplingParams": "elbowroom.engine.sampling_params",
     "Scheduling": "elbowroom.engine.scheduling",
     "Session": "elbowroom.engine.session",
+    "run_batch": "elbowroom.serve.batch",
 }
 
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BatchOptions",
+    "BatchReport",
     "ElbowroomError",
     "KVPlan",
     "RequestOutput",
@@ -43,6 +49,7 @@ __all__ = [
     "SamplingParams",
     "Scheduling",
     "Session",
+    "run_batch",
 ]
 
 

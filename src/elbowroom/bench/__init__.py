@@ -4,6 +4,7 @@ from elbowroom.bench.base import Benchmark, BenchOptions, BenchResult, Claim, Lo
 from elbowroom.registry import Registry
 
 NAMES = (
+    "batch",
     "budget",
     "compose",
     "decode",

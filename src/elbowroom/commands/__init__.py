@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from elbowroom import __version__
-from elbowroom.commands import bench, calibrate, compare, doctor, evaluate, run, serve
+from elbowroom.commands import batch, bench, calibrate, compare, doctor, evaluate, run, serve
 from elbowroom.errors import ElbowroomError
 
 # typer exports no base class of its usage errors; BadParameter derives from UsageError, which derives from it.
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("serve")(serve.serve)
+app.command("batch")(batch.batch)
 app.add_typer(evaluate.app, name="eval")
 app.command("compare")(compare.compare)
 app.command("calibrate")(calibrate.calibrate)

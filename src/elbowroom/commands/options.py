@@ -41,6 +41,10 @@ Store = Annotated[
 Dtype = Annotated[
     str, typer.Option(metavar="TYPE", help="Weights and KV cache: float32, bfloat16, float16; auto: the checkpoint's.")
 ]
+Admission = Annotated[
+    str,
+    typer.Option(metavar="POLICY", help="Who may begin: greedy, conservative, past_future, past_future_paper."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Progress = Annotated[
     bool | None,

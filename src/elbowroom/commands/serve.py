@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elbowroom.commands.options import KV, Dtype, Memory, Progress, Relief, Store
+from elbowroom.commands.options import KV, Admission, Dtype, Memory, Progress, Relief, Store
 from elbowroom.errors import BudgetTooSmall, RequestError
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ def serve(
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prefixes that later requests may share.")
     ] = True,
-    admission: Annotated[
-        str,
-        typer.Option(metavar="POLICY", help="Who may begin: greedy, conservative, past_future, past_future_paper."),
-    ] = "greedy",
+    admission: Admission = "greedy",
     order: Annotated[
         str, typer.Option(metavar="POLICY", help="Who is served first: priority, fcfs, fair (by tenant), slo.")
     ] = "priority",

@@ -21,7 +21,7 @@ from elbowroom.engine.plans import KVPlans, PlanText
 from elbowroom.engine.queue import Gate, view_queue
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.sizing import MemoryPlan
-from elbowroom.engine.types import Request, SchedulerStats, SessionRef
+from elbowroom.engine.types import Request, SchedulerStats, SessionRef, Stem
 from elbowroom.errors import EngineClosed, Overloaded, TokenizerError
 from elbowroom.kv.base import KVReport, KVStore
 from elbowroom.kv.bound import BoundPlan
@@ -123,11 +123,13 @@ class Engine:
         priority: int = 0,
         salt: bytes = b"",
         gate: Gate | None = None,
+        stems: tuple[Stem, ...] | None = None,
     ) -> tuple[int, Future[None]]:
         """Queue a request and return its id at once, with a future that ends when it is accepted.
 
         What ``submit`` raises is raised here or by the future, which can be cancelled; ``abort`` may come at any time.
         ``gate`` sees the queue before the request enters and may raise Overloaded.
+        ``stems`` are what it shares with requests to come, as in ``Request``.
         """
         request = Request(
             id=next(self._ids),
@@ -140,6 +142,7 @@ class Engine:
             session=session,
             plan=self.parts.plans.number(kv),
             keeps_plan=kv is not None,
+            stems=stems,
         )
         tokenizer = self.parts.tokenizer
         for ids in (request.prompt_token_ids, request.sampling.forced):

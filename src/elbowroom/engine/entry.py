@@ -5,6 +5,7 @@ from __future__ import annotations
 from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.sequence import Parked, SeqState
 from elbowroom.engine.state import SchedulerState
+from elbowroom.engine.stems import longest_stem
 from elbowroom.engine.swapping import come_back, unstow
 
 
@@ -18,15 +19,7 @@ def enter(seq: SeqState, state: SchedulerState) -> bool:
             return False
         come_back(seq, state)
         return True
-    return _resume(seq, state) or _open(seq, state)
-
-
-def sibling_prefills(seq: SeqState, state: SchedulerState) -> bool:
-    """Return whether the first sample of the same request is computing the prompt that this one will share."""
-    return seq.pricing.can_share and any(
-        other.request.id == seq.request.id and other.sample == 0 and other.num_computed < other.num_prompt
-        for other in state.running
-    )
+    return _resume(seq, state) or _graft(seq, state) or _open(seq, state)
 
 
 def _open(seq: SeqState, state: SchedulerState) -> bool:
@@ -56,10 +49,16 @@ def _resume(seq: SeqState, state: SchedulerState) -> bool:
         account.take_over(seq, session.key)
         return True
     parent = account.use_parked(session.parent)
-    return parent is not None and parent.suits(seq.request) and _branch(seq, parent, state)
+    return parent is not None and parent.suits(seq.request) and _branch(seq, parent, state, parent)
 
 
-def _branch(seq: SeqState, parent: Parked, state: SchedulerState) -> bool:
+def _graft(seq: SeqState, state: SchedulerState) -> bool:
+    """Branch from the longest stem of its that is kept."""
+    stem = longest_stem(state.account, seq)
+    return stem is not None and _branch(seq, stem, state, None)
+
+
+def _branch(seq: SeqState, parent: Parked, state: SchedulerState, parked: Parked | None) -> bool:
     account: KVAccount = state.account
     keep = account.num_kept(parent, seq)
     if keep == 0:
@@ -68,7 +67,7 @@ def _branch(seq: SeqState, parent: Parked, state: SchedulerState) -> bool:
     paid_bytes = parent.pricing.admission(len(seq.tokens), parent.dropped, keep)[1]
     if node is not None:
         account.index.pin(node)
-    if _fits(account.private_bytes(paid_bytes, node), seq, state, parent):
+    if _fits(account.private_bytes(paid_bytes, node), seq, state, parked):
         account.branch(seq, parent, node, keep)
         return True
     if node is not None:

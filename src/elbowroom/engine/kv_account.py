@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.accounting import Dropped, KVPricing, num_blocks
 from elbowroom.engine.prefix import Node, PrefixIndex, block_keys, root_key
-from elbowroom.engine.sequence import Parked, Saved, SeqState, Stowed
+from elbowroom.engine.sequence import KeptStem, Parked, Saved, SeqState, StemKey, Stowed
 from elbowroom.engine.types import KVOp, Request
 from elbowroom.kv.conversion import RUN_BLOCKS
 
@@ -33,6 +33,8 @@ class KVAccount:
     """Number of the plan that running sequences can be turned into when memory is short."""
     index: PrefixIndex = field(default_factory=PrefixIndex)
     parked: dict[int, Parked] = field(default_factory=dict)
+    stems: dict[StemKey, KeptStem] = field(default_factory=dict)
+    """Prefixes that live requests, or some to come, begin with; see ``stems``."""
     stowed: dict[int, Stowed] = field(default_factory=dict)
     """Sessions that only the swap tier holds, the longest there first."""
     used_bytes: int = 0
@@ -121,7 +123,7 @@ class KVAccount:
     def open(self, seq: SeqState, node: Node | None) -> None:
         """Give ``seq`` a slot that shares the prefix down to ``node`` (pinned by the caller), and pay."""
         self._choose_plan(seq, seq.request.plan)
-        seq.slot, seq.shared, seq.dropped = self._new_slot(), node, ()
+        seq.slot, seq.shared, seq.dropped = self.new_slot(), node, ()
         seq.num_computed = 0 if node is None else node.depth * STRIP_TOKENS
         self._pay_all(seq)
         if node is None:
@@ -133,7 +135,7 @@ class KVAccount:
     def load(self, seq: SeqState, saved: Saved, *, is_async: bool) -> None:
         """Give ``seq`` a slot for what is saved of it, and pay for all tokens that it knows."""
         self._choose_plan(seq, saved.plan)
-        seq.slot, seq.shared, seq.num_computed, seq.dropped = self._new_slot(), None, saved.num_tokens, ()
+        seq.slot, seq.shared, seq.num_computed, seq.dropped = self.new_slot(), None, saved.num_tokens, ()
         self._pay_all(seq)
         op = KVOp("load", seq.slot, num_tokens=saved.num_tokens, plan=saved.plan, key=saved.key, is_async=is_async)
         self.ops.append(op)
@@ -145,7 +147,7 @@ class KVAccount:
         """Give ``seq`` a slot that shares the first ``keep`` tokens of a parked sequence; ``node`` is pinned."""
         self._choose_plan(seq, parent.plan)
         # Blocks that the parent holds privately are paid again here: an upper bound, exact once one is written.
-        seq.slot, seq.shared, seq.num_computed, seq.dropped = self._new_slot(), node, keep, parent.dropped
+        seq.slot, seq.shared, seq.num_computed, seq.dropped = self.new_slot(), node, keep, parent.dropped
         self._pay_all(seq)
         self.ops.append(KVOp("fork", seq.slot, parent.slot, keep))
 
@@ -315,7 +317,7 @@ class KVAccount:
 
     def keys(self, request: Request) -> list[bytes]:
         """Return the block keys of a prompt; empty where prefixes are not shared."""
-        if not self._caches(request.plan):
+        if not self.caches(request.plan) or request.stems == ():
             return []
         if request.block_keys is not None:
             space = self.pricings[request.plan].namespace
@@ -329,13 +331,15 @@ class KVAccount:
 
     def cache(self, seq: SeqState, count: int) -> None:
         """Hand the first ``count`` blocks of a running sequence to the index, unless somebody else brought them."""
-        if not self._caches(seq.plan) or seq.is_relieved or count <= seq.shared_blocks:
+        if seq.request.stems is not None:  # what nobody will ask for is not kept
+            count = min(count, max((stem.num_tokens for stem in seq.request.stems), default=0) // STRIP_TOKENS)
+        if not self.caches(seq.plan) or seq.is_relieved or count <= seq.shared_blocks:
             return
         self._extend_keys(seq, count)
         new = seq.keys[seq.shared_blocks : count]
         if len(new) < count - seq.shared_blocks or new[0] in self.index.nodes:
             return
-        slot = self._new_slot()
+        slot = self.new_slot()
         self.ops.append(KVOp("fork", slot, seq.slot, count * STRIP_TOKENS))
         node = self.index.insert(seq.shared, new, slot, seq.pricing.block_bytes, seq.request.tags)
         assert node is not None, "at least one block is new"
@@ -354,7 +358,8 @@ class KVAccount:
     def check(self, running: Iterable[SeqState]) -> None:
         """Assert that the books agree (tests, and when idle)."""
         held = sum(self.private_bytes(seq.paid_bytes, seq.shared) for seq in running)
-        held += sum(self.private_bytes(each.paid_bytes, each.shared) for each in self.parked.values())
+        stems = [stem.stored for stem in self.stems.values() if stem.stored is not None]
+        held += sum(self.private_bytes(each.paid_bytes, each.shared) for each in (*self.parked.values(), *stems))
         assert held == self.used_bytes, f"used {self.used_bytes}, sequences hold {held}"
         self.index.check()
 
@@ -367,10 +372,12 @@ class KVAccount:
     def _root(self, request: Request) -> bytes:
         return root_key(self.pricings[request.plan].namespace, request.salt, request.adapter)
 
-    def _caches(self, plan: int) -> bool:
+    def caches(self, plan: int) -> bool:
+        """Return whether sequences of a plan share prefixes."""
         return self.caches_prefixes and self.pricings[plan].can_share
 
-    def _new_slot(self) -> int:
+    def new_slot(self) -> int:
+        """Return the number of a slot that was never used."""
         self.next_slot += 1
         return self.next_slot
 

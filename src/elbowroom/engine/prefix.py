@@ -172,6 +172,14 @@ class PrefixIndex:
         # Deepest first, and checked one by one: a parent becomes a leaf when its last child goes.
         return [self._remove(node) for node in tagged if self._is_free_leaf(node)]
 
+    def discard(self, node: Node | None) -> list[KVOp]:
+        """Drop ``node`` and those above it, up to the first that others need; return the changes to entries."""
+        ops = []
+        while node is not None and self._is_free_leaf(node):
+            ops.append(self._remove(node))
+            node = node.parent
+        return ops
+
     @property
     def held_bytes(self) -> int:
         """Bytes of the blocks that somebody holds who does not give them up."""

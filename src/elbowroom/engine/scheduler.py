@@ -22,7 +22,7 @@ from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.admission.base import AdmissionPolicy
 from elbowroom.engine.admission.gate import may_begin
 from elbowroom.engine.admission.greedy import GreedyAdmission
-from elbowroom.engine.entry import enter, sibling_prefills
+from elbowroom.engine.entry import enter
 from elbowroom.engine.horizon import repeatable_steps
 from elbowroom.engine.kv_account import KVAccount
 from elbowroom.engine.limits import max_new_tokens
@@ -35,6 +35,7 @@ from elbowroom.engine.relief import relieve
 from elbowroom.engine.rotation import give_ways
 from elbowroom.engine.sequence import SeqState
 from elbowroom.engine.state import Rows, SchedulerState
+from elbowroom.engine.stems import awaits_leader, expect, give_up_stems, keep_stem, leave, next_stop
 from elbowroom.engine.swapping import forget, put_out, settle, stow, wants_saving
 from elbowroom.engine.types import (
     FinishReason,
@@ -109,19 +110,13 @@ class Scheduler:
     # Requests
 
     def add(self, request: Request) -> None:
-        """Queue a request.
-
-        Raises:
-            RequestError: the prompt is empty.
-            ContextTooLong: prompt and max_tokens exceed the context.
-            RequestTooLarge: it could not run even alone in the KV budget.
-        """
-        limit = self.most_new_tokens(request)
-        pricing = self.account.pricings[request.plan]
+        """Queue a request; errors as in ``most_new_tokens``."""
+        limit, pricing = self.most_new_tokens(request), self.account.pricings[request.plan]
         state, order = self._state, self._state.next_order
         state.next_order += 1
         seed = request.sampling.seed
         keys = state.account.keys(request)
+        expect(state.account, request)
         stops = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             stops |= self._eos_token_ids
@@ -143,7 +138,13 @@ class Scheduler:
             insert(state.waiting, seq)
 
     def most_new_tokens(self, request: Request) -> int:
-        """Return how many tokens each sample of a request may get; errors as in ``add``."""
+        """Return how many tokens each sample of a request may get.
+
+        Raises:
+            RequestError: the prompt is empty.
+            ContextTooLong: prompt and max_tokens exceed the context.
+            RequestTooLarge: it could not run even alone in the KV budget.
+        """
         account, pricing = self.account, self.account.pricings[request.plan]
         usable_bytes = account.capacity_bytes - account.transient_bytes + pricing.transient_bytes
         return max_new_tokens(request, self.config.max_positions, pricing, usable_bytes)
@@ -225,7 +226,10 @@ class Scheduler:
             if not self._admit(seq):
                 if state.running or state.leaving:
                     break
-                self._give_up(seq)
+                if give_up_stems(account, seq):
+                    state.refused = None
+                else:
+                    self._give_up(seq)
                 continue
             row = self._extend(seq, budget)
             if row is not None:
@@ -296,7 +300,7 @@ class Scheduler:
     def _admit(self, seq: SeqState) -> bool:
         """Start a waiting sequence if all its tokens fit beside what runs; True when it runs now."""
         state = self._state
-        if seq.sample > 0 and sibling_prefills(seq, state):
+        if awaits_leader(self.account, seq, state.running):
             return False
         if not self._enters(seq):
             return False
@@ -351,6 +355,7 @@ class Scheduler:
         if start < seq.num_prompt:
             if seq.pricing.chooses:  # computed again: what was generated was no part of that choice either
                 stop = min(stop, seq.num_prompt)
+            stop = next_stop(self.account, seq, stop)
             prompt = PromptPart.PART if stop < seq.num_prompt else PromptPart.END
         elif seq.pricing.interval and stop >= (choice := seq.pricing.next_choice(seq.num_prompt, start)):
             # By the query of one token, also when it is computed again.
@@ -390,6 +395,8 @@ class Scheduler:
                 return False
             last = next((each for each in reversed(state.running) if not each.is_loading), None)
             if last is None or last is seq:
+                if len(state.running) <= 1 and not state.leaving and give_up_stems(account, seq):
+                    continue
                 return False
             self._preempt(last, may_save=seq is not None)
         return True
@@ -431,6 +438,7 @@ class Scheduler:
         if repeats and seq.num_computed > seq.num_blocks * STRIP_TOKENS:  # the plan saw that it fits
             self.account.grow(seq, num_blocks(seq.num_computed), seq.price_at(seq.num_computed, PromptPart.NONE))
         if row.prompt:
+            keep_stem(self.account, seq)
             ends = row.prompt.settles
             dropped = seq.pricing.dropped(seq.dropped, seq.num_computed, ends_prompt=ends)
             if ends or dropped != seq.dropped:
@@ -480,6 +488,7 @@ class Scheduler:
                 self.account.park(seq, session.key)
             else:
                 self.account.give_back(seq)
+        leave(self.account, seq)
         forget(seq, self.account)
         state.stats.finished[reason] = state.stats.finished.get(reason, 0) + 1
         if report:

@@ -156,3 +156,19 @@ class Parked:
     def suits(self, request: Request) -> bool:
         """Return whether a request may go on from here: under the plan that it asks for, or relieved, if it may be."""
         return self.asked_plan == request.plan and (self.plan == request.plan or not request.keeps_plan)
+
+
+StemKey = tuple[int, bytes, str, bytes]
+"""Plan, salt, adapter and tokens."""
+
+
+@dataclass(slots=True, eq=False)
+class KeptStem:
+    """A prefix that requests have in common."""
+
+    to_come: int = 0
+    """Requests with it that were announced and not added yet."""
+    num_live: int = 0
+    """Samples with it that wait or run."""
+    stored: Parked | None = None
+    """Its keys and values, once some sequence has computed them."""

@@ -20,6 +20,16 @@ class SessionRef:
     parent: int | None = None
 
 
+class Stem(NamedTuple):
+    """A prefix of a request's prompt that later requests begin with, too."""
+
+    key: bytes
+    """Names exactly these tokens."""
+    num_tokens: int
+    to_come: int
+    """Requests with it that are still to be added after this one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One request as the scheduler sees it; token ids only."""
@@ -45,6 +55,8 @@ class Request:
     """How long the answer will be, where a trace says so: for simulations, which end it there, and for oracles."""
     keeps_plan: bool = False
     """Whether it must not be turned into the relief plan when memory is short."""
+    stems: tuple[Stem, ...] | None = None
+    """Where it is known what requests share: such prefixes, shortest first. Nothing else of it is cached then."""
 
 
 RowKind = Literal["chunk", "decode", "verify", "repair"]

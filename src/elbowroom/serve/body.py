@@ -33,12 +33,26 @@ async def parse_body(request: Request, schema: type[B], limits: ServerLimits) ->
             body = await read_body(request, limits.max_body_bytes)
     except TimeoutError:
         raise BodyTooSlow(f"the body did not arrive within {limits.body_timeout_s:g} s", "send less, faster") from None
+    return parse_values(body, schema)
+
+
+def parse_values(body: bytes, schema: type[B]) -> B:
+    """Return a JSON body as ``schema``.
+
+    Raises:
+        RequestError: it is no JSON object, or a field is missing or has another type.
+    """
     try:
         values = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as reason:
         raise RequestError(f"the body is not valid JSON: {reason}") from None
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
+    return check_values(values, schema)
+
+
+def check_values(values: dict[str, object], schema: type[B]) -> B:
+    """Return the fields of a body as ``schema``; errors as in ``parse_values``."""
     try:
         return schema.model_validate(values)
     except ValidationError as reason:

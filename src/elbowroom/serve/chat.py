@@ -13,6 +13,7 @@ from starlette.responses import Response
 from elbowroom.engine.output import OutputDelta, TokenLogprob
 from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.serve.body import parse_body, until_disconnect
+from elbowroom.serve.call import Call
 from elbowroom.serve.callers import caller_of
 from elbowroom.serve.context import ServerContext
 from elbowroom.serve.errors import InvalidField
@@ -95,14 +96,28 @@ def chat_router(context: ServerContext) -> APIRouter:
         """Answer a conversation."""
         body = await parse_body(request, ChatRequest, context.limits)
         caller = caller_of(request, body.priority, context.limits)
-        model = context.models.get(body.model)
-        sampling = chat_sampling(body, model.llm.tokenizer, model.llm.engine.parts.config.vocab_size)
-        encoded = asyncio.to_thread(_prompt_ids, model.llm.tokenizer, body)
-        prompt = await until_disconnect(request.receive, encoded)
-        generation = Generation(model, [prompt], sampling, context.metrics, body.kv, caller)
-        return await respond(request, body, generation, ChatReply(generation, bool(body.logprobs), wants_usage(body)))
+        call = chat_call(context, body)
+        prompts = await until_disconnect(request.receive, asyncio.to_thread(call.encode))
+        generation = call.generation(context, prompts, caller)
+        return await respond(request, body, generation, call.write(generation))
 
     return router
+
+
+def chat_call(context: ServerContext, body: ChatRequest) -> Call:
+    """Return what a body asks for.
+
+    Raises:
+        RequestError: a field is out of range, or asks for something that is not built or not served.
+    """
+    model = context.models.get(body.model)
+    tokenizer = model.llm.tokenizer
+    sampling = chat_sampling(body, tokenizer, model.llm.engine.parts.config.vocab_size)
+
+    def write(generation: Generation) -> ChatReply:
+        return ChatReply(generation, bool(body.logprobs), wants_usage(body))
+
+    return Call(body, model, sampling, lambda: [_prompt_ids(tokenizer, body)], write)
 
 
 def _prompt_ids(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from elbowroom.engine.output import OutputDelta, TokenLogprob
 from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.serve.body import parse_body, until_disconnect
+from elbowroom.serve.call import Call
 from elbowroom.serve.callers import caller_of
 from elbowroom.serve.context import ServerContext
 from elbowroom.serve.generation import Choice, Generation
@@ -92,16 +93,25 @@ def completions_router(context: ServerContext) -> APIRouter:
         """Complete one prompt or several."""
         body = await parse_body(request, CompletionRequest, context.limits)
         caller = caller_of(request, body.priority, context.limits)
-        model = context.models.get(body.model)
-        tokenizer = model.llm.tokenizer
-        sampling = completion_sampling(body, tokenizer, model.llm.engine.parts.config.vocab_size)
-        prompts = await until_disconnect(request.receive, asyncio.to_thread(_prompt_ids, tokenizer, body))
-        generation = Generation(model, prompts, sampling, context.metrics, body.kv, caller)
-        echoes = _echoes(tokenizer, body) if body.echo else []
-        reply = CompletionReply(generation, body.logprobs is not None, echoes, wants_usage(body))
-        return await respond(request, body, generation, reply)
+        call = completion_call(context, body)
+        prompts = await until_disconnect(request.receive, asyncio.to_thread(call.encode))
+        generation = call.generation(context, prompts, caller)
+        return await respond(request, body, generation, call.write(generation))
 
     return router
+
+
+def completion_call(context: ServerContext, body: CompletionRequest) -> Call:
+    """Return what a body asks for; errors as in ``chat_call``."""
+    model = context.models.get(body.model)
+    tokenizer = model.llm.tokenizer
+    sampling = completion_sampling(body, tokenizer, model.llm.engine.parts.config.vocab_size)
+
+    def write(generation: Generation) -> CompletionReply:
+        echoes = _echoes(tokenizer, body) if body.echo else []
+        return CompletionReply(generation, body.logprobs is not None, echoes, wants_usage(body))
+
+    return Call(body, model, sampling, lambda: _prompt_ids(tokenizer, body), write)
 
 
 def _prompt_ids(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:

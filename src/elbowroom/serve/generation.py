@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from elbowroom.engine.output import OutputDelta, TokenLogprob
+from elbowroom.engine.output import OutputDelta, RequestOutput, TokenLogprob
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.errors import ElbowroomError
 from elbowroom.serve.callers import Caller
@@ -107,6 +107,15 @@ class Generation:
         async with aclosing(self.deltas()) as deltas:
             async for _ in deltas:
                 pass
+
+    def take_whole(self, prompt: int, output: RequestOutput) -> None:
+        """Take in the finished output of one prompt, which somebody else let generate."""
+        self._cached[prompt] = output.cached_tokens
+        self._is_relieved |= output.is_relieved
+        for sample in output.outputs:
+            choice = self.choices[prompt * self.sampling.n + sample.index]
+            choice.pieces, choice.num_tokens = sample.pieces, len(sample.token_ids)
+            choice.logprobs, choice.finish_reason = sample.logprobs or [], sample.finish_reason
 
     @property
     def usage(self) -> Usage:
