@@ -17,6 +17,7 @@ NAMES = (
     "overhead",
     "parity",
     "prefill",
+    "reasoning",
     "release",
     "relief",
     "retrieval",
