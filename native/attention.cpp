@@ -1,28 +1,22 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "isa.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "plan.h"
 #include "pool.h"
 #include "progressive.h"
-#include "selection.h"
 
 namespace elbowroom {
 namespace {
 
-constexpr int kItemVectors = 64;      // query vectors of an item: packing a strip pays from some dozens on
-constexpr int64_t kPieceStrips = 16;  // strips of a piece of a long sequence; fixed, so results do not depend on threads
-constexpr int kFewRows = 8;           // query vectors up to which a sequence is always cut into pieces
-constexpr int64_t kAppendRows = 32;   // rows of an append item
+constexpr int64_t kAppendRows = 32;  // rows of an append item
 
 void check_start(const Strips& strips, int64_t start) {
     if (start + strips.whole_bytes() > strips.num_bytes) {
@@ -30,125 +24,6 @@ void check_start(const Strips& strips, int64_t start) {
                                     std::to_string(strips.num_bytes) + " bytes of its range");
     }
 }
-
-// Pieces of one (rows, head) that are merged by whoever finishes last.
-struct Group {
-    int32_t first_item, num_items;
-    std::atomic<int32_t> unfinished;
-};
-
-// The work items of a call; buffers live as long as the calling thread, so a steady state allocates nothing.
-class Plan {
-   public:
-    void build(const AttendArgs& args, const Selection& selection, int num_threads) {
-        items_.clear(), splits_.clear();
-        selected_.build(args, selection);
-        partial_vectors_ = 0;
-        const int rows_per_item = std::max(1, kItemVectors / args.group_size());
-        const int64_t heads = args.num_kv_heads();
-        const int64_t rows = args.step.row_starts[args.step.num_sequences];
-        // Large items are cut only when there are too few for the threads: their partial results are large as well.
-        may_cut_ = heads * ((rows + rows_per_item - 1) / rows_per_item) < 2 * num_threads;
-        for (int64_t s = 0; s < args.step.num_sequences; ++s) {
-            const int32_t start = args.step.row_starts[s], end = args.step.row_starts[s + 1];
-            for (int32_t row = start; row < end; row += rows_per_item) {
-                if (selection.by_planes(s)) continue;
-                if (selected_.has(s)) {
-                    add_selected(args, int32_t(s), row);
-                } else {
-                    add_rows(args, int32_t(s), row, std::min(rows_per_item, end - row));
-                }
-            }
-        }
-        make_groups();
-        partials_.resize(size_t(partial_vectors_ * (args.strips.v_head_dim + 2)));
-    }
-
-    const std::vector<Item>& items() const { return items_; }
-    Group& group(int32_t index) { return groups_[size_t(index)]; }
-    float* partials() { return partials_.data(); }
-
-   private:
-    void add_rows(const AttendArgs& args, int32_t sequence, int32_t row, int32_t num_rows) {
-        const int64_t* positions = args.step.positions + row;
-        const auto [least, most] = std::minmax_element(positions, positions + num_rows);
-        int64_t low = args.step.first_slots[sequence];
-        if (args.spec.window > 0) low = std::max(low, *least - args.spec.window + 1);
-        const int64_t high = std::min(*most, args.step.lengths[sequence] - 1);
-        const int64_t first = low / kStripTokens, end = high / kStripTokens + 1;
-        const int64_t sealed_end = args.tail == nullptr ? end : args.first_open(sequence, high);
-        for (int64_t block = first; block < sealed_end; ++block) check_strip(args.strips, sequence, block);
-        if (args.tail != nullptr) {
-            for (int64_t b = std::max(first, args.first_open(sequence, *least)); b < end; ++b) {
-                check_strip(*args.tail, sequence, b);
-            }
-        }
-        for (int32_t head = 0; head < args.num_kv_heads(); ++head) {
-            const int32_t place = args.places == nullptr ? head : args.places[sequence * args.num_kv_heads() + head];
-            if (first < sealed_end && place >= args.strips.num_kv_heads) {
-                throw std::invalid_argument("strips of " + std::to_string(args.strips.num_kv_heads) +
-                                            " KV heads are read at place " + std::to_string(place));
-            }
-            add_item(args, {sequence, head, row, num_rows, first, place < 0 ? first : end, -1, -1, nullptr, 0, place});
-        }
-    }
-
-    // A row that reads some blocks sees them as if there were no others.
-    void add_selected(const AttendArgs& args, int32_t sequence, int32_t row) {
-        const int64_t own = args.step.positions[row] / kStripTokens, count = selected_.num_blocks();
-        if (args.tail != nullptr) check_strip(*args.tail, sequence, own);
-        for (int32_t head = 0; head < args.num_kv_heads(); ++head) {
-            const uint32_t* entries = selected_.entries(sequence, head);
-            add_item(args, {sequence, head, row, 1, 0, count, -1, -1, entries, own + 1 - count, head});
-        }
-    }
-
-    void add_item(const AttendArgs& args, const Item& item) {
-        const int64_t vectors = int64_t{item.num_rows} * args.group_size();
-        const bool long_enough = item.end_block / kPieceStrips > item.first_block / kPieceStrips;
-        if ((vectors <= kFewRows || may_cut_) && long_enough) {
-            add_pieces(item, vectors);
-        } else {
-            items_.push_back(item);
-        }
-    }
-
-    // Cuts at multiples of kPieceStrips: where a sum is cut depends on positions only.
-    void add_pieces(Item item, int64_t vectors) {
-        const int64_t end = item.end_block;
-        item.group = int32_t(splits_.size());
-        const int32_t first_item = int32_t(items_.size());
-        for (int64_t block = item.first_block; block < end; block = item.end_block) {
-            item.first_block = block;
-            item.end_block = std::min(end, (block / kPieceStrips + 1) * kPieceStrips);
-            item.partial = partial_vectors_;
-            partial_vectors_ += vectors;
-            items_.push_back(item);
-        }
-        splits_.emplace_back(first_item, int32_t(items_.size()) - first_item);
-    }
-
-    void make_groups() {
-        if (splits_.size() > num_groups_) {
-            num_groups_ = splits_.size();
-            groups_ = std::make_unique<Group[]>(num_groups_);
-        }
-        for (size_t i = 0; i < splits_.size(); ++i) {
-            groups_[i].first_item = splits_[i].first;
-            groups_[i].num_items = splits_[i].second;
-            groups_[i].unfinished.store(splits_[i].second, std::memory_order_relaxed);
-        }
-    }
-
-    bool may_cut_ = false;
-    int64_t partial_vectors_ = 0;
-    std::vector<Item> items_;
-    std::vector<std::pair<int32_t, int32_t>> splits_;  // first item, number of items
-    size_t num_groups_ = 0;
-    std::unique_ptr<Group[]> groups_;
-    std::vector<float> partials_;
-    Selected selected_;
-};
 
 struct AttendJob {
     AttendArgs args;
@@ -159,12 +34,12 @@ struct AttendJob {
 // Merges the pieces of query vector m of a group, always in the order of the strips.
 void merge_vector(const AttendJob& job, const Group& group, int64_t m, float* sum) {
     const int64_t width = job.args.strips.v_head_dim;
-    const Item* items = job.plan.items().data() + group.first_item;
-    const auto piece = [&](int i) { return job.args.partials + (items[i].partial + m) * (width + 2); };
+    const int64_t* parts = job.plan.parts(group);
+    const auto piece = [&](int i) { return job.args.partials + (parts[i] + m) * (width + 2); };
     float top = -std::numeric_limits<float>::infinity(), denominator = 0;
-    for (int i = 0; i < group.num_items; ++i) top = std::max(top, piece(i)[width]);
+    for (int i = 0; i < group.num_parts; ++i) top = std::max(top, piece(i)[width]);
     std::fill(sum, sum + width, 0.0f);
-    for (int i = 0; i < group.num_items; ++i) {
+    for (int i = 0; i < group.num_parts; ++i) {
         const float* partial = piece(i);
         if (partial[width + 1] == 0) continue;  // this piece held nothing that the row may read
         const float weight = std::exp(partial[width] - top);
@@ -174,8 +49,8 @@ void merge_vector(const AttendJob& job, const Group& group, int64_t m, float* su
     const float inverse = denominator > 0 ? 1.0f / denominator : denominator;
     for (int64_t d = 0; d < width; ++d) sum[d] *= inverse;
     const AttendArgs& args = job.args;
-    const int64_t row = items->first_row + m / args.group_size();
-    const int64_t head = int64_t{items->head} * args.group_size() + m % args.group_size();
+    const int64_t row = group.first_row + m / args.group_size();
+    const int64_t head = int64_t{group.head} * args.group_size() + m % args.group_size();
     const char* source = reinterpret_cast<const char*>(sum);
     job.kernels.convert(source, DType::float32, args.out.at(row, head), args.out.dtype, width);
     if (args.lse != nullptr) args.lse[row * args.spec.num_q_heads + head] = top + std::log(denominator);
@@ -185,11 +60,13 @@ void attend_item(void* context, int64_t index, float* scratch) {
     AttendJob& job = *static_cast<AttendJob*>(context);
     const Item& item = job.plan.items()[size_t(index)];
     job.kernels.attend(job.args, item, scratch);
-    if (item.group < 0) return;
-    Group& group = job.plan.group(item.group);
-    if (group.unfinished.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-    const int64_t vectors = int64_t{item.num_rows} * job.args.group_size();
-    for (int64_t m = 0; m < vectors; ++m) merge_vector(job, group, m, scratch);
+    for (int32_t i = 0; i < item.num_groups; ++i) {
+        const int32_t index = job.plan.groups_of(item)[i];
+        if (!job.plan.finish_part(index)) continue;
+        const Group& group = job.plan.group(index);
+        const int64_t vectors = int64_t{group.num_rows} * job.args.group_size();
+        for (int64_t m = 0; m < vectors; ++m) merge_vector(job, group, m, scratch);
+    }
 }
 
 struct AppendJob {
@@ -201,8 +78,8 @@ struct AppendJob {
 
 // Writes a vector, in the given order of its elements, to its slot of the arrays that begin at codes and scales.
 void append_vector(const Strips& strips, const RowFormat& format, const char* source, DType dtype, int64_t width,
-                   const int16_t* order, int64_t slot, char* codes, char* scales, float* scratch) {
-    codes += slot * format.code_stride(width);
+                   const int16_t* order, int64_t slot, int64_t stride, char* codes, char* scales, float* scratch) {
+    codes += slot * stride;
     if (format.kind == RowKind::plain) return kernels().convert(source, dtype, codes, strips.dtype, width);
     kernels().widen(source, dtype, scratch, width);
     if (order != nullptr) {
@@ -219,9 +96,10 @@ void append_row(const AppendJob& job, int64_t sequence, int64_t row, float* scra
     char* strip = strips.strip(sequence, position / kStripTokens);
     for (int head = 0; head < strips.num_kv_heads; ++head) {
         append_vector(strips, strips.key, job.k.at(row, head), job.k.dtype, strips.head_dim,
-                      strips.order_of(head), slot, strips.keys(strip, head), strips.key_scales(strip, head), scratch);
+                      strips.order_of(head), slot, strips.key_stride(), strips.keys(strip, head),
+                      strips.key_scales(strip, head), scratch);
         append_vector(strips, strips.value, job.v.at(row, head), job.v.dtype, strips.v_head_dim, nullptr,
-                      slot, strips.values(strip, head), strips.value_scales(strip, head), scratch);
+                      slot, strips.value_stride(), strips.values(strip, head), strips.value_scales(strip, head), scratch);
     }
 }
 
@@ -295,9 +173,9 @@ void seal_head(const Strips& tail, const Strips& sealed, char* strip, char* targ
     const int64_t key_bytes = sealed.head_dim * size_of(tail.dtype), value_bytes = tail.v_head_dim * size_of(tail.dtype);
     for (int64_t slot = 0; slot < kStripTokens; ++slot) {
         append_vector(sealed, sealed.key, keys + slot * key_bytes, tail.dtype, sealed.head_dim, nullptr, slot,
-                      sealed.keys(target, head), sealed.key_scales(target, head), scratch);
+                      sealed.key_stride(), sealed.keys(target, head), sealed.key_scales(target, head), scratch);
         append_vector(sealed, sealed.value, values + slot * value_bytes, tail.dtype, sealed.v_head_dim, nullptr, slot,
-                      sealed.values(target, head), sealed.value_scales(target, head), scratch);
+                      sealed.value_stride(), sealed.values(target, head), sealed.value_scales(target, head), scratch);
     }
 }
 
@@ -359,10 +237,12 @@ void attend(const Step& step, const LayerStrips& layer, const Spec& spec, const 
     thread_local Plan plan;
     Pool& pool = Pool::instance();
     const Strips* tail = layer.tail ? &*layer.tail : nullptr;
-    AttendJob job{{step, layer.strips, tail, layer.open_from, layer.places, spec, q, out, lse, nullptr}, kernels(), plan};
-    plan.build(job.args, layer.selection, pool.num_threads());
+    AttendJob job{{step, layer.strips, tail, layer.open_from, layer.places, spec, q, out, lse, nullptr, nullptr},
+                  kernels(), plan};
+    plan.build(job.args, layer, pool.num_threads());
     attend_by_planes(job.args, layer.selection);
     job.args.partials = plan.partials();
+    job.args.members = plan.members();
     const int64_t vectors = std::max(kItemVectors, job.args.group_size());
     const int64_t scratch = scratch_floats(vectors, job.args);
     pool.run(int64_t(plan.items().size()), scratch, attend_item, &job);

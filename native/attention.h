@@ -34,6 +34,7 @@ struct LayerStrips {
     const int8_t* places;
     Seals seals;
     Selection selection;
+    bool shares;  // strips that several sequences hold are read for all of them at once
 
     const Strips& open() const { return tail ? *tail : strips; }
 };

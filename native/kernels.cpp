@@ -53,6 +53,8 @@ class Attention {
           Dv_(strips_.v_head_dim),
           ldk_(round_up(Dk_, kPanel)),
           ldv_(round_up(Dv_, kPanel)),
+          key_step_(key_step(strips_)),
+          value_step_(value_step(strips_)),
           head_(item.head) {
         q_ = scratch;
         out_ = q_ + M_ * ldk_;
@@ -101,6 +103,8 @@ class Attention {
           Dv_(strips_.v_head_dim),
           ldk_(round_up(Dk_, kPanel)),
           ldv_(whole.ldv_),
+          key_step_(key_step(strips_)),
+          value_step_(value_step(strips_)),
           head_(item_.place),
           is_sealed_(true) {
         q_ = q, out_ = whole.out_, scores_ = whole.scores_, keys_ = whole.keys_, values_ = whole.values_;
@@ -108,11 +112,10 @@ class Attention {
     }
 
     // The block behind the sealed ones that any row reads.
-    int64_t sealed_end() const { return min(item_.end_block, args_.first_open(item_.sequence, last_position())); }
-    int64_t last_position() const {
-        int64_t last = 0;
-        for (int r = 0; r < item_.num_rows; ++r) last = max(last, position(r));
-        return last;
+    int64_t sealed_end() const {
+        int64_t end = 0;
+        for (int r = 0; r < item_.num_rows; ++r) end = max(end, first_open(r));
+        return min(item_.end_block, end);
     }
 
     // Queries with the channels that the keys of a strip have; returns whether they are others than before.
@@ -246,7 +249,7 @@ class Attention {
             low_ = min(low_, first_visible(r));
             high_ = max(high_, last_visible(r));
             for (int g = 0; g < group_; ++g) {
-                const char* row = args_.q.at(item_.first_row + r, int64_t{item_.head} * group_ + g);
+                const char* row = args_.q.at(row_of(r), int64_t{item_.head} * group_ + g);
                 float* target = q_ + (r * group_ + g) * ldk_;
                 load_query(row, target);
                 if (strips_.order != nullptr) order_channels(strips_.order_of(item_.head), target);
@@ -302,15 +305,30 @@ class Attention {
         return args_.tail == nullptr || is_sealed_ ? stored_strip(block) : strips_.strip(item_.sequence, block + item_.num_hidden);
     }
 
+    // Numbers that are not decoded lie apart as their bytes say; decoded ones one behind the other.
+    static int64_t key_step(const Strips& strips) {
+        return strips.by_token ? strips.key_stride() / int64_t{sizeof(T)} : strips.head_dim;
+    }
+    static int64_t value_step(const Strips& strips) {
+        return strips.by_token ? strips.value_stride() / int64_t{sizeof(T)} : strips.v_head_dim;
+    }
+
     // Slots are counted as if blocks that the item does not read were not there.
     int64_t hidden() const { return item_.num_hidden * kStripTokens; }
 
-    int64_t position(int r) const { return args_.step.positions[item_.first_row + r] - hidden(); }
+    int64_t row_of(int64_t r) const {
+        return item_.first_member < 0 ? item_.first_row + r : args_.members[item_.first_member + r].row;
+    }
+    int64_t sequence_of(int r) const {
+        return item_.first_member < 0 ? item_.sequence : args_.members[item_.first_member + r].sequence;
+    }
 
-    int64_t first_open(int r) const { return args_.first_open(item_.sequence, position(r)); }
+    int64_t position(int r) const { return args_.step.positions[row_of(r)] - hidden(); }
+
+    int64_t first_open(int r) const { return args_.first_open(sequence_of(r), position(r)); }
 
     int64_t in_window(int r) const {
-        const int64_t first = item_.selected == nullptr ? args_.step.first_slots[item_.sequence] : 0;
+        const int64_t first = item_.selected == nullptr ? args_.step.first_slots[sequence_of(r)] : 0;
         return args_.spec.window > 0 ? max(first, position(r) - args_.spec.window + 1) : first;
     }
 
@@ -321,7 +339,7 @@ class Attention {
     }
 
     int64_t last_visible(int r) const {
-        const int64_t last = min(position(r), args_.step.lengths[item_.sequence] - hidden() - 1);
+        const int64_t last = min(position(r), args_.step.lengths[sequence_of(r)] - hidden() - 1);
         return is_sealed_ ? min(last, first_open(r) * kStripTokens - 1) : last;
     }
 
@@ -341,13 +359,16 @@ class Attention {
     // W keys at a time, widened once for all query vectors.
     void score_few(const T* keys, const char* values, int64_t low, int64_t high) {
         const int64_t value_bytes = strips_.value.code_bytes(Dv_), ahead_bytes = W * value_bytes / M_;
-        const char* ahead = values + low * value_bytes;
+        const bool apart = strips_.by_token;
+        const char* ahead = apart ? values : values + low * value_bytes;
         for (int64_t key = low / W * W; key < high; key += W) {
-            const float* rows = widen_keys(keys + key * Dk_);
-            const int64_t stride = rows == keys_ ? ldk_ : Dk_;
+            const float* rows = widen_keys(keys + key * key_step_);
+            const int64_t stride = rows == keys_ ? ldk_ : key_step_;
+            if (apart) {
+                for (int64_t i = key; i < key + W; ++i) prefetch(ahead + i * value_step_ * int64_t{sizeof(T)}, value_bytes);
+            }
             for (int64_t m = 0; m < M_; ++m) {
-                prefetch(ahead, ahead_bytes);
-                ahead += ahead_bytes;
+                if (!apart) prefetch(ahead + m * ahead_bytes, ahead_bytes);
                 vf dots[W] = {};
 #pragma GCC unroll 2
                 for (int64_t d = 0; d < ldk_; d += W) {
@@ -357,6 +378,7 @@ class Attention {
                 }
                 store(scores_ + m * kStripTokens + key, sum_each(dots));
             }
+            if (!apart) ahead += M_ * ahead_bytes;
         }
     }
 
@@ -365,7 +387,7 @@ class Attention {
         if constexpr (std::is_same_v<T, float>) {
             if (Dk_ % kPanel == 0) return keys;
         }
-        for (int64_t i = 0; i < W; ++i) widen_key(keys + i * Dk_, keys_ + i * ldk_);
+        for (int64_t i = 0; i < W; ++i) widen_key(keys + i * key_step_, keys_ + i * ldk_);
         return keys_;
     }
 
@@ -386,10 +408,12 @@ class Attention {
     // Sums in the order of widen_first and widen_second (see `finish_few`), two vectors of columns at a time.
     void weigh_few(const T* values, const char* next, int64_t low, int64_t high) {
         const int64_t key_bytes = kStripTokens * strips_.key.code_bytes(Dk_);
-        const int64_t lines = next == nullptr ? 0 : key_bytes * kPanel / ldv_ / 64;
-        for (int64_t d = 0; d < Dv_; d += kPanel, next += lines * 64) {
-            const T* rows = values + low * Dv_ + d;
-            int64_t stride = Dv_;
+        const bool apart = strips_.by_token;
+        const int64_t lines = next == nullptr ? 0 : apart ? kStripTokens : key_bytes * kPanel / ldv_ / 64;
+        const int64_t step = apart ? strips_.key_stride() : 64;
+        for (int64_t d = 0; d < Dv_; d += kPanel, next += apart ? kPanel * int64_t{sizeof(T)} : lines * 64) {
+            const T* rows = values + low * value_step_ + d;
+            int64_t stride = value_step_;
             T tail[kStripTokens * kPanel];
             if (d + kPanel > Dv_) {
                 rows = pad_rows(rows, high - low, tail);
@@ -397,7 +421,7 @@ class Attention {
             }
             for_groups(M_, [&](int64_t m, int64_t vectors) {
                 weigh_group(vectors, scores_ + m * kStripTokens + low, rows, stride, high - low, out_ + m * ldv_ + d,
-                            next, m == 0 ? lines : 0);
+                            next, m == 0 ? lines : 0, step);
             });
         }
     }
@@ -406,7 +430,7 @@ class Attention {
     const T* pad_rows(const T* rows, int64_t count, T* padded) const {
         const int64_t columns = Dv_ % kPanel;
         for (int64_t i = 0; i < count; ++i) {
-            __builtin_memcpy(padded + i * kPanel, rows + i * Dv_, columns * sizeof(T));
+            __builtin_memcpy(padded + i * kPanel, rows + i * value_step_, columns * sizeof(T));
             __builtin_memset(padded + i * kPanel + columns, 0, (kPanel - columns) * sizeof(T));
         }
         return padded;
@@ -414,9 +438,9 @@ class Attention {
 
     template <int M = kMostTokens>
     void weigh_group(int64_t vectors, const float* weights, const T* rows, int64_t stride, int64_t slots, float* out,
-                     const char* next, int64_t lines) {
+                     const char* next, int64_t lines, int64_t step) {
         if constexpr (M > 1) {
-            if (vectors < M) return weigh_group<M - 1>(vectors, weights, rows, stride, slots, out, next, lines);
+            if (vectors < M) return weigh_group<M - 1>(vectors, weights, rows, stride, slots, out, next, lines, step);
         }
         vf sum[2 * M];
 #pragma GCC unroll 8
@@ -427,7 +451,7 @@ class Attention {
         int64_t line = 0;
 #pragma GCC unroll 2
         for (int64_t slot = 0; slot < slots; ++slot) {
-            if (line < lines) __builtin_prefetch(next + 64 * line++, 0, 2);
+            if (line < lines) __builtin_prefetch(next + step * line++, 0, 2);
             const vf first = widen_first(rows + slot * stride), second = widen_second(rows + slot * stride);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
@@ -436,7 +460,7 @@ class Attention {
                 sum[2 * m + 1] += weight * second;
             }
         }
-        prefetch(next + 64 * line, 64 * (lines - line));
+        for (; line < lines; ++line) __builtin_prefetch(next + step * line, 0, 2);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             store(out + m * ldv_, sum[2 * m]);
@@ -460,7 +484,7 @@ class Attention {
     void score_many(const T* keys, int64_t low, int64_t high) {
         for (int64_t column = low / kPanel * kPanel; column < high; column += kPanel) {
             float* packed = keys_ + column * ldk_;
-            for (int64_t half = 0; half < kPanel; half += W) pack_keys(keys + (column + half) * Dk_, packed + half);
+            for (int64_t half = 0; half < kPanel; half += W) pack_keys(keys + (column + half) * key_step_, packed + half);
             panel<2>(M_, q_, ldk_, packed, kPanel, scores_ + column, kStripTokens, Dk_, false);
         }
     }
@@ -469,7 +493,7 @@ class Attention {
         for (int64_t d = 0; d < Dk_; d += W) {
             vf rows[W];
 #pragma GCC unroll 16
-            for (int i = 0; i < W; ++i) rows[i] = widen_padded(keys + i * Dk_, d, Dk_);
+            for (int i = 0; i < W; ++i) rows[i] = widen_padded(keys + i * key_step_, d, Dk_);
             transpose(rows);
 #pragma GCC unroll 16
             for (int i = 0; i < W; ++i) store(packed + (d + i) * kPanel, rows[i]);
@@ -481,8 +505,8 @@ class Attention {
         for (int64_t d = 0; d < Dv_; d += kPanel) {
             float* packed = values_ + d * kStripTokens;
             for (int64_t slot = low; slot < high; ++slot) {
-                store(packed + slot * kPanel, widen_padded(values + slot * Dv_, d, Dv_));
-                store(packed + slot * kPanel + W, widen_padded(values + slot * Dv_, d + W, Dv_));
+                store(packed + slot * kPanel, widen_padded(values + slot * value_step_, d, Dv_));
+                store(packed + slot * kPanel + W, widen_padded(values + slot * value_step_, d + W, Dv_));
             }
             panel<2>(M_, scores_ + low, kStripTokens, packed + low * kPanel, kPanel, out_ + d, ldv_, high - low, true);
         }
@@ -543,7 +567,7 @@ class Attention {
 
     void write_rows() const {
         for (int64_t m = 0; m < M_; ++m) {
-            const int64_t row = item_.first_row + m / group_, head = int64_t{item_.head} * group_ + m % group_;
+            const int64_t row = row_of(m / group_), head = int64_t{item_.head} * group_ + m % group_;
             const float inverse = sum_[m] > 0 ? unit() / sum_[m] : sum_[m];
             float* result = out_ + m * ldv_;
             for (int64_t d = 0; d < ldv_; d += W) store(result + d, load<vf>(result + d) * inverse);
@@ -564,6 +588,7 @@ class Attention {
     const int64_t M_;
     const Strips& strips_;
     const int64_t Dk_, Dv_, ldk_, ldv_;
+    const int64_t key_step_, value_step_;  // elements from one token to the next
     const int head_;                // in strips_
     const bool is_sealed_ = false;  // these are the sealed strips of an item
     int64_t end_block_ = 0;         // of those

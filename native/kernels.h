@@ -7,16 +7,22 @@
 
 namespace elbowroom {
 
-// One query head group of a few rows against consecutive strips of its sequence.
+// A row of the step, and whose it is.
+struct Member {
+    int32_t row, sequence;
+};
+
+// One query head group of a few rows against consecutive strips of their sequence, or of several that share the strips.
 struct Item {
-    int32_t sequence, head;  // head: KV head
+    int32_t sequence, head;  // head: KV head; the strips are those in the table of `sequence`
     int32_t first_row, num_rows;
     int64_t first_block, end_block;
     int64_t partial;  // index of the item's first query vector in `partials`; -1: the item is alone, write `out`
-    int32_t group;    // pieces that are merged together; -1: alone
+    int32_t first_group, num_groups;  // places in `Plan::groups_of` of what its pieces are merged into; 0: it is alone
     const uint32_t* selected;  // places of the blocks that the item reads in `strips`, counted from 0; null: all
     int64_t num_hidden;        // blocks before the row's own one that are not counted then
     int32_t place;             // of the head in sealed strips
+    int32_t first_member;      // its rows in `members`; -1: rows first_row .. first_row + num_rows - 1 of `sequence`
 };
 
 struct AttendArgs {
@@ -29,6 +35,7 @@ struct AttendArgs {
     Rows q, out;
     float* lse;       // [N, Hq], or null: nobody asks
     float* partials;  // [vectors, Dv + 2]: unnormalised output, maximum, denominator
+    const Member* members;  // rows of items that several sequences share
 
     int num_kv_heads() const { return open_strips().num_kv_heads; }
     int group_size() const { return spec.num_q_heads / num_kv_heads(); }

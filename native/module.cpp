@@ -30,7 +30,7 @@ using StepTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 using RowFormatTuple = std::tuple<int, int, int>;
 using StripsTuple =
     std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t, int, int, int, int, RowFormatTuple, RowFormatTuple,
-               int64_t, uintptr_t, int64_t, int64_t, int64_t>;
+               int64_t, uintptr_t, int64_t, int64_t, int64_t, bool>;
 using SelectionTuple = std::tuple<int64_t, uintptr_t, float, float, uintptr_t>;
 using TailTuple = std::tuple<StripsTuple, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
 using SpecTuple = std::tuple<int, int64_t, float, float>;
@@ -39,7 +39,7 @@ using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, uintpt
 using VectorTuple = std::tuple<uintptr_t, int64_t>;
 using HeadsTuple = std::tuple<int, int, int, int>;
 using LayerStepTuple =
-    std::tuple<int64_t, StepTuple, StripsTuple, std::optional<TailTuple>, std::optional<SelectionTuple>, bool>;
+    std::tuple<int64_t, StepTuple, StripsTuple, std::optional<TailTuple>, std::optional<SelectionTuple>, bool, bool>;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -59,16 +59,16 @@ RowFormat to_row_format(const RowFormatTuple& t, int num_kv_heads) {
 
 Strips to_strips(const StripsTuple& t) {
     const auto [table, first_blocks, num_blocks, base, num_bytes, dtype, num_kv_heads, head_dim, v_head_dim, key, value,
-                digest_bytes, order, channels_at, counts_at, heads_at] = t;
+                digest_bytes, order, channels_at, counts_at, heads_at, by_token] = t;
     return {pointer<const uint32_t>(table), pointer<const int64_t>(first_blocks), num_blocks, pointer<char>(base),
             num_bytes, DType(dtype), num_kv_heads, head_dim, v_head_dim, to_row_format(key, num_kv_heads),
             to_row_format(value, num_kv_heads), digest_bytes, pointer<const int16_t>(order), channels_at, counts_at,
-            heads_at};
+            heads_at, by_token};
 }
 
 LayerStrips to_layer_strips(const StripsTuple& strips, const std::optional<TailTuple>& tail,
-                            const std::optional<SelectionTuple>& selection) {
-    LayerStrips found{to_strips(strips), {}, nullptr, nullptr, {}, {}};
+                            const std::optional<SelectionTuple>& selection, bool shares) {
+    LayerStrips found{to_strips(strips), {}, nullptr, nullptr, {}, {}, shares};
     if (selection) {
         const auto [num_blocks, rows, tau, eps, tally] = *selection;
         found.selection = {num_blocks, pointer<const uint8_t>(rows), tau, eps, pointer<int64_t>(tally)};
@@ -96,15 +96,15 @@ Spec to_spec(const SpecTuple& t) {
 void py_append(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips,
                const std::optional<TailTuple>& tail, const RowsTuple& k, const RowsTuple& v) {
     const nb::gil_scoped_release release;
-    append(to_step(num_sequences, step), to_layer_strips(strips, tail, {}), to_rows(k), to_rows(v));
+    append(to_step(num_sequences, step), to_layer_strips(strips, tail, {}, false), to_rows(k), to_rows(v));
 }
 
 void py_attend(int64_t num_sequences, const StepTuple& step, const StripsTuple& strips,
-               const std::optional<TailTuple>& tail, const std::optional<SelectionTuple>& selection, const SpecTuple& spec,
-               const RowsTuple& q, const RowsTuple& out, uintptr_t lse) {
+               const std::optional<TailTuple>& tail, const std::optional<SelectionTuple>& selection, bool shares,
+               const SpecTuple& spec, const RowsTuple& q, const RowsTuple& out, uintptr_t lse) {
     const nb::gil_scoped_release release;
-    attend(to_step(num_sequences, step), to_layer_strips(strips, tail, selection), to_spec(spec), to_rows(q), to_rows(out),
-           pointer<float>(lse));
+    attend(to_step(num_sequences, step), to_layer_strips(strips, tail, selection, shares), to_spec(spec), to_rows(q),
+           to_rows(out), pointer<float>(lse));
 }
 
 Matrix to_matrix(const MatrixTuple& t) {
@@ -147,8 +147,8 @@ void begin(Decoder& decoder, uintptr_t tokens, uintptr_t positions, int64_t num_
 
 void layers(const Decoder& decoder, int64_t first, const std::vector<LayerStepTuple>& steps) {
     const nb::gil_scoped_release release;
-    for (const auto& [num_sequences, step, strips, tail, selection, append_kv] : steps) {
-        decoder.layer(first++, to_step(num_sequences, step), to_layer_strips(strips, tail, selection), append_kv);
+    for (const auto& [num_sequences, step, strips, tail, selection, shares, append_kv] : steps) {
+        decoder.layer(first++, to_step(num_sequences, step), to_layer_strips(strips, tail, selection, shares), append_kv);
     }
 }
 
@@ -181,7 +181,8 @@ NB_MODULE(_native, m) {
     m.def("append", &py_append, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"),
           nb::arg("tail").none(), nb::arg("k"), nb::arg("v"));
     m.def("attend", &py_attend, nb::arg("num_sequences"), nb::arg("step"), nb::arg("strips"),
-          nb::arg("tail").none(), nb::arg("selection").none(), nb::arg("spec"), nb::arg("q"), nb::arg("out"), nb::arg("lse"));
+          nb::arg("tail").none(), nb::arg("selection").none(), nb::arg("shares"), nb::arg("spec"), nb::arg("q"),
+          nb::arg("out"), nb::arg("lse"));
     m.def("multiply", &py_multiply, nb::arg("matrix"), nb::arg("x"), nb::arg("num_tokens"), nb::arg("y"));
     nb::class_<Decoder>(m, "Decoder")
         .def("__init__",

@@ -85,6 +85,7 @@ struct Strips {
     int64_t channels_at;   // byte of a strip at which its keys' channels [Hkv, Dk] lie, uint8; 0: all are there
     int64_t counts_at;     // byte of a strip at which the tokens of its slots [Hkv, 64] lie, uint8; 0: one each
     int64_t heads_at;      // byte of a strip at which the KV heads [Hkv] lie that it holds, uint8; 0: all of the layer's
+    bool by_token;         // plain strips only: a token's keys of all heads, then its values, then the next token
 
     const uint8_t* channels(const char* strip, int head) const {
         return channels_at == 0 ? nullptr : reinterpret_cast<const uint8_t*>(strip + channels_at) + head * int64_t{head_dim};
@@ -124,11 +125,19 @@ struct Strips {
         return table[sequence * num_blocks + column(sequence, block)] * kUnitBytes;
     }
     char* strip(int64_t sequence, int64_t block) const { return base + start(sequence, block); }
-    char* keys(char* strip, int head) const { return strip + head * kStripTokens * key.code_stride(head_dim); }
+    // From one token to the next in the array of a head.
+    int64_t token_bytes() const { return num_kv_heads * (key.code_bytes(head_dim) + value.code_bytes(v_head_dim)); }
+    int64_t key_stride() const { return by_token ? token_bytes() : key.code_stride(head_dim); }
+    int64_t value_stride() const { return by_token ? token_bytes() : value.code_stride(v_head_dim); }
+    char* keys(char* strip, int head) const {
+        if (by_token) return strip + head * key.code_bytes(head_dim);
+        return strip + head * kStripTokens * key.code_stride(head_dim);
+    }
     char* key_scales(char* strip, int head) const {
         return strip + slots() * key.code_bytes(head_dim) + head * kStripTokens * key.scale_stride(head_dim);
     }
     char* values(char* strip, int head) const {
+        if (by_token) return strip + num_kv_heads * key.code_bytes(head_dim) + head * value.code_bytes(v_head_dim);
         return strip + slots() * key.bytes(head_dim) + head * kStripTokens * value.code_bytes(v_head_dim);
     }
     int64_t digest_runs() const { return digest_bytes / (4 * int64_t{num_kv_heads} * head_dim); }

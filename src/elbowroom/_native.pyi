@@ -10,10 +10,12 @@ Step: TypeAlias = tuple[int, int, int, int]
 """Addresses of row_starts, positions, lengths, first_slots."""
 RowFormat: TypeAlias = tuple[int, int, int]
 """How heads become bytes: kind (0 plain, 1 int8, 2 fp8, 3 bfp, 4 kivi, 5 planes), bits of a code, codes of a scale."""
-Strips: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, RowFormat, RowFormat, int, int, int, int, int]
+Strips: TypeAlias = tuple[
+    int, int, int, int, int, int, int, int, int, RowFormat, RowFormat, int, int, int, int, int, bool
+]
 """Addresses of table and first blocks (0: none), num_blocks, base, num_bytes, dtype, num_kv_heads, both head widths;
 formats of keys and values; bytes of a digest; address of the order of channels, int16 ``[Hkv, Dk]`` (0: none); where in
-a strip its channels, its counts and its KV heads lie (0: none)."""
+a strip its channels, its counts and its KV heads lie (0: none); whether a plain strip lies token by token."""
 Tail: TypeAlias = tuple[Strips, int, int, int, int, int]
 """Strips that take new tokens; address of the first open blocks (0: none); number of full strips, addresses of their
 places there and where they are sealed; address of the places of KV heads, int8 ``[R, Hkv]`` (0: all there)."""
@@ -28,8 +30,9 @@ Matrix: TypeAlias = tuple[int, int, int, int, int, int]
 """Address, rows, columns, bytes of a row, dtype, address of the float32 bias (0: none)."""
 Vector: TypeAlias = tuple[int, int]
 """Address and length of a float32 vector; copied."""
-LayerStep: TypeAlias = tuple[int, Step, Strips, Tail | None, Selection | None, bool]
-"""num_sequences, the step, a layer's strips, whether the layer writes keys and values of its own."""
+LayerStep: TypeAlias = tuple[int, Step, Strips, Tail | None, Selection | None, bool, bool]
+"""num_sequences, the step, a layer's strips, whether those that several sequences hold are read for all of them at
+once, whether the layer writes keys and values of its own."""
 
 def multiply(matrix: Matrix, x: int, num_tokens: int, y: int) -> None:
     """Write ``x [num_tokens, columns] @ matrix.T + bias``, float32, to ``y [num_tokens, rows]``."""
@@ -80,6 +83,7 @@ def attend(
     strips: Strips,
     tail: Tail | None,
     selection: Selection | None,
+    shares: bool,
     spec: Spec,
     q: Rows,
     out: Rows,

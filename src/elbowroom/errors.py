@@ -15,6 +15,10 @@
     │   ├── RequestTooLarge    the request can never fit into the KV budget; refused at once
     │   └── UnknownModel       HTTP 404
     ├── Overloaded             the queue is full; HTTP 429
+    ├── Draining               the server is ending and takes nothing new; HTTP 503
+    ├── TimedOut               the answer took longer than was allowed; HTTP 504
+    ├── QueueTimeout           the request waited longer than is allowed; HTTP 503
+    ├── Unread                 a client left too much of its answer unread
     ├── EngineClosed           the engine was shut down
     └── IntegrityError         an internal invariant does not hold, or a stored object fails its checksum
 
@@ -30,6 +34,8 @@ class ElbowroomError(Exception):
     exit_code = 1
     http_status = 500
     code = "internal_error"
+    retry_after_s = 1
+    """What a client is told to wait, where waiting may help (429, 503)."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -127,6 +133,34 @@ class Overloaded(ElbowroomError):
 
     http_status = 429
     code = "overloaded"
+
+
+class Draining(ElbowroomError):
+    """The server is ending and takes nothing new."""
+
+    http_status = 503
+    code = "draining"
+
+
+class TimedOut(ElbowroomError):
+    """The answer took longer than was allowed."""
+
+    http_status = 504
+    code = "request_timeout"
+
+
+class QueueTimeout(ElbowroomError):
+    """The request waited longer than is allowed."""
+
+    http_status = 503
+    code = "queue_timeout"
+
+
+class Unread(ElbowroomError):
+    """A client left too much of its answer unread."""
+
+    http_status = 408
+    code = "answer_not_read"
 
 
 class EngineClosed(ElbowroomError):

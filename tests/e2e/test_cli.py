@@ -249,7 +249,7 @@ def test_a_model_without_a_template_is_run_raw_unless_chat_is_asked_for(capsys, 
 
 
 def test_a_server_says_where_it_is_and_ends_on_ctrl_c():
-    arguments = ["serve", "--port", "0", "--memory", BUDGET, "--grace", "1"]
+    arguments = ["serve", "--port", "0", "--memory", BUDGET, "--drain-timeout", "1"]
     process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     greeting = process.stdout.readline()

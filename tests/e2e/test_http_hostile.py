@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -32,7 +33,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> AsyncLLM:
 
 @pytest.fixture(scope="module")
 def server(llm: AsyncLLM) -> Iterator[Server]:
-    limits = ServerLimits(grace_s=1.0, max_body_bytes=2**20)
+    limits = ServerLimits(drain_timeout_s=1.0, max_body_bytes=2**20)
     with running({"tiny": llm}, limits) as made:
         yield made
         assert httpx.get(f"{made.url}/health").status_code == 200
@@ -139,3 +140,19 @@ def test_bodies_that_are_too_large_are_refused_declared_or_chunked(server: Serve
         with contextlib.suppress(httpx.WriteError, httpx.ReadError):
             assert client.post(ROUTES[0], content=chunks()).status_code == 413
         assert client.get("/health").status_code == 200
+
+
+def test_heads_and_bodies_that_drip_end_in_time(tmp_path: Path) -> None:
+    drips = {"head": b"POST /v1/completions HTTP/1.1\r\nX: ", "body": b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"}
+    drips["body"] += b"Content-Length: 500\r\n\r\n{"
+    limits = ServerLimits(drain_timeout_s=1.0, idle_timeout_s=1, body_timeout_s=1.0)
+    answers: dict[str, bytes] = {}
+    with running({"tiny": tiny_llm(tmp_path)}, limits) as server:
+        for kind, begin in drips.items():
+            with socket.create_connection((server.host, server.port), timeout=10) as connection:
+                connection.sendall(begin)
+                with contextlib.suppress(ConnectionError):
+                    answers[kind] = connection.recv(1000)
+
+    assert answers.get("head", b"") == b""
+    assert answers["body"].startswith(b"HTTP/1.1 408")

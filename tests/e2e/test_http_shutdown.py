@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -27,7 +28,8 @@ import sys
 from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.engine.build import build_engine
 from elbowroom.serve import ServerLimits, serve
-serve({"tiny": AsyncLLM(build_engine(sys.argv[1], "48MiB"))}, port=0, limits=ServerLimits(grace_s=float(sys.argv[2])))
+limits = ServerLimits(drain_timeout_s=float(sys.argv[2]))
+serve({"tiny": AsyncLLM(build_engine(sys.argv[1], "48MiB"))}, port=0, limits=limits)
 """
 
 
@@ -37,8 +39,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def server_process(directory: Path, grace_s: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-c", SCRIPT, str(directory), str(grace_s)]
+def server_process(directory: Path, drain_timeout_s: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-c", SCRIPT, str(directory), str(drain_timeout_s)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -58,7 +60,10 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_a_running_stream_is_finished_before_the_server_ends(directory: Path) -> None:
-    with server_process(directory, grace_s=20) as (process, url), OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+    with (
+        server_process(directory, drain_timeout_s=20) as (process, url),
+        OpenAI(base_url=f"{url}/v1", api_key="x") as client,
+    ):
         stream = client.completions.create(
             model="tiny", prompt="a", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
@@ -72,7 +77,10 @@ def test_a_running_stream_is_finished_before_the_server_ends(directory: Path) ->
 
 
 def test_after_the_grace_period_clients_are_told_and_the_server_ends(directory: Path) -> None:
-    with server_process(directory, grace_s=0.3) as (process, url), OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+    with (
+        server_process(directory, drain_timeout_s=0.3) as (process, url),
+        OpenAI(base_url=f"{url}/v1", api_key="x") as client,
+    ):
         stream = client.completions.create(
             model="tiny", prompt="a", max_tokens=8000, stream=True, extra_body={"ignore_eos": True}
         )
@@ -88,7 +96,7 @@ def test_after_the_grace_period_clients_are_told_and_the_server_ends(directory: 
 
 
 def test_an_idle_server_ends_at_once_and_says_where_it_was(directory: Path) -> None:
-    with server_process(directory, grace_s=10) as (process, url):
+    with server_process(directory, drain_timeout_s=10) as (process, url):
         assert httpx.get(f"{url}/health").status_code == 200
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
@@ -109,3 +117,36 @@ def test_a_port_in_use_is_named_with_the_flag_that_changes_it() -> None:
         Server(engines, port=99999)
     with pytest.raises(ElbowroomError, match="cannot listen"):
         Server(engines, host="256.1.1.1", port=0)
+
+
+def test_while_it_drains_new_requests_get_503_and_a_second_signal_ends_it_at_once(directory: Path) -> None:
+    fields = {"prompt": "a", "max_tokens": 8000, "n": 16, "ignore_eos": True}
+
+    def ask(url: str) -> None:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.post(f"{url}/v1/completions", json=fields, timeout=60)
+
+    with server_process(directory, drain_timeout_s=60) as (process, url), ThreadPoolExecutor(1) as pool:
+        pool.submit(ask, url)
+        until(lambda: httpx.get(f"{url}/ready").json()["num_open"] == 1)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        refused = httpx.post(f"{url}/v1/completions", json=fields)
+        ready, health = httpx.get(f"{url}/ready"), httpx.get(f"{url}/health")
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        code, _ = ended(process)
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+    assert refused.headers["retry-after"] == "1"
+    assert (ready.status_code, ready.json()) == (503, {"status": "draining", "num_open": 1})
+    assert (health.status_code, health.json()["status"]) == (200, "draining")
+    assert code == 0
+    assert time.monotonic() - started < 15
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -45,6 +45,18 @@ def test_capacity_counts_tokens_inside_the_arena():
         assert "make bench" in rival[0]["reason"]
 
 
+def test_shared_prefixes_are_read_together_and_apart():
+    made = measured("shared-prefix")
+    assert [claim["id"] for claim in made["claims"]] == ["prefix.attention"]
+    assert made["claims"][0]["num_runs"] == 2
+    attention = [row for row in made["rows"] if row["part"] == "attention"]
+    assert {row["read"] for row in attention} == {"together", "apart"}
+    assert all(row["seconds"] > 0 and row["floor_share"] > 0 for row in attention)
+    decoding = [row for row in made["rows"] if row["part"] == "decode"]
+    assert [row["members"] for row in decoding] == [1, 1, 4, 4]
+    assert all(row["tokens_per_s"] > 0 for row in decoding)
+
+
 def test_speed_compares_plans_and_streams():
     made = measured("kv-speed")
     assert [claim["id"] for claim in made["claims"]] == ["speed.kivi2_8k", "speed.kivi2_32k"]

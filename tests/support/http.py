@@ -30,7 +30,7 @@ def tiny_llm(directory: Path, memory: str = "48MiB", **settings: object) -> Asyn
 @contextmanager
 def running(engines: Mapping[str, AsyncLLM], limits: ServerLimits | None = None) -> Iterator[Server]:
     """Serve ``engines`` until the end of the block, which closes them."""
-    server = Server(engines, port=0, limits=limits or ServerLimits(grace_s=1.0), announce=lambda _: None)
+    server = Server(engines, port=0, limits=limits or ServerLimits(drain_timeout_s=1.0), announce=lambda _: None)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,4 +1,4 @@
-"""A PagedStore and, beside it, every sequence as plain tensors: each step is checked against dense attention."""
+"""A store and, beside it, every sequence as plain tensors: each step is checked against dense attention."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from elbowroom.core import LayerSpec
-from elbowroom.kv import AttnOut, KVHandle, KVPlan, KVStep, PagedStore, Want
+from elbowroom.kv import AttnOut, BoundPlan, ContiguousStore, KVHandle, KVPlan, KVStep, PagedStore, Want
 from elbowroom.kv.pool import ABSENT
 from elbowroom.memory import Arena, Budget, HostTier, Ledger
 
@@ -114,9 +115,12 @@ class World:
         self.layers = list(layers)
         self.ledger = Ledger(Budget({} if limit is None else {"host": limit}))
         self.arena = Arena(HostTier(), self.ledger)
-        self.store = PagedStore(KVPlan.parse(plan).bind(layers, "float32"), self.arena, capacity, model_id)
+        self.store = self.make_store(KVPlan.parse(plan).bind(layers, "float32"), capacity, model_id)
         self.refs: dict[KVHandle, Reference] = {}
         self.random = torch.Generator().manual_seed(1)
+
+    def make_store(self, plan: BoundPlan, capacity: int, model_id: bytes) -> Any:
+        return PagedStore(plan, self.arena, capacity, model_id)
 
     def rand(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.random)
@@ -173,11 +177,7 @@ class World:
     def run(self, step: KVStep, want: Want = NOTHING) -> list[AttnOut]:
         """Run a reserved step on random rows and compare all attention with the dense one."""
         held = self.state()
-        prepared: Any = step.prepared
-        for row, handle in enumerate(step.handles):
-            table, given = self.store._sequences[handle.id].table[: len(self.layers)], prepared.tables[:, row]
-            assert np.array_equal(given[:, : table.shape[1]], table)
-            assert (given[:, table.shape[1] :] == ABSENT).all()
+        self.check_tables(step)
         outs = []
         for layer, spec in enumerate(self.layers):
             count = len(step.positions)
@@ -197,6 +197,13 @@ class World:
             self.refs[handle].open_from = max(self.refs[handle].open_from, certain // BLOCK)
         return outs
 
+    def check_tables(self, step: KVStep) -> None:
+        prepared: Any = step.prepared
+        for row, handle in enumerate(step.handles):
+            table, given = self.store._sequences[handle.id].table[: len(self.layers)], prepared.tables[:, row]
+            assert np.array_equal(given[:, : table.shape[1]], table)
+            assert (given[:, table.shape[1] :] == ABSENT).all()
+
     def write_reference(self, layer: int, step: KVStep, k: Tensor, v: Tensor) -> None:
         for row, handle in enumerate(step.handles):
             begin, end = int(step.row_starts[row]), int(step.row_starts[row + 1])
@@ -211,7 +218,7 @@ class World:
 
     def rounded(self, part: int, x: Tensor) -> Tensor:
         """Return keys (part 0) or values (1) as the store gives them back."""
-        codec: Any = self.store._codec
+        codec: Any = self.store.plan.plan.layout
         if codec.name == "plain" or codec.seals:
             return x
         rows = codec.formats()[part]
@@ -220,7 +227,7 @@ class World:
 
     def sealed(self, layer: int, ref: Reference) -> Pair | None:
         """Return all full blocks of a sequence as the codec gives them back; others are as they are."""
-        codec: Any = self.store._codec
+        codec: Any = self.store.plan.plan.layout
         if not codec.seals:
             return None
         k, v = ref.k[layer].clone(), ref.v[layer].clone()
@@ -240,7 +247,9 @@ class World:
             ref, positions = self.refs[handle], torch.from_numpy(step.positions[rows])
             sealed = self.sealed(source, ref)
             out, lse, probs = dense(spec, q[rows], ref.k[source], ref.v[source], positions, sealed)
-            close = assert_nearly if self.store._codec.name in ("int8", "bfp", "kivi", "planes") else assert_close
+            close = (
+                assert_nearly if self.store.plan.plan.codec.name in ("int8", "bfp", "kivi", "planes") else assert_close
+            )
             close(got.out[rows], out)
             close(got.lse[rows], lse)
             if got.colsum is not None:
@@ -267,7 +276,7 @@ class World:
 
     def is_open(self, handle: KVHandle, block: int) -> bool:
         """Whether the tokens of a block are held as they were computed."""
-        codec: Any = self.store._codec
+        codec: Any = self.store.plan.plan.layout
         return not codec.seals or block >= self.refs[handle].open_from
 
     def state(self) -> tuple[object, ...]:
@@ -309,3 +318,44 @@ class World:
             return store._open_codec.open(pool.strip(int(column[len(self.layers) + layer])), pool.fmt)
         pool = store._pools.main[number].pool
         return store._codec.open(pool.strip(int(column[layer])), pool.fmt)
+
+
+class ContiguousWorld(World):
+    """The same around a ContiguousStore."""
+
+    row_tokens = 1024
+
+    def make_store(self, plan: BoundPlan, capacity: int, model_id: bytes) -> Any:
+        return ContiguousStore(plan, self.arena, capacity, model_id, num_rows=8, row_tokens=self.row_tokens)
+
+    def check_tables(self, step: KVStep) -> None:
+        for layer in range(len(self.layers)):
+            strips = self.store.strips(layer, step)
+            entries = np.diff(strips.table.astype(np.int64), axis=1)
+            assert (entries * 64 == strips.fmt.strip_bytes).all(), "strips do not follow one another"
+
+    def state(self) -> tuple[object, ...]:
+        sequences = {
+            number: (each.row, each.num_tokens, each.first.tolist(), each.end.tolist(), each.expired_blocks.tolist())
+            for number, each in self.store._sequences.items()
+        }
+        return sequences, sorted(self.store._space._left), self.store._space._fresh, self.ledger.snapshot()
+
+    def check(self) -> None:
+        """Compare every stored token bit by bit, and the pages with the tokens that they are for."""
+        store = self.store
+        store.check_integrity()
+        assert self.ledger.held("kv", "host") == store.report().live_bytes
+        assert {KVHandle(number) for number in store._sequences} == set(self.refs)
+        for handle, ref in self.refs.items():
+            assert store.num_tokens(handle) == ref.num_tokens
+            for layer, spec in enumerate(self.layers):
+                gone = ref.expired[layer] * BLOCK
+                if spec.kv_source is None:
+                    k, v = store.tensors(handle, layer)
+                    assert torch.equal(k[gone:].float(), ref.k[layer][gone:])
+                    assert torch.equal(v[gone:].float(), ref.v[layer][gone:])
+
+
+BOTH = pytest.mark.parametrize("kind", [World, ContiguousWorld], ids=["paged", "contiguous"])
+"""For tests of what every store does."""

@@ -74,22 +74,32 @@ def test_survival_is_that_of_kaplan_and_meier(finished: list[int], running: list
         assert share == pytest.approx(alive)
 
 
-def test_drawn_lengths_follow_what_is_known() -> None:
+def test_chances_follow_what_is_known() -> None:
     model = LengthModel()
-    rank, zero, hundred = np.asarray([0.5]), np.asarray([0]), np.asarray([100])
-    assert model.draw(zero, hundred, NOBODY, rank).tolist() == [100]  # nothing is known
     for length in (10, 20, 30, 40):
         model.add(length)
-    ranks = np.asarray([0.0, 0.3, 0.6, 0.99])
-    assert model.draw(np.zeros(4, int), np.full(4, 100), NOBODY, ranks).tolist() == [10, 20, 30, 40]
-    assert model.draw(np.asarray([25, 25, 45]), np.full(3, 100), NOBODY, np.asarray([0.2, 0.9, 0.5])).tolist() == [
-        30,
-        40,
-        100,
-    ]
-    assert model.draw(np.asarray([25]), np.asarray([26]), NOBODY, rank).tolist() == [26]
+    steps = np.asarray([[1, 10, 11, 31, 40, 41]])
+    limit = np.asarray([100])
+    fresh = model.chances(np.asarray([0]), limit, NOBODY, steps)
+    assert fresh.tolist() == [[1.0, 1.0, 0.75, 0.25, 0.25, 0.0]]
+    # One with 25 tokens is one of the two longest; one with 45 is longer than all that is known: up to its limit.
+    assert model.chances(np.asarray([25]), limit, NOBODY, steps).tolist() == [[1.0, 0.5, 0.5, 0.0, 0.0, 0.0]]
+    assert model.chances(np.asarray([45]), np.asarray([55]), NOBODY, steps).tolist() == [[1.0, 1.0, 0, 0, 0, 0]]
     # Four that still run with 15 tokens say that few end early.
-    assert model.draw(zero, hundred, np.full(4, 15), np.asarray([0.2])).tolist() == [20]
+    several = model.chances(np.asarray([0]), limit, np.full(4, 15), steps)
+    assert several[0, 2] == pytest.approx(7 / 8)
+
+
+def test_before_anything_is_known_lengths_are_spread_over_all_magnitudes() -> None:
+    model = LengthModel(prior=4.0)
+    model.allow(4096)
+    steps = np.asarray([[9, 65, 513]])
+    early = model.chances(np.asarray([0]), np.asarray([4096]), NOBODY, steps)[0]
+    assert early == pytest.approx([0.75, 0.5, 0.25], abs=0.05)
+    for _ in range(400):
+        model.add(500)
+    late = model.chances(np.asarray([0]), np.asarray([4096]), NOBODY, steps)[0]
+    assert late == pytest.approx([1, 1, 0], abs=0.02)
 
 
 def test_policies_admit_what_they_foresee() -> None:

@@ -9,7 +9,7 @@ import struct
 
 import numpy as np
 import pytest
-from tests.support.kv_world import FULL, MIXED, World, make_spec
+from tests.support.kv_world import BOTH, FULL, MIXED, World, make_spec
 
 from elbowroom.errors import IntegrityError, OutOfBudget
 
@@ -20,9 +20,10 @@ def seal(header: bytes, payload: bytes = b"", magic: bytes = b"ELBKV\x00\x00\x03
     return body + hashlib.blake2b(body, digest_size=32).digest()
 
 
-def test_span_round_trip_is_bit_equal():
+@BOTH
+def test_span_round_trip_is_bit_equal(kind: type[World]):
     """A span imported elsewhere gives the same bits, goes on from there, and exports to the same bytes."""
-    world = World(MIXED)
+    world = kind(MIXED)
     handle = world.open(300)
     world.append((handle, 5))
     span = world.store.export_span(handle, 0, 305)
@@ -36,9 +37,10 @@ def test_span_round_trip_is_bit_equal():
     world.check()
 
 
-def test_spans_of_consecutive_blocks_make_up_a_sequence():
+@BOTH
+def test_spans_of_consecutive_blocks_make_up_a_sequence(kind: type[World]):
     """A prefix exported block by block is put together again block by block, windows or not."""
-    world = World(MIXED)
+    world = kind(MIXED)
     handle = world.open()
     spans = []
     for stop in (64, 192, 256, 300):
@@ -68,9 +70,10 @@ def test_import_replaces_blocks_of_a_step_that_never_ran():
     assert world.store.report().num_strips == 4
 
 
-def test_span_holds_nothing_of_other_sequences():
+@BOTH
+def test_span_holds_nothing_of_other_sequences(kind: type[World]):
     """Slots behind the end of a span are zero, whatever a recycled strip held before."""
-    world = World([FULL])
+    world = kind([FULL])
     world.close(world.open(64))
     handle = world.open(3)
     span = world.store.export_span(handle, 0, 3)
@@ -79,26 +82,29 @@ def test_span_holds_nothing_of_other_sequences():
     assert np.count_nonzero(keys[:, 3:]) == 0
 
 
+@BOTH
 @pytest.mark.parametrize(("start", "stop"), [(1, 100), (64, 64), (0, 101), (-64, 64), (128, 100)])
-def test_spans_that_are_none_are_refused(start: int, stop: int):
+def test_spans_that_are_none_are_refused(kind: type[World], start: int, stop: int):
     """A span starts at a block of the sequence and ends inside it."""
-    world = World([FULL])
+    world = kind([FULL])
     handle = world.open(100)
     with pytest.raises(IntegrityError, match="no span"):
         world.store.export_span(handle, start, stop)
 
 
-def test_span_that_has_expired_is_refused():
+@BOTH
+def test_span_that_has_expired_is_refused(kind: type[World]):
     """Tokens that a window has dropped cannot be exported any more."""
-    world = World([make_spec(window=64)])
+    world = kind([make_spec(window=64)])
     handle = world.open(640)
     with pytest.raises(IntegrityError, match="sliding window"):
         world.store.export_span(handle, 0, 128)
 
 
-def test_damage_at_any_byte_is_detected():
+@BOTH
+def test_damage_at_any_byte_is_detected(kind: type[World]):
     """Flipping one bit anywhere in a span, or cutting it anywhere, is found, and the store stays as it was."""
-    world = World([make_spec(q_heads=1, dim=1, v_dim=1)])
+    world = kind([make_spec(q_heads=1, dim=1, v_dim=1)])
     handle, twin = world.open(3), world.open()
     span = world.store.export_span(handle, 0, 3)
     before = world.state()
@@ -115,22 +121,24 @@ def test_damage_at_any_byte_is_detected():
     assert world.store.import_span(twin, span) == 3
 
 
+@BOTH
 @pytest.mark.parametrize("change", ["model", "plan", "layers"])
-def test_spans_of_another_model_or_plan_are_refused(change: str):
+def test_spans_of_another_model_or_plan_are_refused(kind: type[World], change: str):
     """Weights, plan and layer shapes must be the ones the span was made with."""
-    span_of = World([FULL], model_id=b"one")
+    span_of = kind([FULL], model_id=b"one")
     span = span_of.store.export_span(span_of.open(10), 0, 10)
     world = {
-        "model": lambda: World([FULL], model_id=b"two"),
-        "plan": lambda: World([FULL], model_id=b"one", plan="plain(fp32)"),
-        "layers": lambda: World([make_spec(window=4096)], model_id=b"one"),
+        "model": lambda: kind([FULL], model_id=b"two"),
+        "plan": lambda: kind([FULL], model_id=b"one", plan="plain(fp32)"),
+        "layers": lambda: kind([make_spec(window=4096)], model_id=b"one"),
     }[change]()
     with pytest.raises(IntegrityError, match="another model or KV plan"):
         world.store.import_span(world.open(), span)
-    same = World([FULL], model_id=b"one")
+    same = kind([FULL], model_id=b"one")
     assert same.store.import_span(same.open(), span) == 10
 
 
+@BOTH
 @pytest.mark.parametrize(
     "header",
     [
@@ -155,9 +163,9 @@ def test_spans_of_another_model_or_plan_are_refused(change: str):
         b'{"fingerprint": "FP", "start": 0, "stop": 300, "dropped": true}',
     ],
 )
-def test_garbage_headers_with_a_valid_checksum_are_refused(header: bytes):
+def test_garbage_headers_with_a_valid_checksum_are_refused(kind: type[World], header: bytes):
     """Whatever the header says, the answer is an IntegrityError and an unchanged store."""
-    world = World([FULL])
+    world = kind([FULL])
     twin = world.open()
     before = world.state()
     text = header.replace(b"FP", world.store.fingerprint.hex().encode())
@@ -166,9 +174,10 @@ def test_garbage_headers_with_a_valid_checksum_are_refused(header: bytes):
     assert world.state() == before
 
 
-def test_header_length_beyond_the_span_and_foreign_files_are_refused():
+@BOTH
+def test_header_length_beyond_the_span_and_foreign_files_are_refused(kind: type[World]):
     """A header that claims more bytes than there are, an empty file and another file type are refused."""
-    world = World([FULL])
+    world = kind([FULL])
     twin = world.open()
     body = b"ELBKV\x00\x00\x03" + struct.pack("<I", 2**32 - 1) + b"{}"
     for span in (body + hashlib.blake2b(body, digest_size=32).digest(), b"", b"ELBKV", bytes(100)):
@@ -176,9 +185,10 @@ def test_header_length_beyond_the_span_and_foreign_files_are_refused():
             world.store.import_span(twin, span)
 
 
-def test_span_with_too_few_strips_is_refused_before_anything_is_taken():
+@BOTH
+def test_span_with_too_few_strips_is_refused_before_anything_is_taken(kind: type[World]):
     """Header and payload must agree on the number of strips."""
-    world = World([FULL])
+    world = kind([FULL])
     twin = world.open()
     before = world.state()
     header = json.dumps(
@@ -190,9 +200,10 @@ def test_span_with_too_few_strips_is_refused_before_anything_is_taken():
     assert world.state() == before
 
 
-def test_import_only_continues_a_sequence():
+@BOTH
+def test_import_only_continues_a_sequence(kind: type[World]):
     """A span that starts elsewhere than where the sequence ends is refused."""
-    world = World([FULL])
+    world = kind([FULL])
     handle, other = world.open(128), world.open(64)
     tail = world.store.export_span(handle, 64, 128)
     assert world.store.import_span(other, tail) == 64
@@ -201,13 +212,14 @@ def test_import_only_continues_a_sequence():
             world.store.import_span(target, tail)
 
 
+@BOTH
 @pytest.mark.parametrize("bound", ["capacity", "ledger"])
-def test_import_into_a_tight_budget_leaves_the_sequence_unchanged(bound: str):
+def test_import_into_a_tight_budget_leaves_the_sequence_unchanged(kind: type[World], bound: str):
     """When one of two pools has no room, nothing is taken from either; after making room the import works."""
     layers = [FULL, make_spec(window=1000)]
-    source = World(layers)
+    source = kind(layers)
     span = source.store.export_span(source.open(192), 0, 192)
-    world = World(layers, capacity=10 * 4096) if bound == "capacity" else World(layers, limit=10 * 4096)
+    world = kind(layers, capacity=10 * 4096) if bound == "capacity" else kind(layers, limit=10 * 4096)
     filler, twin = world.open(128), world.open()
     world.open(64)
     before = world.state()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.support.kv_world import FULL, MIXED, World
+from tests.support.kv_world import BOTH, FULL, MIXED, World
 
 
+@BOTH
 @pytest.mark.parametrize("at", [0, 1, 63, 64, 65, 130])
 @pytest.mark.parametrize("writer", ["parent", "child"])
-def test_writing_one_side_of_a_fork_leaves_the_other_alone(at: int, writer: str):
+def test_writing_one_side_of_a_fork_leaves_the_other_alone(kind: type[World], at: int, writer: str):
     """Copy-on-write: whichever side appends, the other keeps every bit."""
-    world = World([FULL, FULL])
+    world = kind([FULL, FULL])
     parent = world.open(130)
     child = world.fork(parent, at)
     world.append((parent if writer == "parent" else child, 100))
@@ -35,9 +36,10 @@ def test_fork_costs_nothing_until_it_writes_into_a_shared_block():
     world.check()
 
 
-def test_all_sharers_writing_in_one_step_keep_their_own_copies():
+@BOTH
+def test_all_sharers_writing_in_one_step_keep_their_own_copies(kind: type[World]):
     """A parent and its forks that write the same shared block in the same step do not see each other."""
-    world = World(MIXED)
+    world = kind(MIXED)
     parent = world.open(70)
     twins = [world.fork(parent, count) for count in (70, 66, 65)]
     world.append((parent, 1), *((twin, 1) for twin in twins))

@@ -7,27 +7,29 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tests.support.kv_world import FULL, MIXED, NOTHING, World, make_spec
+from tests.support.kv_world import BOTH, FULL, MIXED, NOTHING, World, make_spec
 
 from elbowroom.errors import IntegrityError
 from elbowroom.kv import KVStep, Want
 
 
-def test_several_sequences_of_different_lengths_share_a_step():
+@BOTH
+def test_several_sequences_of_different_lengths_share_a_step(kind: type[World]):
     """Prompts, single tokens and block boundaries in one step give the attention that each has alone."""
-    world = World(MIXED)
+    world = kind(MIXED)
     a, b, c = world.open(200), world.open(63), world.open()
     for _ in range(3):
         world.append((c, 130), (a, 1), (b, 2))
     world.check()
 
 
-def test_chunking_does_not_change_what_is_read():
+@BOTH
+def test_chunking_does_not_change_what_is_read(kind: type[World]):
     """A prompt in one step and the same prompt in random chunks leave the same bits behind."""
     k, v, q = torch.randn(300, 1, 8), torch.randn(300, 1, 8), torch.randn(300, 2, 8)
     spans, outs = [], []
     for cuts in ([0, 300], [0, 1, 64, 65, 190, 299, 300]):
-        world = World([make_spec(window=90)])
+        world = kind([make_spec(window=90)])
         handle = world.open()
         parts = []
         for start, stop in itertools.pairwise(cuts):
@@ -58,6 +60,7 @@ def test_short_dtypes_store_rounded_values(plan: str):
     assert pool.strip_bytes == 64 * 16 * 2
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("positions", "match"),
     [
@@ -69,9 +72,9 @@ def test_short_dtypes_store_rounded_values(plan: str):
         ([9, 10], "again"),
     ],
 )
-def test_positions_with_holes_or_out_of_order_are_refused(positions: list[int], match: str):
+def test_positions_with_holes_or_out_of_order_are_refused(kind: type[World], positions: list[int], match: str):
     """A step appends exactly behind the tokens there are; anything else changes nothing."""
-    world = World([FULL])
+    world = kind([FULL])
     handle = world.open(10)
     before = world.state()
     with pytest.raises(IntegrityError, match=match):
@@ -79,9 +82,10 @@ def test_positions_with_holes_or_out_of_order_are_refused(positions: list[int], 
     assert world.state() == before
 
 
-def test_malformed_rows_are_refused():
+@BOTH
+def test_malformed_rows_are_refused(kind: type[World]):
     """A sequence twice in a step, a row without tokens, and a wrong number of rows are refused; nothing changes."""
-    world = World([FULL])
+    world = kind([FULL])
     a, b = world.open(10), world.open(10)
     before = world.state()
     with pytest.raises(IntegrityError, match="two rows"):
@@ -93,9 +97,10 @@ def test_malformed_rows_are_refused():
     assert world.state() == before
 
 
-def test_steps_and_handles_out_of_turn_are_refused():
+@BOTH
+def test_steps_and_handles_out_of_turn_are_refused(kind: type[World]):
     """attend and end_step need a reserved step, and a closed sequence is known to nobody."""
-    world = World([FULL])
+    world = kind([FULL])
     handle = world.open(5)
     step = world.append_step((handle, 1))
     x = torch.zeros(1, 1, 8)
@@ -122,9 +127,10 @@ def test_decoding_within_blocks_reuses_the_step_tables():
     assert tables[0] is tables[1] is tables[2]
 
 
-def test_changed_batches_get_their_own_tables():
+@BOTH
+def test_changed_batches_get_their_own_tables(kind: type[World]):
     """Forks, rollbacks, closed members, other orders and crossed blocks are all seen by the next step."""
-    world = World(MIXED)
+    world = kind(MIXED)
     a, b = world.open(60), world.open(120)
     world.append((a, 1), (b, 1))
     twin = world.fork(a)
@@ -139,9 +145,10 @@ def test_changed_batches_get_their_own_tables():
     world.check()
 
 
-def test_statistics_agree_with_dense_attention():
+@BOTH
+def test_statistics_agree_with_dense_attention(kind: type[World]):
     """colsum and pmax equal those of dense softmax: grouped heads, windows, softcap, shared layers, several rows."""
-    world = World(MIXED)
+    world = kind(MIXED)
     a, b = world.open(150), world.open(10)
     for sizes in ((1, 1), (70, 3), (2, 120)):
         step = world.append_step((a, sizes[0]), (b, sizes[1]))
@@ -152,9 +159,10 @@ def test_statistics_agree_with_dense_attention():
             assert [sums.shape[1] for sums in out.colsum] == [world.refs[h].num_tokens for h in (a, b)]
 
 
-def test_statistics_are_made_only_when_wanted():
+@BOTH
+def test_statistics_are_made_only_when_wanted(kind: type[World]):
     """Each statistic is None unless it was asked for."""
-    world = World([FULL])
+    world = kind([FULL])
     handle = world.open(5)
     for want in (NOTHING, Want(colsum=True), Want(pmax=True)):
         step = world.append_step((handle, 2))

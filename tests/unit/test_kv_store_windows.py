@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.kv_world import FULL, World, make_spec
+from tests.support.kv_world import BOTH, FULL, World, make_spec
 
 from elbowroom.errors import IntegrityError
 
 
-def test_sliding_window_frees_bytes_and_pages():
+@BOTH
+def test_sliding_window_frees_bytes_and_pages(kind: type[World]):
     """A windowed layer holds a bounded number of strips, however long the sequence grows, and the arena shrinks."""
-    world = World([make_spec(window=100)])
+    world = kind([make_spec(window=100)])
     handle = world.open(64)
     held = []
     for _ in range(12):
@@ -21,18 +22,20 @@ def test_sliding_window_frees_bytes_and_pages():
     world.check()
 
 
-def test_prompt_longer_than_the_window_leaves_only_the_window():
+@BOTH
+def test_prompt_longer_than_the_window_leaves_only_the_window(kind: type[World]):
     """After a long prompt in one step, the blocks before window and rollback are gone."""
-    world = World([make_spec(window=64)])
+    world = kind([make_spec(window=64)])
     handle = world.open(640)
     assert world.store.report().live_bytes == 2 * 4096
     assert world.refs[handle].expired == [8]
     world.check()
 
 
-def test_going_back_beyond_a_window_is_refused_with_the_reason():
+@BOTH
+def test_going_back_beyond_a_window_is_refused_with_the_reason(kind: type[World]):
     """fork and truncate to where a window has dropped tokens name the token and the window, and change nothing."""
-    world = World([FULL, make_spec(window=64)])
+    world = kind([FULL, make_spec(window=64)])
     handle = world.open(640)
     before = world.state()
     for call in (world.store.fork, world.store.truncate):

@@ -293,8 +293,8 @@ def test_a_large_body_is_refused(llm: AsyncLLM) -> None:
     assert (response.status_code, error_of(response)["code"]) == (413, "request_body_too_large")
 
 
-def test_a_full_queue_says_when_to_retry(llm: AsyncLLM) -> None:
-    app = create_app({"tiny": llm}, ServerLimits(max_live_requests=1, retry_after_s=7))
+def test_too_many_open_requests_are_refused_before_they_are_read(llm: AsyncLLM) -> None:
+    app = create_app({"tiny": llm}, ServerLimits(max_open_requests=1))
 
     async def race() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -304,7 +304,7 @@ def test_a_full_queue_says_when_to_retry(llm: AsyncLLM) -> None:
     responses = sorted(asyncio.run(race()), key=lambda each: each.status_code)
 
     assert [each.status_code for each in responses] == [200, 429, 429]
-    assert responses[1].headers["retry-after"] == "7"
+    assert responses[1].headers["retry-after"] == "1"
     assert error_of(responses[1])["type"] == "rate_limit_error"
 
 

@@ -23,6 +23,10 @@ NAMES = (
     "retrieval",
     "serve",
     "serve-admission",
+    "serve-fair",
+    "shared-prefix",
+    "soak",
+    "stores",
 )
 BENCHES: Registry[Benchmark] = Registry(
     "benchmark", {name: f"elbowroom.bench.{name.replace('-', '_')}:run" for name in NAMES}

@@ -32,9 +32,11 @@ from elbowroom.models.hf_config import read_config
 
 
 @contextlib.contextmanager
-def server(model: str | None, memory: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(
+    model: str | None, memory: str, port: int = 0, options: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run ``elbowroom serve`` as a process of its own and yield it with its URL."""
-    command = [sys.executable, "-m", "elbowroom.commands", "serve", "--port", "0", "--memory", memory]
+    command = [sys.executable, "-m", "elbowroom.commands", "serve", "--port", str(port), "--memory", memory, *options]
     command += [] if model is None else ["--model", f"bench={model}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

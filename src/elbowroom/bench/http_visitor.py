@@ -64,11 +64,14 @@ class Visitor:
 
     url: str
     model: str
+    api_key: str = "none"
+    waited_s: float = 0.0
+    """Seconds of a visit in which it was told to wait."""
     client: openai.OpenAI = field(init=False)
 
     def __post_init__(self) -> None:
         """Make the official client, without the retries that would hide faults."""
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=HANG_S)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=HANG_S)
 
     def visit(self, kind: str, seed: int) -> Outcome:
         """Make one visit and return what was seen."""
@@ -83,7 +86,7 @@ class Visitor:
             outcome.fault = f"connection: {type(error).__name__}"
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # whatever a check stumbles over
             outcome.fault = f"schema: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if outcome.fault is None and time.perf_counter() - started > HANG_S:
+        if outcome.fault is None and time.perf_counter() - started - self.waited_s > HANG_S:
             outcome.fault = f"took over {HANG_S:.0f} s"
         return outcome
 
@@ -148,18 +151,22 @@ class Visitor:
         body = json.dumps(self._completion(rng) | {"max_tokens": 1000, "stream": rng.random() < 0.5}).encode()
         host, port = self.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=HANG_S) as connection:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            sent = head + body
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {self.api_key}\r\n"
+            sent = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
             connection.sendall(sent[: rng.randint(1, len(sent))] if rng.random() < 0.3 else sent)
             time.sleep(rng.uniform(0.0, 0.5))
 
     def _malformed(self, rng: random.Random, outcome: Outcome) -> None:
         route = rng.choice(["completions", "chat/completions"])
-        answer = httpx.post(f"{self.url}/v1/{route}", content=rng.choice(MALFORMED), timeout=HANG_S)
+        answer = self._post(f"{self.url}/v1/{route}", rng.choice(MALFORMED))
         if not 400 <= answer.status_code < 500:
             outcome.fault = f"HTTP {answer.status_code} for a malformed body"
             return
         _require(set(answer.json()["error"]) == {"message", "type", "param", "code"}, "an error of another shape")
+
+    def _post(self, url: str, body: bytes) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        return httpx.post(url, content=body, headers=headers, timeout=HANG_S)
 
 
 class SchemaError(ValueError):

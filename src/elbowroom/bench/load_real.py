@@ -55,6 +55,7 @@ class Fitted:
     """A simulated server that should take as long as the real one."""
 
     server: SimulatedServer
+    num_layers: int
     mean_error: float
     """Mean of |price - measured| / measured over the steps that it was fitted to."""
     record: RunRecord
@@ -80,7 +81,8 @@ def fitted_server(workload: Workload | None = None, seed: int = 0) -> Fitted:
             max_sequences=scheduler.config.max_sequences,
             prefix_cache=load.has_block_keys,
         )
-    return Fitted(server, float(np.mean(errors)), record)
+        num_layers = made.parts.config.num_layers
+    return Fitted(server, num_layers, float(np.mean(errors)), record)
 
 
 def probe_load(seed: int, count: int = 60) -> Workload:

@@ -8,11 +8,15 @@ from elbowroom.core import LayerSpec
 from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.admission import ADMISSIONS
 from elbowroom.engine.executors.base import CostModel, ServingCostModel
+from elbowroom.engine.executors.simulated_transfers import SimTransfers
+from elbowroom.engine.ordering import OrderPolicy
+from elbowroom.engine.preemption import PreemptPolicy
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.kv.plan import KVPlan
 from elbowroom.workloads.base import Workload
 from elbowroom.workloads.metrics import RunRecord, Targets
-from elbowroom.workloads.simulate import END, Simulation
+from elbowroom.workloads.prompts import END
+from elbowroom.workloads.simulate import Simulation
 
 MAX_TOKENS = 4096
 """Limit that clients send."""
@@ -56,8 +60,21 @@ class SimulatedServer:
         """Bytes of one token, in full blocks."""
         return self.pricing.block_bytes / 64
 
-    def run(self, workload: Workload, policy: str, kv_bytes: int, max_tokens: int = MAX_TOKENS) -> RunRecord:
-        """Replay ``workload`` with ``kv_bytes`` of KV cache under an admission policy."""
+    def run(
+        self,
+        workload: Workload,
+        policy: str,
+        kv_bytes: int,
+        max_tokens: int = MAX_TOKENS,
+        *,
+        order: OrderPolicy | None = None,
+        preemption: PreemptPolicy | None = None,
+        transfers: SimTransfers | None = None,
+    ) -> RunRecord:
+        """Replay ``workload`` with ``kv_bytes`` of KV cache under an admission policy.
+
+        Order and preemption are those of the scheduler where none are given; ``transfers`` prices what is saved.
+        """
         config = SchedulerConfig(
             max_positions=self.max_positions,
             max_step_tokens=self.max_step_tokens,
@@ -66,15 +83,15 @@ class SimulatedServer:
             prefix_cache=self.prefix_cache,
             seed=self.seed,
         )
-        scheduler = Scheduler(config, [self.pricing], kv_bytes, ADMISSIONS.get(policy)())
-        return Simulation(scheduler, self.cost, max_tokens).run(workload)
+        scheduler = Scheduler(config, [self.pricing], kv_bytes, ADMISSIONS.get(policy)(), order, preemption)
+        return Simulation(scheduler, self.cost, max_tokens, transfers).run(workload)
 
     def mean_live_bytes(self, workload: Workload, max_tokens: int = MAX_TOKENS) -> float:
         """Return the mean bytes of KV that ``workload`` holds when nothing limits it."""
         record = self.run(workload, "greedy", UNLIMITED, max_tokens)
         return record.summary(Targets()).mean_kv_bytes
 
-    def capacity(self, workload: Workload, kv_bytes: int) -> float:
+    def capacity(self, workload: Workload, kv_bytes: int, max_tokens: int = MAX_TOKENS) -> float:
         """Return the requests a second of ``workload`` that the oracle can serve when all of them wait at once."""
         at_once = replace(workload, requests=tuple(replace(each, arrival_s=0.0) for each in workload.requests))
-        return self.run(at_once, "oracle", kv_bytes).summary(Targets()).requests_per_s
+        return self.run(at_once, "oracle", kv_bytes, max_tokens).summary(Targets()).requests_per_s

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from elbowroom.core import STRIP_TOKENS
-from elbowroom.engine.accounting import KVPricing, num_blocks
+from elbowroom.engine.accounting import num_blocks
 from elbowroom.engine.executors.local import TorchExecutor
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.sizing import workspace_sizes
+from elbowroom.engine.stores import make_stores, price
 from elbowroom.engine.types import Request, SessionRef
 from elbowroom.kv.calibration import Calibration
-from elbowroom.kv.paged import PagedStore
+from elbowroom.kv.capacity import Capacity
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
 from elbowroom.memory.ledger import Budget, Ledger
@@ -95,6 +96,7 @@ class Subject:
     kv: str | KVPlan = "plain"
     calibration: Calibration | None = None
     """For plans that need it."""
+    kv_store: str = "paged"
 
     @property
     def config(self) -> ModelConfig:
@@ -117,7 +119,8 @@ class Stepper:
     ) -> None:
         plan = KVPlan.parse(subject.kv).bind(subject.config.layers, dtype, subject.calibration)
         tier = HostTier()
-        self.pricing = KVPricing.of(plan, subject.config.max_positions, STEP_TOKENS, tier.page_bytes)
+        longest = subject.config.max_positions
+        self.pricing = price(subject.kv_store, plan, longest, STEP_TOKENS, tier.page_bytes)
         longest = len(self.pricing.by_blocks) - 1
         times, blocks = divmod(num_blocks(capacity_tokens), longest)
         prices = times * self.pricing.price(longest) + self.pricing.price(blocks)
@@ -130,7 +133,10 @@ class Stepper:
         arena = Arena(tier, Ledger(Budget({})))
         sizes = workspace_sizes(subject.config, getattr(torch, dtype), subject.path, STEP_TOKENS, config.max_sequences)
         self._workspace = Workspace(arena, sizes)
-        self.store = PagedStore(plan, arena, capacity_bytes)
+        room = Capacity(capacity_bytes)
+        (self.store,) = make_stores(
+            subject.kv_store, [plan], arena, room, max_tokens=config.max_positions, max_sequences=8
+        )
         self._executor = TorchExecutor(
             subject.path.model(subject.decoder), subject.decoder.weights, self.store, self._workspace
         )

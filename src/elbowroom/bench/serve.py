@@ -9,6 +9,7 @@ longer fails there, and counts as a failure.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from elbowroom.bench.base import BenchOptions, BenchResult, LoadOptions, Row
@@ -93,7 +94,7 @@ def _real(workload: Workload, load: LoadOptions, options: BenchOptions) -> list[
 def _more(shown: Shown) -> Row:
     """Return what the report shows beside the common columns."""
     made = shown.summary
-    return {
+    columns: dict[str, float] = {
         "output_tokens_per_s": made.output_tokens_per_s,
         "ttfvt_p50_s": made.ttfvt.p50,
         "e2e_p50_s": made.e2e.p50,
@@ -102,6 +103,7 @@ def _more(shown: Shown) -> Row:
         "mean_waiting": made.mean_waiting,
         "makespan_s": made.makespan_s,
     }
+    return {name: None if math.isnan(value) else value for name, value in columns.items()}
 
 
 def _with_errors(rows: list[Row]) -> list[Row]:
@@ -117,6 +119,6 @@ def _with_errors(rows: list[Row]) -> list[Row]:
 
 
 def _error(simulated: object, real: object) -> float | None:
-    assert isinstance(simulated, int | float)
-    assert isinstance(real, int | float)
-    return simulated / real - 1 if real else None
+    if not isinstance(simulated, int | float) or not isinstance(real, int | float) or not real:
+        return None
+    return simulated / real - 1

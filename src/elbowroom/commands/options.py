@@ -32,6 +32,12 @@ Relief = Annotated[
         show_default=False,
     ),
 ]
+Store = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="Where keys and values lie: paged, static (all pages at the start) or contiguous (plain)."
+    ),
+]
 Dtype = Annotated[
     str, typer.Option(metavar="TYPE", help="Weights and KV cache: float32, bfloat16, float16; auto: the checkpoint's.")
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elbowroom.commands.options import KV, Dtype, Json, Memory, Model, Progress, Relief
+from elbowroom.commands.options import KV, Dtype, Json, Memory, Model, Progress, Relief, Store
 
 if TYPE_CHECKING:
     from elbowroom.commands.questions import Answers
@@ -20,6 +20,7 @@ def run(
     memory: Memory = "80%",
     kv: KV = "plain",
     kv_relief: Relief = None,
+    kv_store: Store = "paged",
     dtype: Dtype = "auto",
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most new tokens of each answer.")] = 48,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the most likely token.")] = 0.0,
@@ -54,7 +55,7 @@ def run(
     imports_s = time.perf_counter() - begin
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with progress_bar("loading", shown, in_bytes=True) as bar:
-        llm = LLM(model, memory, kv, dtype, kv_relief=kv_relief, progress=bar)
+        llm = LLM(model, memory, kv, dtype, kv_relief=kv_relief, kv_store=kv_store, progress=bar)
     with llm:
         ids = encode_prompts(llm.tokenizer, document, texts, chat)
         with progress_bar("answering", shown) as bar:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elbowroom.commands.options import KV, Dtype, Memory, Progress, Relief
+from elbowroom.commands.options import KV, Dtype, Memory, Progress, Relief, Store
 from elbowroom.errors import BudgetTooSmall, RequestError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def serve(
         typer.Option(metavar="PLAN", help='Plan that a request may ask for by "kv"; repeatable.', show_default=False),
     ] = None,
     kv_relief: Relief = None,
+    kv_store: Store = "paged",
     dtype: Dtype = "auto",
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -42,8 +43,26 @@ def serve(
         int, typer.Option(metavar="N", min=1, help="Most sequences of a model that run at once.")
     ] = 64,
     max_requests: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Most requests of a model that wait or run; more get 429.")
+        int, typer.Option(metavar="N", min=1, help="Most requests that are open at once; more get 429.")
     ] = 512,
+    max_queue: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Most requests of a model that wait to begin; more get 429.")
+    ] = 256,
+    max_queue_per_tenant: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="The same of each tenant, times its weight.", show_default=False),
+    ] = None,
+    queue_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="Longest wait to begin; longer gets 503.", show_default=False),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="Longest time for a request; longer gets 504.", show_default=False),
+    ] = None,
+    allow_priority: Annotated[
+        bool, typer.Option("--allow-priority", help='Let requests set "priority"; lower runs first.')
+    ] = False,
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prefixes that later requests may share.")
     ] = True,
@@ -79,39 +98,71 @@ def serve(
     swap_limit: Annotated[
         str, typer.Option(metavar="AMOUNT", help="Most bytes that are saved there, for each model.")
     ] = "4GiB",
-    grace: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="How long running requests may go on after Ctrl-C.")
+    drain_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long accepted requests may go on after Ctrl-C.")
     ] = 10.0,
     api_key: Annotated[
         str | None,
         typer.Option(metavar="KEY", envvar="ELBOWROOM_API_KEY", help="Key that clients must send.", show_default=False),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Further keys, in lines KEY TENANT [WEIGHT].", show_default=False),
+    ] = None,
+    tenant_header: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Header that names the tenant, set by your proxy.", show_default=False),
+    ] = None,
+    debug_routes: Annotated[
+        bool, typer.Option("--debug-routes", help="Offer POST /debug/reset, which empties caches and checks the books.")
+    ] = False,
     progress: Progress = None,
 ) -> None:
     """Serve models over HTTP, as the OpenAI API does.
 
-    All models share the memory budget. Ctrl-C or SIGTERM ends the server once running requests have ended.
+    All models share the memory budget. Ctrl-C or SIGTERM ends the server once accepted requests have ended; a
+    second one ends it at once.
     """
     from elbowroom.engine.scheduling import Scheduling
     from elbowroom.models.directory import model_path, read_ahead
     from elbowroom.serve.preload import preload
 
-    scheduling = Scheduling(
-        admission=admission, order=order, preemption=preemption, swap_directory=swap, swap_limit=swap_limit
-    )
     directories = read_models(model or [])
     for directory in directories.values():
         read_ahead(model_path(directory))  # the address is checked first, so a missing model is no error yet
     preload()
     from elbowroom.serve import Server, ServerLimits
+    from elbowroom.serve.tenants import Tenants
 
-    limits = ServerLimits(max_live_requests=max_requests, grace_s=grace, api_key=api_key)
+    limits = ServerLimits(
+        max_open_requests=max_requests,
+        max_queue=max_queue,
+        max_queue_per_tenant=max_queue_per_tenant,
+        queue_timeout_s=queue_timeout,
+        request_timeout_s=request_timeout,
+        drain_timeout_s=drain_timeout,
+        api_key=api_key,
+        api_key_file=api_key_file,
+        tenant_header=tenant_header,
+        allow_priority=allow_priority,
+        debug_routes=debug_routes,
+    )
+    tenants = Tenants(api_key, api_key_file, tenant_header)  # keys that cannot be read are named at once
+    scheduling = Scheduling(
+        admission=admission,
+        order=order,
+        tenant_weights=tenants.weights,
+        preemption=preemption,
+        swap_directory=swap,
+        swap_limit=swap_limit,
+    )
     check_address(host, port)
     shares = share_memory(directories, memory, dtype)
     options = {
         "kv": kv,
         "kv_choices": kv_choice or (),
         "kv_relief": kv_relief,
+        "kv_store": kv_store,
         "dtype": dtype,
         "max_sequences": max_sequences,
         "prefix_cache": prefix_cache,

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from elbowroom.core import STRIP_TOKENS, PageFormat
-from elbowroom.kv.bound import BoundPlan
+from elbowroom.kv.bound import BoundPlan, owns_kv
 from elbowroom.kv.conversion import RUN_BLOCKS
+from elbowroom.kv.row_space import most_pages, with_ahead
 
 
 def num_blocks(num_tokens: int) -> int:
@@ -97,6 +98,30 @@ class KVPricing:
             prompt_limits=tuple(prompt_limits),
             end_limits=tuple(end_limits),
             interval=plan.interval,
+            rollback_grain=plan.rollback_grain,
+            namespace=namespace,
+        )
+
+    @classmethod
+    def contiguous(
+        cls, plan: BoundPlan, max_tokens: int, step_tokens: int, page_bytes: int, namespace: bytes = b""
+    ) -> KVPricing:
+        """Return the prices of ``plan``, a plain one, in the contiguous store.
+
+        Each layer ends in a page of its own, and gets some ahead. Nothing is shared, so prefixes are not cached, and
+        whoever forks a session pays for all of the copy.
+        """
+        blocks = range(num_blocks(max_tokens) + 1)
+        prices = [int(with_ahead(most_pages(plan, count * STRIP_TOKENS, page_bytes)).sum()) for count in blocks]
+        transient = 0
+        for layer, fmt in zip(plan.layers, plan.formats, strict=True):
+            if layer.window is not None and owns_kv(layer):  # what comes before what leaves the window goes
+                transient += -(-num_blocks(step_tokens) * fmt.strip_bytes // page_bytes) + 1
+        return cls(
+            by_blocks=tuple(price * page_bytes for price in prices),
+            block_bytes=plan.block_bytes,
+            transient_bytes=transient * page_bytes,
+            can_share=False,
             rollback_grain=plan.rollback_grain,
             namespace=namespace,
         )

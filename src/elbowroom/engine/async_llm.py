@@ -12,7 +12,9 @@ from typing import Self
 from elbowroom.engine.engine import Engine
 from elbowroom.engine.output import OutputDelta, RequestOutput
 from elbowroom.engine.plans import PlanText
+from elbowroom.engine.queue import Gate
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.errors import ElbowroomError, Unread
 
 News = tuple[int, OutputDelta, RequestOutput]
 """Number of the prompt, delta, output so far."""
@@ -36,20 +38,32 @@ class AsyncLLM:
         return self.engine.is_alive
 
     async def start(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, kv: PlanText = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        kv: PlanText = None,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        gate: Gate | None = None,
+        max_unread: int | None = None,
     ) -> OutputStream:
         """Queue one request for each prompt and return the stream of their outputs, which the caller must close.
 
-        With ``kv`` they ask for one of the engine's KV plans.
+        With ``kv`` they ask for one of the engine's KV plans. ``gate`` sees the queue before the first of them enters,
+        and the others follow it. With ``max_unread`` the stream fails when more deltas than that wait to be read.
 
         Raises:
             RequestError: a prompt is malformed or can never fit; none of them runs then.
             Overloaded: too many requests are live.
             EngineClosed: the engine was shut down.
         """
-        stream = OutputStream(self)
+        stream = OutputStream(self, max_unread)
         try:
-            accepted = [stream.enqueue(index, ids, sampling, kv) for index, ids in enumerate(prompts)]
+            accepted = [
+                stream.enqueue(index, ids, sampling, kv, tenant=tenant, priority=priority, gate=None if index else gate)
+                for index, ids in enumerate(prompts)
+            ]
             await asyncio.gather(*map(asyncio.wrap_future, accepted))
         except BaseException:
             stream.close()
@@ -116,27 +130,61 @@ class OutputStream:
     ``output`` is the live object of the engine and may be ahead of ``delta``.
     """
 
-    def __init__(self, llm: AsyncLLM) -> None:
-        self._engine, self._mail = llm.engine, llm.mail()
+    def __init__(self, llm: AsyncLLM, max_unread: int | None = None) -> None:
+        self._engine, self._mail, self._max_unread = llm.engine, llm.mail(), max_unread
+        self._failure: ElbowroomError | None = None
+        self.has_begun = False
+        """Whether anything has arrived."""
         self._arrived: deque[News] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._open: dict[int, int] = {}
 
     def enqueue(
-        self, index: int, prompt_token_ids: Sequence[int], sampling: SamplingParams, kv: PlanText = None
+        self,
+        index: int,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        kv: PlanText = None,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        gate: Gate | None = None,
     ) -> Future[None]:
         """Queue one request; errors as in ``AsyncLLM.start``, here or from the future."""
 
         def sink(delta: OutputDelta, output: RequestOutput) -> None:
             self._mail.send(self, (index, delta, output))
 
-        request_id, accepted = self._engine.enqueue(prompt_token_ids, sampling, sink, kv=kv)
+        request_id, accepted = self._engine.enqueue(
+            prompt_token_ids, sampling, sink, kv=kv, tenant=tenant, priority=priority, gate=gate
+        )
         self._open[request_id] = sampling.n
         return accepted
 
     def take(self, news: News) -> None:
         """Take in what arrived; called on the event loop."""
+        if self._failure is not None:
+            return
         self._arrived.append(news)
+        self.has_begun = True
+        if self._max_unread is not None and len(self._arrived) > self._max_unread:
+            unread = f"the answer was dropped: {self._max_unread} pieces of it were not read"
+            self.fail(Unread(unread, "read the stream faster, or ask for fewer tokens"))
+        self._wake()
+
+    def fail(self, error: ElbowroomError) -> None:
+        """Abort everything and let the reader have ``error`` instead of what it has not read yet."""
+        self._failure = error
+        self._arrived.clear()
+        for request_id in self._open:
+            self._engine.abort(request_id)
+        self._wake()
+
+    async def is_waiting(self) -> bool:
+        """Return whether nothing has begun and something has not ended."""
+        return await asyncio.wrap_future(self._engine.is_waiting(frozenset(self._open)))
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -166,9 +214,11 @@ class OutputStream:
         """
         if not self._open:
             raise StopAsyncIteration
-        while not self._arrived:
+        while not self._arrived and self._failure is None:
             self._waiter = self._mail.loop.create_future()
             await self._waiter
+        if self._failure is not None:
+            raise self._failure
         index, delta, output = self._arrived.popleft()
         if delta.error is not None:
             raise delta.error

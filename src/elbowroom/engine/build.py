@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.core import EngineCore
 from elbowroom.engine.engine import Engine, EngineParts
 from elbowroom.engine.executors.local import TorchExecutor
@@ -13,7 +12,11 @@ from elbowroom.engine.plans import KVPlans
 from elbowroom.engine.resident import Progress, load_resident
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.scheduling import Scheduling
+from elbowroom.engine.stores import Store, price
+from elbowroom.errors import PlanError
+from elbowroom.kv.contiguous import ContiguousStore
 from elbowroom.kv.mixed import MixedStore
+from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
 from elbowroom.models.thinking import find_marks
@@ -27,6 +30,7 @@ def build_engine(
     *,
     kv_choices: Sequence[str | KVPlan] = (),
     kv_relief: str | KVPlan | None = None,
+    kv_store: str = "paged",
     max_sequences: int = 64,
     prefix_cache: bool = True,
     scheduling: Scheduling | None = None,
@@ -45,6 +49,9 @@ def build_engine(
         kv_choices: further plans, which single requests may ask for; each takes some of the budget for its steps.
         kv_relief: a plan that running sequences are turned into when memory is short, before any is preempted and
             computed again; it rounds what they hold, so by default there is none. Requests that name a plan keep it.
+        kv_store: where keys and values lie: ``paged``; ``static``, the same with all its pages taken at the start; or
+            ``contiguous``, one piece of address space for each sequence, whose pages come as it grows: for plain plans,
+            without sharing of prefixes.
         max_sequences: most sequences that run at once.
         prefix_cache: keep finished prefixes for requests that share them.
         scheduling: who may begin, who is served first, and what becomes of those that have to go.
@@ -56,15 +63,19 @@ def build_engine(
     Raises:
         BudgetTooSmall: the budget cannot hold the model and one short sequence.
         ModelError: the directory cannot be used.
-        PlanError: a plan is malformed, does not suit the model, or is no relief of ``kv``.
+        PlanError: a plan is malformed, does not suit the model or the KV store, or is no relief of ``kv``.
         RequestError: another argument is malformed.
     """
     policies = scheduling or Scheduling()
     plans = KVPlans.of(kv, kv_choices, kv_relief)
-    loaded = load_resident(model, memory, plans, dtype, max_sequences=max_sequences, progress=progress)
+    loaded = load_resident(
+        model, memory, plans, dtype, max_sequences=max_sequences, kv_store=kv_store, progress=progress
+    )
     config, tokenizer, sizes = loaded.config, loaded.tokenizer, loaded.memory
     marks = find_marks(tokenizer, thinking_marks)
-    store = MixedStore((loaded.store, *loaded.others)) if loaded.others else loaded.store
+    store: Store | MixedStore = loaded.store
+    if loaded.others and isinstance(loaded.store, PagedStore):
+        store = MixedStore((loaded.store, *loaded.others))
     kv_bytes = store.report().capacity_bytes
     settings = SchedulerConfig(
         max_positions=config.max_positions,
@@ -79,11 +90,13 @@ def build_engine(
     )
     page_bytes = loaded.arena.tier.page_bytes
     pricings = [
-        KVPricing.of(each.plan, config.max_positions, sizes.max_step_tokens, page_bytes, namespace=each.fingerprint)
+        price(kv_store, each.plan, config.max_positions, sizes.max_step_tokens, page_bytes, each.fingerprint)
         for each in (loaded.store, *loaded.others)
     ]
+    if policies.saves and kv_store == "contiguous":
+        raise PlanError("the contiguous KV store cannot save sequences", "use --kv-store paged, or leave out --swap")
     tier = policies.make_tier(loaded.ledger)
-    transfers = None if tier is None else Transfers(store, tier)
+    transfers = None if tier is None or isinstance(store, ContiguousStore) else Transfers(store, tier)
     decoder = loaded.decoder
     path = loaded.path.model(decoder)
     executor = TorchExecutor(path, decoder.weights, store, loaded.workspace, transfers, marks)

@@ -10,7 +10,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +18,7 @@ from typing import TypeVar
 from elbowroom.engine.core import EngineCore, Sink
 from elbowroom.engine.output import OutputDelta, RequestOutput, TextDecoder
 from elbowroom.engine.plans import KVPlans, PlanText
+from elbowroom.engine.queue import Gate, view_queue
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.sizing import MemoryPlan
 from elbowroom.engine.thinking import check_thinking
@@ -90,6 +91,7 @@ class Engine:
         *,
         session: SessionRef | None = None,
         kv: PlanText = None,
+        tenant: str = "",
         priority: int = 0,
         salt: bytes = b"",
     ) -> int:
@@ -106,7 +108,7 @@ class Engine:
             TokenizerError: stop strings are given and the model has no tokenizer.
         """
         request_id, accepted = self.enqueue(
-            prompt_token_ids, sampling, sink, session=session, kv=kv, priority=priority, salt=salt
+            prompt_token_ids, sampling, sink, session=session, kv=kv, tenant=tenant, priority=priority, salt=salt
         )
         accepted.result()
         return request_id
@@ -119,18 +121,22 @@ class Engine:
         *,
         session: SessionRef | None = None,
         kv: PlanText = None,
+        tenant: str = "",
         priority: int = 0,
         salt: bytes = b"",
+        gate: Gate | None = None,
     ) -> tuple[int, Future[None]]:
         """Queue a request and return its id at once, with a future that ends when it is accepted.
 
         What ``submit`` raises is raised here or by the future, which can be cancelled; ``abort`` may come at any time.
+        ``gate`` sees the queue before the request enters and may raise Overloaded.
         """
         request = Request(
             id=next(self._ids),
             prompt_token_ids=tuple(prompt_token_ids),
             sampling=sampling,
             arrival_s=time.monotonic(),
+            tenant=tenant,
             priority=priority,
             salt=salt,
             session=session,
@@ -146,11 +152,24 @@ class Engine:
         check_thinking(sampling, marks)
         shown = frozenset() if marks is None else marks.special_ids
         decoders = [tokenizer.stream_decoder(shown=shown) for _ in range(sampling.n)]
-        return request.id, self.call(lambda: self._add(request, decoders, sink))
+        return request.id, self.call(lambda: self._add(request, decoders, sink, gate))
 
-    def _add(self, request: Request, decoders: Sequence[TextDecoder | None], sink: Sink) -> None:
+    def is_waiting(self, request_ids: Collection[int]) -> Future[bool]:
+        """Return a future that says whether some of these requests have not ended and none of them has begun."""
+
+        def look() -> bool:
+            waiting, running = self._core.scheduler.queues
+            waits = any(seq.request.id in request_ids and not seq.num_generated for seq in waiting)
+            return waits and not any(seq.request.id in request_ids for seq in running)
+
+        return self.call(look)
+
+    def _add(self, request: Request, decoders: Sequence[TextDecoder | None], sink: Sink, gate: Gate | None) -> None:
         if self._core.num_live >= self._max_queue:
             raise Overloaded(f"{self._max_queue} requests are waiting or running", "retry later")
+        if gate is not None:
+            self._core.scheduler.most_new_tokens(request)  # one that never fits is told so, however long the queue
+            gate(view_queue(self._core.scheduler, request.tenant))
         self._core.add(request, decoders, sink)
 
     def generate(

@@ -19,6 +19,8 @@ def repeatable_steps(rows: Rows, state: SchedulerState) -> int:
     if state.leaving or any(seq.is_loading for seq in state.running):
         return 1  # a transfer may end at any time
     most = min([_repeats(seq, row) for seq, row in rows], default=1)
+    if state.waiting and state.order.interval:
+        most = min(most, state.order.interval)  # somebody may have to give way
     if state.waiting and state.refused is state.waiting[0]:
         most = min(most, max(state.asks_again_at - state.num_steps, 1))
     if most <= 1:

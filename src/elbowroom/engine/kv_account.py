@@ -17,6 +17,9 @@ from elbowroom.engine.sequence import Parked, Saved, SeqState, Stowed
 from elbowroom.engine.types import KVOp, Request
 from elbowroom.kv.conversion import RUN_BLOCKS
 
+EXPECTED_TOKENS = 256
+"""Generated tokens for which the store is asked to keep room side by side (a hint; it costs nothing)."""
+
 
 @dataclass(slots=True)
 class KVAccount:
@@ -122,7 +125,8 @@ class KVAccount:
         seq.num_computed = 0 if node is None else node.depth * STRIP_TOKENS
         self._pay_all(seq)
         if node is None:
-            self.ops.append(KVOp("open", seq.slot, plan=seq.plan))
+            expected = seq.num_prompt + min(seq.max_new_tokens, EXPECTED_TOKENS)
+            self.ops.append(KVOp("open", seq.slot, num_tokens=expected, plan=seq.plan))
         else:
             self.ops.append(KVOp("fork", seq.slot, node.slot, seq.num_computed))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from elbowroom.engine.baseline import measure_baseline
 from elbowroom.engine.plans import KVPlans, PlanText
 from elbowroom.engine.sizing import ALIGN, MemoryPlan, plan_memory
+from elbowroom.engine.stores import Store, check_store, make_stores
 from elbowroom.errors import ConfigError
 from elbowroom.kv.calibration import FILE, Calibration
 from elbowroom.kv.capacity import Capacity
@@ -50,7 +51,7 @@ class ResidentModel:
     arena: Arena
     decoder: Decoder
     workspace: Workspace
-    store: PagedStore
+    store: Store
     """Of the usual plan."""
     others: tuple[PagedStore, ...]
     """Of further plans; all share one capacity."""
@@ -75,6 +76,7 @@ def load_resident(
     *,
     path: ComputePath | None = None,
     max_sequences: int = 64,
+    kv_store: str = "paged",
     tasks_bytes: int = 0,
     progress: Progress | None = None,
 ) -> ResidentModel:
@@ -88,6 +90,7 @@ def load_resident(
         dtype: for weights and KV cache; ``auto``: what the checkpoint says.
         path: which passes run native and which on torch; by default what is fastest here.
         max_sequences: most sequences that run at once.
+        kv_store: where keys and values lie; see ``KV_STORES``.
         tasks_bytes: what the caller will allocate beside, charged to ``tasks``.
         progress: called with bytes loaded and bytes in all.
     """
@@ -99,6 +102,7 @@ def load_resident(
     kind: torch.dtype = getattr(torch, dtype)
     plans = kv if isinstance(kv, KVPlans) else KVPlans.of(kv)
     bound = plans.bind(config.layers, dtype, read_calibration(directory) if plans.needs_calibration else None)
+    check_store(kv_store, bound)
     path = path or ComputePath.choose(kind)
     sizes = plan_memory(config, kind, path, bound, budget_bytes, max_sequences, plans.relief)
     tokenizer = Tokenizer.from_directory(directory)
@@ -114,7 +118,10 @@ def load_resident(
     if tasks_bytes:
         ledger.charge("tasks", "host", tasks_bytes)
     capacity, model_id = Capacity(budget_bytes - ledger.total("host")), model_fingerprint(directory)
-    store, *others = (PagedStore(plan, arena, capacity, model_id) for plan in bound)
+    longest = config.max_positions
+    store, *others = make_stores(
+        kv_store, bound, arena, capacity, model_id, max_tokens=longest, max_sequences=sizes.max_sequences
+    )
     return ResidentModel(
         directory=directory,
         config=config,
@@ -126,7 +133,7 @@ def load_resident(
         decoder=decoder,
         workspace=workspace,
         store=store,
-        others=tuple(others),
+        others=tuple(each for each in others if isinstance(each, PagedStore)),
         meter=meter,
         load=load,
         weights=weights,

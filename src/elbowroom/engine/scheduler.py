@@ -116,9 +116,8 @@ class Scheduler:
             ContextTooLong: prompt and max_tokens exceed the context.
             RequestTooLarge: it could not run even alone in the KV budget.
         """
-        account, pricing = self.account, self.account.pricings[request.plan]
-        usable_bytes = account.capacity_bytes - account.transient_bytes + pricing.transient_bytes
-        limit = max_new_tokens(request, self.config.max_positions, pricing, usable_bytes)
+        limit = self.most_new_tokens(request)
+        pricing = self.account.pricings[request.plan]
         state, order = self._state, self._state.next_order
         state.next_order += 1
         seed = request.sampling.seed
@@ -142,6 +141,12 @@ class Scheduler:
             state.order.joined(seq)
             seq.rank = state.order.rank(seq, request.arrival_s)
             insert(state.waiting, seq)
+
+    def most_new_tokens(self, request: Request) -> int:
+        """Return how many tokens each sample of a request may get; errors as in ``add``."""
+        account, pricing = self.account, self.account.pricings[request.plan]
+        usable_bytes = account.capacity_bytes - account.transient_bytes + pricing.transient_bytes
+        return max_new_tokens(request, self.config.max_positions, pricing, usable_bytes)
 
     def abort(self, request_id: int) -> bool:
         """Drop all samples of a request; its blocks are free from the next step on. False if it is unknown."""
@@ -185,6 +190,11 @@ class Scheduler:
         """Return whether a step would do something."""
         state = self._state
         return bool(state.waiting or state.running or state.leaving or state.account.ops or state.updates)
+
+    @property
+    def queues(self) -> tuple[Sequence[SeqState], Sequence[SeqState]]:
+        """Sequences that wait and that run, in order of rank."""
+        return self._state.waiting, self._state.running
 
     @property
     def account(self) -> KVAccount:

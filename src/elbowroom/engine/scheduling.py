@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from elbowroom.engine.admission import ADMISSIONS, AdmissionPolicy
 from elbowroom.engine.ordering import ORDERS, OrderPolicy
+from elbowroom.engine.ordering.fair import FairOrder
 from elbowroom.engine.preemption import PREEMPTIONS, PreemptPolicy
 from elbowroom.engine.preemption.auto import AutoPreemption
 from elbowroom.engine.preemption.recompute import RecomputePreemption
@@ -30,6 +32,8 @@ class Scheduling:
     """Who may begin: ``greedy``, ``conservative``, ``past_future``, ``past_future_paper``; ``oracle`` simulates."""
     order: str = "priority"
     """Who is served first: ``priority``, ``fcfs``, ``fair``, ``slo``."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    """What ``fair`` gives a tenant, against 1 of those not named."""
     preemption: str | None = None
     """What becomes of those that have to go: ``recompute``, ``swap``, ``auto``; by default ``auto`` with a swap
     directory, else ``recompute``."""
@@ -46,12 +50,19 @@ class Scheduling:
         if self.preemption in ("swap", "auto") and self.swap_directory is None:
             raise PlanError(f"preemption {self.preemption} has nowhere to save to", "name a directory: swap= (--swap)")
 
+    @property
+    def saves(self) -> bool:
+        """Whether sequences that have to go can be saved."""
+        return self.swap_directory is not None and self.preemption != "recompute"
+
     def make_admission(self) -> AdmissionPolicy:
         """Return the admission policy."""
         return ADMISSIONS.get(self.admission)()
 
     def make_order(self) -> OrderPolicy:
         """Return the order policy."""
+        if self.order == "fair":
+            return FairOrder(weights=dict(self.tenant_weights))
         return ORDERS.get(self.order)()
 
     def make_tier(self, ledger: Ledger) -> DiskTier | None:
@@ -60,7 +71,7 @@ class Scheduling:
         Raises:
             ConfigError: its directory cannot be written.
         """
-        if self.swap_directory is None or self.preemption == "recompute":
+        if self.swap_directory is None or not self.saves:
             return None
         return DiskTier(self.swap_directory, parse_bytes(self.swap_limit), ledger)
 

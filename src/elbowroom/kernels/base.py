@@ -249,6 +249,8 @@ class LayerStrips:
     """Rows that read what matters to them; None: all rows read everything."""
     tally: npt.NDArray[np.int64] | None = None
     """int64 ``[5]``, in the order of ``TALLY``: what such rows read is added here, where they count it."""
+    shares: bool = True
+    """Strips that several sequences hold at the same blocks may be read once for all of them (a hint to backends)."""
 
     @property
     def open_fmt(self) -> PageFormat:

@@ -13,6 +13,7 @@ from elbowroom.core import DTYPE_BYTES, LayerSpec, PageFormat
 from elbowroom.kernels import reference
 from elbowroom.kernels.base import LayerStrips, Progress, StripTable
 from elbowroom.kernels.extras import counts_at, extras_at, heads_at
+from elbowroom.kernels.token_major import BY_TOKEN
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _TORCH_CODES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
@@ -39,7 +40,8 @@ class NativeKernels:
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         count, addresses = strips.step.num_sequences, strips.step.addresses
         where = strips_tuple(strips), tail_tuple(strips), selection_tuple(strips)
-        _native.attend(count, addresses, *where, spec_tuple(spec), _rows(q), _rows(out), lse.data_ptr())
+        shares, rows = strips.shares, (_rows(q), _rows(out))
+        _native.attend(count, addresses, *where, shares, spec_tuple(spec), *rows, lse.data_ptr())
         return lse
 
 
@@ -77,7 +79,8 @@ def spec_tuple(spec: LayerSpec) -> _native.Spec:
 def strips_tuple(strips: LayerStrips) -> _native.Strips:
     """Return the place of a layer's strips as C++ takes it."""
     order = strips.layout.order
-    return _strips(strips.table, 0, strips.base, strips.fmt, 0 if order is None else order.data_ptr())
+    by_token = strips.layout is BY_TOKEN
+    return _strips(strips.table, 0, strips.base, strips.fmt, 0 if order is None else order.data_ptr(), by_token)
 
 
 def tail_tuple(strips: LayerStrips) -> _native.Tail | None:
@@ -102,7 +105,9 @@ def selection_tuple(strips: LayerStrips) -> _native.Selection | None:
     return 0, rows, selection.tau, selection.eps, 0 if strips.tally is None else _address(strips.tally)
 
 
-def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat, order: int = 0) -> _native.Strips:
+def _strips(
+    table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat, order: int = 0, by_token: bool = False
+) -> _native.Strips:
     kind, plain_bits = FORMATS[fmt.codec], 8 * DTYPE_BYTES.get(fmt.dtype, 0)
     values = FORMATS[_VALUES_OF_PLANES[fmt.value_bits]] if fmt.codec == "planes" else kind
     return (
@@ -120,6 +125,7 @@ def _strips(table: StripTable, first_blocks: int, base: Tensor, fmt: PageFormat,
         fmt.digest_bytes,
         order,
         *_extras(fmt),
+        by_token,
     )
 
 

@@ -68,3 +68,12 @@ def check_source(layers: Sequence[LayerSpec], index: int) -> None:
             f"layer {index} (KV heads, head_dim, v_head_dim, window) {(*shapes[0], layer.window)} cannot read the keys "
             f"of layer {number} {(*shapes[1], source.window)}"
         )
+
+
+def check_contiguous(plan: BoundPlan) -> None:
+    """The contiguous store keeps tokens as they are computed, one behind the other, and all of them."""
+    if plan.plan.codec.name != "plain" or plan.chooses or plan.plan.reads is not None:
+        raise PlanError(
+            f"KV plan {plan.plan.text!r} cannot be kept in the contiguous store, which holds all tokens, plain",
+            "use kv=plain, plain(bf16) or plain(fp16) with it, or the paged store (--kv-store paged)",
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +96,7 @@ class Preparer:
         Raises:
             IntegrityError: rows or positions are not what the sequences can take; nothing changes then.
         """
-        _check_rows(step, rows)
+        check_rows(step, rows)
         waiting = self._waiting(step, rows)
         lengths, needs = self._needs(step, rows, waiting)
         steps: dict[int, StripStep] = {}
@@ -165,7 +166,7 @@ class Preparer:
         for row, (sequence, first, last) in enumerate(zip(rows, firsts, lasts, strict=True)):
             # A decoding row appends one token, mostly to a block that it has alone.
             if first != last or first != sequence.num_tokens or starts[row + 1] - starts[row] > 1:
-                _check_positions(sequence, step.positions[starts[row] : starts[row + 1]])
+                check_positions(sequence, step.positions[starts[row] : starts[row + 1]])
             compaction = self._compaction(step, row, sequence, last + 1, waiting.get(row))
             if compaction is not None or last >= sequence.room or first < sequence.shared_blocks * STRIP_TOKENS:
                 waits = row in waiting or not self._pools.tails
@@ -349,7 +350,19 @@ def _strip_steps(
     return steps
 
 
-def _check_rows(step: KVStep, rows: Rows[Sequence]) -> None:
+class Appending(Protocol):
+    """A sequence as positions are checked against it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are stored."""
+
+    @property
+    def writable(self) -> npt.NDArray[np.int64] | None:
+        """Stored positions that the next step may write again."""
+
+
+def check_rows(step: KVStep, rows: Rows[Appending]) -> None:
     """Every row of a step has a sequence of its own, and tokens."""
     if len(set(rows)) != len(rows):
         raise IntegrityError("a sequence occurs in two rows of a step", "put its tokens into one row")
@@ -359,7 +372,7 @@ def _check_rows(step: KVStep, rows: Rows[Sequence]) -> None:
         raise IntegrityError(f"row_starts {starts.tolist()} do not divide {num_tokens} tokens into {len(rows)} rows")
 
 
-def _check_positions(sequence: Sequence, positions: Positions) -> None:
+def check_positions(sequence: Appending, positions: Positions) -> None:
     """Positions must rise and append without a hole; going back needs ``overwrite``."""
     stored = positions[positions < sequence.num_tokens]
     new = positions[stored.size :]

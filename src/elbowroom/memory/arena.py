@@ -8,6 +8,7 @@ gives them back first.
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable
 
@@ -22,6 +23,9 @@ from elbowroom.memory.ledger import Ledger
 FREE_OWNER = "arena.free"
 IDLE_S = 0.5
 """Seconds after which a free page is given back to the operating system."""
+
+_FEW_PAGES = 4096
+"""Up to here a list of freed pages is left as it is."""
 
 Offsets = npt.NDArray[np.int64]
 
@@ -45,6 +49,10 @@ class Range:
         self._freed_at = np.zeros(num_pages, dtype=np.float64)
         self._top = 0
         """No page from here on was ever committed."""
+        self._freed: list[tuple[float, Offsets]] = []
+        """When pages became free, and which: the oldest first. Some are in use again, or were given back."""
+        self._num_noted = 0
+        """Pages in that list."""
         self._num_live = 0
         self._num_free = 0
         if not arena.tier.elastic:
@@ -105,7 +113,7 @@ class Range:
             raise IntegrityError(f"{self.owner} gives back an extent that it does not hold")
         self._covers[pages] -= counts.astype(np.int32)
         freed = pages[self._covers[pages] == 0]
-        self._freed_at[freed] = self._arena.clock()
+        self._note_freed(freed)
         self._num_live -= freed.size
         self._num_free += freed.size
         self._arena.transfer(self.owner, FREE_OWNER, freed.size * self._page)
@@ -115,11 +123,16 @@ class Range:
         """Give back free pages that were freed at ``before`` or earlier; return their bytes."""
         if not self._arena.tier.elastic or self._num_free == 0:
             return 0
-        top = self._top
-        idle = self._resident[:top] & (self._covers[:top] == 0) & (self._freed_at[:top] <= before)
-        if except_pages is not None:
-            idle[except_pages] = False
-        pages = np.flatnonzero(idle)
+        count = bisect.bisect_right(self._freed, before, key=lambda each: each[0])
+        if count == 0:
+            return 0
+        noted = np.unique(np.concatenate([pages for _, pages in self._freed[:count]]))
+        # Pages may be in use again, or have been freed once more since.
+        idle = self._resident[noted] & (self._covers[noted] == 0) & (self._freed_at[noted] <= before)
+        kept = noted[:0] if except_pages is None else np.intersect1d(noted[idle], except_pages, assume_unique=True)
+        pages = np.setdiff1d(noted[idle], kept, assume_unique=True)
+        self._freed = [(self._freed[count - 1][0], kept)] * bool(kept.size) + self._freed[count:]
+        self._num_noted = sum(each.size for _, each in self._freed)
         if pages.size == 0:
             return 0
         for run in np.split(pages, np.flatnonzero(np.diff(pages) != 1) + 1):
@@ -129,14 +142,20 @@ class Range:
         self._arena.ledger.release(FREE_OWNER, self._arena.tier.name, pages.size * self._page)
         return int(pages.size) * self._page
 
+    def resident_bytes(self, start_byte: int, stop_byte: int) -> int:
+        """Return the bytes of resident pages in a part of the range that begins and ends with a page."""
+        part = self._resident[start_byte // self._page : stop_byte // self._page]
+        return int(np.count_nonzero(part)) * self._page
+
     def check(self, starts: Offsets, extent_bytes: int) -> None:
         """Raise IntegrityError unless exactly these extents are committed and the page counts agree."""
-        covers = np.bincount(self._pages(starts, extent_bytes), minlength=self._covers.size)
-        if not np.array_equal(covers, self._covers):
+        pages, covers = np.unique(self._pages(starts, extent_bytes), return_counts=True)
+        num_live, num_covered = int(pages.size), int(np.count_nonzero(self._covers[: self._top]))
+        if num_covered != num_live or not np.array_equal(covers, self._covers[pages]):
             raise IntegrityError(f"pages of {self.owner} are covered by other extents than the ones held")
-        num_live = int(np.count_nonzero(covers))
-        num_free = int(np.count_nonzero(self._resident)) - num_live
-        if not self._resident[covers > 0].all() or (num_live, num_free) != (self._num_live, self._num_free):
+        top = self._top if self._arena.tier.elastic else self._resident.size
+        num_free = int(np.count_nonzero(self._resident[:top])) - num_live
+        if not self._resident[pages].all() or (num_live, num_free) != (self._num_live, self._num_free):
             raise IntegrityError(f"page counts of {self.owner} do not agree with its pages")
 
     def close(self) -> None:
@@ -149,9 +168,26 @@ class Range:
         self._covers = np.zeros(0, dtype=np.int32)
         self._resident = np.zeros(0, dtype=bool)
         self._freed_at = np.zeros(0, dtype=np.float64)
-        self._top = self._num_live = self._num_free = self.virtual_bytes = 0
+        self._freed = []
+        self._top = self._num_live = self._num_free = self._num_noted = self.virtual_bytes = 0
         self._mapping.close()
         self._arena.forget(self)
+
+    def _note_freed(self, pages: Offsets) -> None:
+        """Remember when pages became free, so that ``trim`` need not look at all pages of the range."""
+        if pages.size == 0 or not self._arena.tier.elastic:
+            return
+        now = self._arena.clock()
+        self._freed_at[pages] = now
+        self._freed.append((now, pages))
+        self._num_noted += int(pages.size)
+        if self._num_noted > 2 * (self._num_free + pages.size) + _FEW_PAGES:  # mostly in use again
+            noted = np.unique(np.concatenate([each for _, each in self._freed]))
+            noted = noted[(self._covers[noted] == 0) & self._resident[noted]]
+            order = np.argsort(self._freed_at[noted], kind="stable")
+            times, first = np.unique(self._freed_at[noted[order]], return_index=True)
+            self._freed = list(zip(times.tolist(), np.split(noted[order], first[1:]), strict=True))
+            self._num_noted = int(noted.size)
 
     def _pages(self, starts: Offsets, extent_bytes: int) -> Offsets:
         """Return the page of every (extent, page) pair, repeated where extents share one."""

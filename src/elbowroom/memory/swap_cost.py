@@ -17,23 +17,24 @@ _PIECES = 2048
 
 @dataclass(frozen=True, slots=True)
 class SwapCost:
-    """A transfer costs something for each byte and for each run of bytes."""
+    """A transfer costs something for itself, for each byte and for each run of bytes."""
 
     write_bytes_per_s: float
     read_bytes_per_s: float
     copy_s: float = 0.0
+    transfer_s: float = 0.0
 
     def write_seconds(self, num_bytes: float, num_copies: float) -> float:
         """Return the seconds of writing."""
-        return num_bytes / self.write_bytes_per_s + num_copies * self.copy_s
+        return self.transfer_s + num_bytes / self.write_bytes_per_s + num_copies * self.copy_s
 
     def read_seconds(self, num_bytes: float, num_copies: float) -> float:
         """Return the seconds of reading."""
-        return num_bytes / self.read_bytes_per_s + num_copies * self.copy_s
+        return self.transfer_s + num_bytes / self.read_bytes_per_s + num_copies * self.copy_s
 
 
 def measure_swap_cost(tier: ObjectTier, num_bytes: int = 4 << 20, repeats: int = 3) -> SwapCost:
-    """Write and read ``num_bytes`` as one run and, once more, as many; return what that says of ``tier``.
+    """Write and read ``num_bytes`` as one run and as many, and a single byte; return what that says of ``tier``.
 
     The memory for it is held for the moment of the measurement only. Nothing else may be under way.
 
@@ -46,8 +47,9 @@ def measure_swap_cost(tier: ObjectTier, num_bytes: int = 4 << 20, repeats: int =
     whole = [_round(tier, [content]) for _ in range(repeats)]
     write_s, read_s = (statistics.median(times) for times in zip(*whole, strict=True))
     many_s = statistics.median(_round(tier, pieces)[0] for _ in range(repeats))
+    least_s = statistics.median(_round(tier, [content[:1]])[0] for _ in range(repeats))
     tier.delete(_KEY)
-    return SwapCost(num_bytes / write_s, num_bytes / read_s, max(many_s - write_s, 0.0) / _PIECES)
+    return SwapCost(num_bytes / write_s, num_bytes / read_s, max(many_s - write_s, 0.0) / _PIECES, least_s)
 
 
 def _round(tier: ObjectTier, views: list[memoryview]) -> tuple[float, float]:

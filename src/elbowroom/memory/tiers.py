@@ -15,8 +15,8 @@ _NO_HUGE_PAGES = getattr(mmap, "MADV_NOHUGEPAGE", None)
 class HostMapping:
     """Anonymous private address space: a page is resident from first touch until it is given back."""
 
-    def __init__(self, virtual_bytes: int) -> None:
-        self._map = mmap.mmap(-1, virtual_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    def __init__(self, virtual_bytes: int, flags: int = _MAP_NORESERVE) -> None:
+        self._map = mmap.mmap(-1, virtual_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags)
         if _NO_HUGE_PAGES is not None:
             # A huge page would make 2 MiB resident for one touched token, and the ledger would be wrong. For weights,
             # which fill their range, docs/memory.md says what huge pages would gain and cost.
@@ -43,6 +43,18 @@ class HostTier:
     def allocate(self, virtual_bytes: int) -> HostMapping:
         """Return address space; nothing is resident yet."""
         return HostMapping(virtual_bytes)
+
+
+class StaticHostTier(HostTier):
+    """Host memory that is resident from the start and never given back page by page: a static reservation."""
+
+    elastic = False
+
+    def allocate(self, virtual_bytes: int) -> HostMapping:
+        """Return address space whose pages are all resident."""
+        mapping = HostMapping(virtual_bytes, 0)
+        mapping.base.zero_()
+        return mapping
 
 
 class TorchMapping:

@@ -93,7 +93,7 @@ class NativeDecoder:
     def _layer_step(self, layer: int, found: LayerStrips) -> _native.LayerStep:
         owns_kv = self.config.layers[layer].kv_source is None
         where = strips_tuple(found), tail_tuple(found), selection_tuple(found)
-        return found.step.num_sequences, found.step.addresses, *where, owns_kv
+        return found.step.num_sequences, found.step.addresses, *where, found.shares, owns_kv
 
     def _layer(self, layer: int, context: AttentionContext, buffers: list[Tensor], n: int) -> None:
         """Run one layer whose attention is not ours."""

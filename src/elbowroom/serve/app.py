@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable, Mapping
 
 from fastapi import Depends, FastAPI
@@ -13,11 +12,13 @@ from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.serve.chat import chat_router
 from elbowroom.serve.completions import completions_router
 from elbowroom.serve.context import ServerContext
-from elbowroom.serve.errors import Unauthorized, install_error_handlers
+from elbowroom.serve.errors import ERROR_RESPONSES, install_error_handlers
 from elbowroom.serve.limits import ServerLimits
 from elbowroom.serve.metrics import CountRequests, ServerMetrics
+from elbowroom.serve.open_requests import HoldRequests, OpenRequests
 from elbowroom.serve.served import ServedModels
-from elbowroom.serve.system import models_router, status_router
+from elbowroom.serve.system import debug_router, models_router, status_router
+from elbowroom.serve.tenants import Tenants
 
 
 def create_app(engines: Mapping[str, AsyncLLM], limits: ServerLimits | None = None) -> FastAPI:
@@ -26,25 +27,33 @@ def create_app(engines: Mapping[str, AsyncLLM], limits: ServerLimits | None = No
     Args:
         engines: name that clients use -> engine. They are not closed with the app.
         limits: by default those of ``ServerLimits()``.
+
+    ``app.state.requests`` is its OpenRequests.
+
+    Raises:
+        RequestError: keys or tenants are malformed.
     """
     limits = limits or ServerLimits()
-    context = ServerContext(ServedModels(engines, limits), limits, ServerMetrics())
+    context = ServerContext(
+        ServedModels(engines, limits), limits, ServerMetrics(), OpenRequests(limits.max_open_requests)
+    )
     app = FastAPI(title="Elbowroom", version=__version__, redirect_slashes=False)
-    protected = [] if limits.api_key is None else [Depends(_check_key(limits.api_key))]
+    tenants = Tenants(limits.api_key, limits.api_key_file, limits.tenant_header)
+    protected = [Depends(_names_tenant(tenants))]
     for router in (completions_router(context), chat_router(context), models_router(context)):
-        app.include_router(router, dependencies=protected)
+        app.include_router(router, dependencies=protected, responses=ERROR_RESPONSES)
     app.include_router(status_router(context))
-    install_error_handlers(app, limits.retry_after_s)
+    if limits.debug_routes:
+        app.include_router(debug_router(context), dependencies=protected)
+    install_error_handlers(app)
+    app.state.requests = context.requests
+    app.add_middleware(HoldRequests, requests=context.requests)
     app.add_middleware(CountRequests, metrics=context.metrics)
     return app
 
 
-def _check_key(api_key: str) -> Callable[[Request], None]:
-    expected = f"Bearer {api_key}".encode()
-
+def _names_tenant(tenants: Tenants) -> Callable[[Request], None]:
     def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, expected):
-            raise Unauthorized("the API key is missing or wrong", "send Authorization: Bearer <key of --api-key>")
+        request.state.tenant = tenants.of(request)
 
     return check

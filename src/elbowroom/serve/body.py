@@ -12,21 +12,27 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
 from elbowroom.errors import RequestError
-from elbowroom.serve.errors import BodyTooLarge, InvalidField
+from elbowroom.serve.errors import BodyTooLarge, BodyTooSlow, InvalidField
+from elbowroom.serve.limits import ServerLimits
 
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
 
 
-async def parse_body(request: Request, schema: type[B], max_bytes: int) -> B:
+async def parse_body(request: Request, schema: type[B], limits: ServerLimits) -> B:
     """Return the request's JSON body as ``schema``.
 
     Raises:
-        BodyTooLarge: it exceeds ``max_bytes``; the rest is not read.
+        BodyTooLarge: it exceeds ``limits.max_body_bytes``; the rest is not read.
+        BodyTooSlow: it did not arrive within ``limits.body_timeout_s``.
         RequestError: it is no JSON object, or a field is missing or has another type.
         ClientDisconnect: the client hung up before its end.
     """
-    body = await read_body(request, max_bytes)
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            body = await read_body(request, limits.max_body_bytes)
+    except TimeoutError:
+        raise BodyTooSlow(f"the body did not arrive within {limits.body_timeout_s:g} s", "send less, faster") from None
     try:
         values = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as reason:
@@ -42,7 +48,7 @@ async def parse_body(request: Request, schema: type[B], max_bytes: int) -> B:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the body; errors as in ``parse_body``."""
+    """Return the body; errors as in ``parse_body`` but for time."""
     declared = request.headers.get("content-length", "")
     received = bytearray()
     if not (declared.isdecimal() and int(declared) > max_bytes):

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from elbowroom.engine.output import OutputDelta, TokenLogprob
 from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.serve.body import parse_body, until_disconnect
+from elbowroom.serve.callers import caller_of
 from elbowroom.serve.context import ServerContext
 from elbowroom.serve.errors import InvalidField
 from elbowroom.serve.generation import Choice, Generation
@@ -103,12 +104,13 @@ def chat_router(context: ServerContext) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=context.body_schema(ChatRequest), tags=["generate"])
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
-        body = await parse_body(request, ChatRequest, context.limits.max_body_bytes)
+        body = await parse_body(request, ChatRequest, context.limits)
+        caller = caller_of(request, body.priority, context.limits)
         model = context.models.get(body.model)
         sampling = chat_sampling(body, model.llm.tokenizer, model.llm.engine.parts.config.vocab_size)
         encoded = asyncio.to_thread(_prompt_ids, model.llm.tokenizer, body)
         prompt = await until_disconnect(request.receive, encoded)
-        generation = Generation(model, [prompt], sampling, context.metrics, body.kv)
+        generation = Generation(model, [prompt], sampling, context.metrics, body.kv, caller)
         return await respond(request, body, generation, ChatReply(generation, bool(body.logprobs), wants_usage(body)))
 
     return router

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from elbowroom.engine.output import OutputDelta, TokenLogprob
 from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.serve.body import parse_body, until_disconnect
+from elbowroom.serve.callers import caller_of
 from elbowroom.serve.context import ServerContext
 from elbowroom.serve.generation import Choice, Generation
 from elbowroom.serve.reply import head, respond, wants_usage
@@ -89,12 +90,13 @@ def completions_router(context: ServerContext) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=context.body_schema(CompletionRequest), tags=["generate"])
     async def create_completion(request: Request) -> Response:
         """Complete one prompt or several."""
-        body = await parse_body(request, CompletionRequest, context.limits.max_body_bytes)
+        body = await parse_body(request, CompletionRequest, context.limits)
+        caller = caller_of(request, body.priority, context.limits)
         model = context.models.get(body.model)
         tokenizer = model.llm.tokenizer
         sampling = completion_sampling(body, tokenizer, model.llm.engine.parts.config.vocab_size)
         prompts = await until_disconnect(request.receive, asyncio.to_thread(_prompt_ids, tokenizer, body))
-        generation = Generation(model, prompts, sampling, context.metrics, body.kv)
+        generation = Generation(model, prompts, sampling, context.metrics, body.kv, caller)
         echoes = _echoes(tokenizer, body) if body.echo else []
         reply = CompletionReply(generation, body.logprobs is not None, echoes, wants_usage(body))
         return await respond(request, body, generation, reply)

@@ -29,7 +29,11 @@ _COUNTERS: dict[str, tuple[str, Callable[[SchedulerStats], int]]] = {
     "generation_tokens": ("Generated tokens.", lambda stats: stats.generated_tokens),
     "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prompt_tokens),
     "prefix_cache_hits": ("Prompt tokens found there.", lambda stats: stats.cached_prompt_tokens),
-    "preemptions": ("Sequences that gave way and were recomputed.", lambda stats: stats.preemptions),
+    "preemptions": ("Sequences that gave way.", lambda stats: stats.preemptions),
+    "swaps_out": ("Sequences that gave way and were saved to the swap tier.", lambda stats: stats.swaps_out),
+    "swaps_in": ("Sequences that came back from the swap tier.", lambda stats: stats.swaps_in),
+    "swapped_bytes": ("Bytes that were written to the swap tier and read from it.", lambda stats: stats.swapped_bytes),
+    "failed_swaps": ("Transfers that failed: tokens were computed again.", lambda stats: stats.failed_swaps),
     "kv_reliefs": ("Sequences that went over to the relief plan.", lambda stats: stats.reliefs),
     "kv_evicted_blocks": ("Cached blocks that were given up.", lambda stats: stats.evicted_blocks),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -32,6 +33,13 @@ class BodyTooLarge(RequestError):
     code = "request_body_too_large"
 
 
+class BodyTooSlow(RequestError):
+    """The request body did not arrive in time."""
+
+    http_status = 408
+    code = "request_body_timeout"
+
+
 class Unauthorized(RequestError):
     """The API key is missing or wrong."""
 
@@ -52,14 +60,42 @@ def error_json(error: Exception) -> bytes:
     return json.dumps(error_object(error)).encode()
 
 
-def install_error_handlers(app: FastAPI, retry_after_s: int) -> None:
+def error_response(error: Exception) -> Response:
+    """Return the response that describes ``error``."""
+    status = error.http_status if isinstance(error, ElbowroomError) else 500
+    headers = {}
+    if isinstance(error, ElbowroomError) and status in (429, 503):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if status in (408, 413):
+        headers["Connection"] = "close"  # what is left of the body is not read
+    return _respond(status, error_json(error), headers)
+
+
+_FIELDS = {
+    "message": {"type": "string"},
+    "type": {"type": "string"},
+    "param": {"type": ["string", "null"]},
+    "code": {"type": "string"},
+}
+_SCHEMA = {
+    "type": "object",
+    "properties": {"error": {"type": "object", "properties": _FIELDS, "required": list(_FIELDS)}},
+    "required": ["error"],
+}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": _SCHEMA}}}
+    for status, text in (("4XX", "The request is refused"), ("5XX", "The server cannot answer it"))
+}
+"""OpenAPI description of every way out that is no success."""
+
+
+def install_error_handlers(app: FastAPI) -> None:
     """Make every way out of ``app`` that is no success speak the OpenAI format."""
 
     def on_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, ElbowroomError):
             _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        status = error.http_status if isinstance(error, ElbowroomError) else 500
-        return _respond(status, error_json(error), _headers(status, retry_after_s))
+        return error_response(error)
 
     def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -74,13 +110,6 @@ def install_error_handlers(app: FastAPI, retry_after_s: int) -> None:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(Exception, on_error)
-
-
-def _headers(status: int, retry_after_s: int) -> dict[str, str]:
-    if status in (429, 503):
-        return {"Retry-After": str(retry_after_s)}
-    # What is left of a body that was too large is not read.
-    return {"Connection": "close"} if status == 413 else {}
 
 
 def _http_code(status: int) -> str:

@@ -11,6 +11,7 @@ from elbowroom.engine.output import OutputDelta, TokenLogprob
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.thinking import check_thinking
 from elbowroom.errors import ElbowroomError
+from elbowroom.serve.callers import Caller
 from elbowroom.serve.errors import InvalidField
 from elbowroom.serve.metrics import ServerMetrics
 from elbowroom.serve.requests import RENAMED
@@ -65,6 +66,7 @@ class Generation:
         sampling: for all of them.
         metrics: gets the timings at the end.
         kv: the KV plan that was asked for; None: the usual one.
+        caller: who asked.
 
     Raises:
         InvalidField: prompts times ``n`` exceed the server's limit, or the engine has no such plan.
@@ -77,6 +79,7 @@ class Generation:
         sampling: SamplingParams,
         metrics: ServerMetrics,
         kv: str | None = None,
+        caller: Caller | None = None,
     ) -> None:
         most = model.limits.max_sequences_per_request
         if len(prompts) * sampling.n > most:
@@ -92,7 +95,7 @@ class Generation:
         except ElbowroomError as reason:
             raise InvalidField("kv", reason.message.removeprefix("kv "), reason.hint) from None
         self.model, self.prompts, self.sampling, self._metrics = model, prompts, sampling, metrics
-        self._kv, self._is_relieved = kv, False
+        self._kv, self._is_relieved, self._caller = kv, False, caller or Caller()
         self.choices = [Choice(index, index // sampling.n) for index in range(len(prompts) * sampling.n)]
         self._cached = [0] * len(prompts)
         self._started = time.perf_counter()
@@ -102,10 +105,15 @@ class Generation:
 
         Raises:
             RequestError: a prompt is malformed or can never fit; nothing is generated then.
-            Overloaded: too many requests are live.
+            Overloaded: too many requests wait.
+            QueueTimeout: it waited too long.
+            TimedOut: it took too long.
             ElbowroomError: the engine failed.
         """
-        with self.model.admit(), await self.model.llm.start(self.prompts, self.sampling, self._kv) as stream:
+        tenant = self._metrics.tenant(self._caller.tenant.name)
+        with tenant.refusals():
+            opened = await self.model.open(self.prompts, self.sampling, self._kv, self._caller)
+        with opened as stream:
             try:
                 yield None
                 async for prompt, delta, output in stream:
@@ -114,6 +122,7 @@ class Generation:
                     yield self._take(prompt, delta), delta
             finally:
                 self._metrics.observe(self.model.name, self._started, self.choices)
+                tenant.ended(sum(map(len, self.prompts)), self.choices)
 
     async def run(self) -> None:
         """Generate everything; errors as in ``deltas``."""

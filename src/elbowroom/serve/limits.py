@@ -1,10 +1,15 @@
-"""ServerLimits: what the server accepts, and how long it waits when it stops."""
+"""ServerLimits: what the server accepts, how long anything may take, and who may ask."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from elbowroom.errors import RequestError
+
+_COUNTS = "max_body_bytes", "max_open_requests", "max_queue", "max_sequences_per_request", "max_unread"
+_SECONDS = "queue_timeout_s", "request_timeout_s", "body_timeout_s", "idle_timeout_s", "stall_timeout_s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,28 +17,54 @@ class ServerLimits:
     """Limits of one server.
 
     Raises:
-        RequestError: a limit is not positive, or the key is empty.
+        RequestError: a limit is out of range.
     """
 
     max_body_bytes: int = 8 * 2**20
     """A larger request body is refused with 413."""
-    max_live_requests: int = 512
-    """Requests to one model that wait or run; more are refused with 429."""
+    max_open_requests: int = 512
+    """Requests that are being read, wait or are being answered; more are refused with 429 before they are read."""
+    max_queue: int = 256
+    """Requests to one model that wait to begin; more are refused with 429. Each prompt counts."""
+    max_queue_per_tenant: int | None = None
+    """The same of one tenant of weight 1; None: no limit of its own."""
     max_sequences_per_request: int = 128
     """Prompts of one request times ``n``."""
-    retry_after_s: int = 1
-    """What a refused client is told to wait."""
-    grace_s: float = 10.0
-    """How long running requests may go on after SIGTERM."""
+    max_unread: int = 4096
+    """Pieces of an answer that may wait for a client to read them; then it is dropped."""
+    queue_timeout_s: float | None = None
+    """A request that has not begun after this is ended with 503; one that is predicted to, refused with 429."""
+    request_timeout_s: float | None = None
+    """A request that has not ended after this is ended with 504."""
+    body_timeout_s: float = 60.0
+    """How long the body of a request may take to arrive."""
+    idle_timeout_s: int = 75
+    """How long a connection may take to send the head of a request."""
+    stall_timeout_s: float = 60.0
+    """How long a client may leave what was sent unread, where the operating system watches that (Linux)."""
+    drain_timeout_s: float = 10.0
+    """How long accepted requests may go on after SIGTERM."""
     api_key: str | None = None
     """When set, every route under /v1 asks for ``Authorization: Bearer <key>``."""
+    api_key_file: Path | None = None
+    """Lines ``KEY TENANT [WEIGHT]``: keys as above, and whose they are."""
+    tenant_header: str | None = None
+    """Header that names the tenant; only behind a proxy that sets it."""
+    allow_priority: bool = False
+    """Whether requests may set ``priority``."""
+    debug_routes: bool = False
+    """Whether POST /debug/reset is there."""
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        for name in ("max_body_bytes", "max_live_requests", "max_sequences_per_request", "retry_after_s"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.grace_s >= 0:
-            raise RequestError(f"grace_s must be at least 0, not {self.grace_s}")
-        if self.api_key is not None and not (self.api_key and self.api_key.isascii()):
-            raise RequestError("the API key is empty or not ASCII", "set --api-key to a key, or leave it out")
+        if self.max_queue_per_tenant is not None and self.max_queue_per_tenant < 1:
+            raise RequestError(f"max_queue_per_tenant must be at least 1, not {self.max_queue_per_tenant}")
+        for name in _SECONDS:
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise RequestError(f"{name} must be above 0, not {seconds}")
+        if not 0 <= self.drain_timeout_s < math.inf:
+            raise RequestError(f"drain_timeout_s must be at least 0, not {self.drain_timeout_s}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 Prompts = list[str] | list[list[int]]
 RENAMED = {"thinking_budget": "thinking_token_budget"}
@@ -48,6 +48,8 @@ class GenerationRequest(Schema):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    priority: int | None = None
+    """Lower runs first; only where the server allows it."""
     kv: str | None = None
     """One of the KV plans that the server was started with."""
     thinking_token_budget: int | None = None
@@ -74,10 +76,17 @@ def _is_ids(items: list[Any]) -> bool:
     return all(type(item) is int for item in items)
 
 
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PROMPT: dict[str, Any] = {
+    "anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": each} for each in (_TEXT, _IDS))]
+}
+
+
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[Any, BeforeValidator(_as_list)]
+    prompt: Annotated[Any, BeforeValidator(_as_list), WithJsonSchema(_PROMPT)]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None

@@ -8,6 +8,7 @@ import errno
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import uvicorn
@@ -16,10 +17,13 @@ from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.errors import ElbowroomError
 from elbowroom.serve.app import create_app
 from elbowroom.serve.limits import ServerLimits
+from elbowroom.serve.open_requests import OpenRequests
+from elbowroom.serve.protocol import TimedProtocol
 from elbowroom.units import format_bytes
 
 _LAST_WORDS_S = 5.0
 """After the engines were closed, how long clients may take to read that."""
+_LOOK_S = 0.05
 
 
 class AddressInUse(ElbowroomError):
@@ -51,16 +55,21 @@ class Server:
         announce: Callable[[str], None] | None = None,
     ) -> None:
         self._engines, self._limits, self._announce = dict(engines), limits or ServerLimits(), announce or _print
+        app = create_app(self._engines, self._limits)
+        self._requests: OpenRequests = app.state.requests
+        self._is_stopped = False
         self._socket = _listen(host, port)
+        _drop_stalled(self._socket, self._limits.stall_timeout_s)
         self.host, self.port = self._socket.getsockname()[:2]
         config = uvicorn.Config(
-            create_app(self._engines, self._limits),
+            app,
+            http=TimedProtocol,
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=int(self._limits.grace_s + _LAST_WORDS_S),
+            timeout_keep_alive=self._limits.idle_timeout_s,
+            timeout_graceful_shutdown=int(_LAST_WORDS_S),
         )
         self._uvicorn = _Uvicorn(config)
 
@@ -71,7 +80,7 @@ class Server:
         return f"http://{host}:{self.port}"
 
     def run(self) -> None:
-        """Serve until SIGINT, SIGTERM or ``stop``; then finish what runs, within ``grace_s``, and close the engines."""
+        """Serve until SIGINT, SIGTERM or ``stop``; then drain, and close the engines."""
         try:
             asyncio.run(self._run())
         finally:
@@ -81,32 +90,46 @@ class Server:
 
     def stop(self) -> None:
         """End ``run`` gracefully; may be called from any thread and returns at once."""
-        self._uvicorn.should_exit = True
+        self._is_stopped = True
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(name, self._on_signal)
-        ending = asyncio.create_task(self._end_after_grace())
+        draining = asyncio.create_task(self._drain_when_stopped())
         self._announce(self._greeting())
         try:
             await self._uvicorn.serve(sockets=[self._socket])
         finally:
-            ending.cancel()
+            draining.cancel()
 
     def _on_signal(self) -> None:
         """The first signal ends gracefully, the second at once."""
-        self._uvicorn.force_exit = self._uvicorn.should_exit
+        if self._is_stopped:
+            self._uvicorn.force_exit = self._uvicorn.should_exit = True
+        self._is_stopped = True
+
+    async def _drain_when_stopped(self) -> None:
+        """Once stopped, refuse what is new and finish what was accepted; clients of what takes too long are told."""
+        while not self._is_stopped:
+            await asyncio.sleep(_LOOK_S)
+        self._requests.is_draining = True
+        num_open = self._requests.num_open
+        await self._until_none_is_open(self._limits.drain_timeout_s)
+        num_left = self._requests.num_open
+        if num_left:
+            for llm in self._engines.values():
+                await asyncio.to_thread(llm.engine.close)
+            await self._until_none_is_open(_LAST_WORDS_S)
+        if num_open:
+            self._announce(f"drained: {num_open - num_left} of {num_open} open requests ended, {num_left} were cut off")
         self._uvicorn.should_exit = True
 
-    async def _end_after_grace(self) -> None:
-        """Once stopped, wait for the grace period and close the engines: their clients are told, and go."""
-        while not self._uvicorn.should_exit:
-            await asyncio.sleep(0.1)
-        await asyncio.sleep(self._limits.grace_s)
-        for llm in self._engines.values():
-            await asyncio.to_thread(llm.engine.close)
+    async def _until_none_is_open(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self._requests.num_open and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_S)
 
     def _greeting(self) -> str:
         served = ", ".join(
@@ -132,6 +155,12 @@ class _Uvicorn(uvicorn.Server):
 
 def _print(line: str) -> None:
     print(line, flush=True)  # whoever started us may wait for it at the other end of a pipe
+
+
+def _drop_stalled(listener: socket.socket, timeout_s: float) -> None:
+    """Let the operating system close connections whose other end reads nothing; accepted ones inherit that."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -11,8 +11,9 @@ from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.types import SessionRef
 from elbowroom.workloads.base import TimedRequest
 
+TOKEN, END = 0, 1
+"""What answers consist of, and what ends them; prompts have neither."""
 FIRST_TOKEN = 2
-"""The smaller ones end answers, or are what a simulated row samples."""
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.errors import ElbowroomError
 from elbowroom.workloads.base import TimedRequest, Workload
 from elbowroom.workloads.metrics import RequestTimes, RunRecord
-from elbowroom.workloads.prompts import PromptMaker
+from elbowroom.workloads.prompts import END, TOKEN, PromptMaker
 
 SAMPLE_S = 0.01
 """Between two looks at memory and queue."""
@@ -34,8 +34,8 @@ class Replay:
 
     engine: Engine
     seed: int = 0
-    max_tokens: int | None = None
-    """Answers end there at the latest; None: where the workload says."""
+    max_tokens: int = 4096
+    """The limit that clients send, or what the model's context leaves; answers end where the workload says."""
     _lock: threading.Condition = field(default_factory=threading.Condition)
     _open: int = 0
     _busy: set[str] = field(default_factory=set)
@@ -80,7 +80,7 @@ class Replay:
                 self._busy.add(timed.session)
             tokens = prompts.tokens(number, timed)
             self._open += 1
-        sampling = SamplingParams(max_tokens=self._length(timed), ignore_eos=True, temperature=0.0, seed=0)
+        sampling = self._sampling(timed)
         sink = self._sink(noted, started, lambda answer: prompts.ended(timed, tokens, answer))
         session = prompts.session(timed)
         try:
@@ -89,9 +89,14 @@ class Replay:
         except ElbowroomError as error:
             self._end(noted, error)
 
-    def _length(self, timed: TimedRequest) -> int:
-        most = timed.num_output_tokens
-        return most if self.max_tokens is None else min(most, self.max_tokens)
+    def _sampling(self, timed: TimedRequest) -> SamplingParams:
+        """Force an answer of the right length that ends by itself: policies see the limit, not the length."""
+        left = max(self.engine.parts.config.max_positions - timed.num_prompt_tokens, 0)
+        limit = max(min(self.max_tokens, left), timed.num_output_tokens)
+        forced = (TOKEN,) * (timed.num_output_tokens - 1) + (END,)
+        return SamplingParams(
+            max_tokens=limit, ignore_eos=True, stop_token_ids=(END,), forced=forced, temperature=0.0, seed=0
+        )
 
     def _sink(
         self, noted: RequestTimes, started: float, ended: Callable[[list[int]], None]

@@ -18,10 +18,8 @@ from elbowroom.engine.types import Request, SequenceUpdate, StepPlan, StepResult
 from elbowroom.errors import ElbowroomError, RequestError
 from elbowroom.workloads.base import TimedRequest, Workload
 from elbowroom.workloads.metrics import RequestTimes, RunRecord
-from elbowroom.workloads.prompts import PromptMaker
+from elbowroom.workloads.prompts import END, TOKEN, PromptMaker
 
-TOKEN, END = 0, 1
-"""What simulated rows sample; ``END``, which ends answers, must be one of the scheduler's ``eos_token_ids``."""
 VOCAB = 1 << 15
 _STUCK = 1000
 """Steps without a token of time, after which something is wrong."""
@@ -32,9 +30,9 @@ class Simulation:
     """One run.
 
     Args:
-        scheduler: as it shall be tested, without requests; ``END`` ends answers.
+        scheduler: as it shall be tested, without requests; ``END`` must be one of its ``eos_token_ids``.
         cost: what steps take.
-        max_tokens: the limit that clients send; their answers end where the workload says.
+        max_tokens: the limit that clients send, or what the context leaves; answers end where the workload says.
         transfers: prices of saving and loading sequences, where the scheduler's preemption policy saves any.
         on_progress: called with the number of requests that ended.
     """
@@ -105,13 +103,17 @@ class Simulation:
         return Request(
             id=number,
             prompt_token_ids=tokens,
-            sampling=SamplingParams(max_tokens=self.max_tokens, seed=0),
+            sampling=SamplingParams(max_tokens=self._limit(timed), seed=0),
             arrival_s=timed.arrival_s,
             tenant=timed.tenant,
             block_keys=keys,
             session=self._prompts.session(timed),
             num_output_tokens=timed.num_output_tokens,
         )
+
+    def _limit(self, timed: TimedRequest) -> int:
+        left = max(self.scheduler.config.max_positions - timed.num_prompt_tokens, 0)
+        return max(min(self.max_tokens, left), timed.num_output_tokens)
 
     def _take(self, record: RunRecord, plan: StepPlan, result: StepResult, updates: list[SequenceUpdate]) -> None:
         ends = [self._now + end for end in result.step_ends_s]

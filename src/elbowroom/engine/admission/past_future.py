@@ -30,7 +30,7 @@ class PastFutureAdmission:
     window has to be filled with the longest answer possible, which admits nothing for long (``past_future_paper``).
     """
 
-    caution: float = 1.0
+    caution: float = 2.0
     lengths: LengthModel = field(default_factory=lambda: LengthModel(_PRIOR))
     name: ClassVar[str] = "past_future"
     looks_ahead: ClassVar[bool] = True

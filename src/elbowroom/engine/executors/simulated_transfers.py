@@ -48,6 +48,8 @@ class SimTransfers:
 
     def __init__(self, cost: SwapCost, shape: SwapShape) -> None:
         self._cost, self._shape = cost, shape
+        self.moved_bytes = self.num_copies = 0
+        """In all transfers that began."""
         self._now_s = 0.0
         self._free_s = 0.0
         """When the device has done all that it was given."""
@@ -112,6 +114,8 @@ class SimTransfers:
         self._free_s = begins_s + (0.0 if error else seconds(num_bytes, copies))
         lasted_s = self._free_s - self._now_s
         moved = Moved(kind, op.slot, op.key, op.num_tokens, lasted_s, int(num_bytes), copies, error)
+        self.moved_bytes += moved.num_bytes
+        self.num_copies += copies
         self._under_way.append(_Transfer(moved, self._free_s))
         if not op.is_async:
             self._pass(lasted_s)

@@ -17,6 +17,10 @@ class OrderPolicy(Protocol):
     def name(self) -> str:
         """Name on the command line and in reports."""
 
+    @property
+    def interval(self) -> int:
+        """Steps between two reviews of the order; 0: places do not change."""
+
     def rank(self, seq: SeqState, now: float) -> Rank:
         """Return the place of ``seq``; ``now`` in seconds on the clock of ``Request.arrival_s``."""
 

@@ -14,6 +14,7 @@ class FcfsOrder:
     """By arrival; priorities do not count."""
 
     name: ClassVar[str] = "fcfs"
+    interval: ClassVar[int] = 0
 
     def rank(self, seq: SeqState, now: float) -> Rank:
         """Return the arrival number."""

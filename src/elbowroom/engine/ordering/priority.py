@@ -14,6 +14,7 @@ class PriorityOrder:
     """By ``Request.priority``. Priorities do not change, so what was put out comes back only behind the other's end."""
 
     name: ClassVar[str] = "priority"
+    interval: ClassVar[int] = 0
 
     def rank(self, seq: SeqState, now: float) -> Rank:
         """Return priority and arrival number."""

@@ -1,0 +1,233 @@
+"""Limits, tenants and deadlines of the server: what is refused, with which numbers, and what is not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.requests import Request
+from tests.support.http import assert_no_leak, parse_metrics, tiny_llm
+
+from elbowroom.engine.async_llm import AsyncLLM
+from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.errors import RequestError, Unread
+from elbowroom.serve import ServerLimits, create_app
+from elbowroom.serve.callers import caller_of
+from elbowroom.serve.metrics import MOST_TENANTS, ServerMetrics
+from elbowroom.serve.service_rate import ENOUGH, ServiceRate
+from elbowroom.serve.tenants import Tenant, Tenants
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
+    made = tiny_llm(tmp_path_factory.mktemp("tiny"), max_sequences=1, context=2048)
+    yield made
+    assert_no_leak(made)
+    made.engine.close()
+
+
+def send(llm: AsyncLLM, limits: ServerLimits, *requests: dict[str, Any]) -> list[httpx.Response]:
+    """Send all at once and return their responses in order."""
+
+    async def all_at_once() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create_app({"tiny": llm}, limits))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            posts = [client.post("/v1/completions", **request) for request in requests]
+            return [*await asyncio.gather(*posts), await client.get("/metrics")]
+
+    return asyncio.run(all_at_once())
+
+
+def asking(headers: dict[str, str] | None = None, **fields: Any) -> dict[str, Any]:
+    body = {"prompt": "a", "max_tokens": 30, "ignore_eos": True} | fields
+    return {"json": body, "headers": headers or {}}
+
+
+def request_with(**headers: str) -> Request:
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "headers": raw, "state": {}})
+
+
+# Rate
+
+
+def test_the_rate_counts_only_time_in_which_something_waits() -> None:
+    rate = ServiceRate()
+    assert (rate.retry_after_s(50), rate.predicted_s(50)) == (1, None)
+    for second in range(100):  # one at a time, and nobody waits: says nothing
+        rate.observe(float(second), is_waiting=False, num_ended=1)
+    assert rate.predicted_s(5) is None
+
+    for step in range(ENOUGH + 1):  # one every two seconds
+        rate.observe(100.0 + 2 * step, is_waiting=True, num_ended=1)
+
+    assert rate.predicted_s(4) == pytest.approx(10.0)
+    assert rate.retry_after_s(4) == 8
+    assert rate.retry_after_s(10**6) == 60
+    assert rate.retry_after_s(0) == 1
+
+
+def test_the_rate_forgets_what_is_older_than_a_minute() -> None:
+    rate = ServiceRate()
+    for step in range(30):
+        rate.observe(float(step), is_waiting=True, num_ended=1)
+    rate.observe(200.0, is_waiting=False)
+    rate.observe(300.0, is_waiting=False)
+    assert (rate.predicted_s(3), rate.retry_after_s(3)) == (None, 1)
+
+
+def test_where_nothing_ends_the_wait_grows_with_what_was_seen() -> None:
+    rate = ServiceRate()
+    rate.observe(0.0, is_waiting=True)
+    rate.observe(5.0, is_waiting=True)
+    assert rate.retry_after_s(3) == 15
+
+
+# Tenants
+
+
+def test_keys_name_tenants_and_their_weights(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# keys\nk1 oak\nk2 elm 2.5\n\nk3 oak\n")
+    tenants = Tenants("plain", file)
+
+    found = [tenants.of(request_with(authorization=f"Bearer {key}")) for key in ("k1", "k2", "k3", "plain")]
+
+    assert found == [Tenant("oak"), Tenant("elm", 2.5), Tenant("oak"), Tenant()]
+    for wrong in ("Bearer k", "Bearer", "Basic k1", "k1", ""):
+        with pytest.raises(RequestError, match="API key"):
+            tenants.of(request_with(authorization=wrong))
+    assert "k1" not in repr(vars(tenants))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "k", "k oak 0", "k oak many", "k oak 1 2", "k sp/ace", "k oak\nk elm", "k\u00e4 oak", "k oak nan"]
+)
+def test_malformed_key_files_are_refused_without_showing_keys(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "names"
+    file.write_text(text.replace("k", "SECRET"), encoding="utf-8")
+    with pytest.raises(RequestError) as caught:
+        Tenants(key_file=file)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_header_names_the_tenant_where_the_server_says_so() -> None:
+    assert Tenants().of(request_with(x_tenant="oak")) == Tenant()
+    tenants = Tenants(header="X-Tenant")
+    assert tenants.of(request_with(x_tenant="oak")) == Tenant("oak")
+    assert tenants.of(request_with()) == Tenant()
+    with pytest.raises(RequestError, match="X-Tenant"):
+        tenants.of(request_with(x_tenant="o a k"))
+    with pytest.raises(RequestError, match="keys or by a header"):
+        Tenants(key_file=Path("any"), header="X-Tenant")
+
+
+def test_labels_of_tenants_are_bounded() -> None:
+    metrics = ServerMetrics()
+    labels = {metrics.tenant(f"tenant {number}").label for number in range(500)}
+    assert len(labels) == MOST_TENANTS + 1
+    assert metrics.tenant("tenant 0").label == "tenant 0"
+
+
+# Callers
+
+
+def test_timeouts_and_priorities_are_read_and_bounded() -> None:
+    limits = ServerLimits(request_timeout_s=5.0, allow_priority=True)
+    assert caller_of(request_with(), None, limits).timeout_s == 5.0
+    assert caller_of(request_with(x_request_timeout="2.5"), -3, limits).timeout_s == 2.5
+    assert caller_of(request_with(x_request_timeout="60"), -3, limits).timeout_s == 5.0
+    assert caller_of(request_with(), -3, limits).priority == -3
+    for value in ("0", "-1", "nan", "inf", "soon"):
+        with pytest.raises(RequestError, match="X-Request-Timeout"):
+            caller_of(request_with(x_request_timeout=value), None, limits)
+    with pytest.raises(RequestError, match="--allow-priority"):
+        caller_of(request_with(), 1, ServerLimits())
+    assert caller_of(request_with(), 0, ServerLimits()).priority == 0
+    with pytest.raises(RequestError, match="priority"):
+        caller_of(request_with(), 2**40, limits)
+
+
+# Queue
+
+
+def test_a_full_queue_is_a_429_that_says_what_is_full(llm: AsyncLLM) -> None:
+    *responses, metrics = send(llm, ServerLimits(max_queue=2), *[asking(max_tokens=200) for _ in range(8)])
+
+    statuses = [each.status_code for each in responses]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= 2
+    refused = next(each for each in responses if each.status_code == 429)
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+    assert "2 requests to 'tiny' wait (at most 2 may)" in error["message"]
+    assert "of KV cache are in use" in error["message"]
+    counted = parse_metrics(metrics.text)
+    assert counted["elbowroom_tenant_requests_total{outcome=refused,tenant=(none)}"] == statuses.count(429)
+    assert counted["elbowroom_tenant_requests_total{outcome=finished,tenant=(none)}"] == statuses.count(200)
+
+
+def test_one_tenant_cannot_fill_the_queue(llm: AsyncLLM) -> None:
+    limits = ServerLimits(max_queue=100, max_queue_per_tenant=1, tenant_header="X-Tenant")
+    heavy = [asking({"X-Tenant": "heavy"}, max_tokens=200) for _ in range(6)]
+    *responses, light, _ = send(llm, limits, *heavy, asking({"X-Tenant": "light"}))
+
+    assert light.status_code == 200
+    refused = [each for each in responses if each.status_code == 429]
+    assert 4 <= len(refused) <= 5
+    assert "1 of them are yours, at most 1 may be" in refused[0].json()["error"]["message"]
+
+
+def test_what_never_fits_is_a_400_however_long_the_queue(llm: AsyncLLM) -> None:
+    fits = [asking(max_tokens=200) for _ in range(4)]
+    *_, never, _ = send(llm, ServerLimits(max_queue=1), *fits, asking(prompt="a" * 3000))
+    assert (never.status_code, never.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_request_of_many_prompts_enters_whole(llm: AsyncLLM) -> None:
+    response, _ = send(llm, ServerLimits(max_queue=1), asking(prompt=["a", "b", "c"], max_tokens=2))
+    assert len(response.json()["choices"]) == 3
+
+
+# Deadlines
+
+
+def test_who_waits_too_long_gets_503_and_who_runs_is_left_alone(llm: AsyncLLM) -> None:
+    long = asking(max_tokens=1500)
+    first, second, _ = send(llm, ServerLimits(queue_timeout_s=0.05), long, long)
+
+    assert sorted([first.status_code, second.status_code]) == [200, 503]
+    late = first if first.status_code == 503 else second
+    assert late.json()["error"]["code"] == "queue_timeout"
+    assert int(late.headers["retry-after"]) >= 1
+
+
+def test_who_takes_too_long_gets_504(llm: AsyncLLM) -> None:
+    slow, streamed, _ = send(
+        llm,
+        ServerLimits(),
+        asking({"X-Request-Timeout": "0.05"}, max_tokens=1500),
+        asking({"X-Request-Timeout": "0.05"}, max_tokens=1500, stream=True),
+    )
+    assert (slow.status_code, slow.json()["error"]["code"]) == (504, "request_timeout")
+    assert streamed.status_code == 200
+    assert '"code": "request_timeout"' in streamed.text.strip().splitlines()[-1]
+
+
+def test_an_answer_that_nobody_reads_is_dropped(llm: AsyncLLM) -> None:
+    async def ignore() -> None:
+        sampling = SamplingParams(max_tokens=1500, ignore_eos=True)
+        with await llm.start([[1]], sampling, max_unread=20) as stream:
+            while llm.engine.stats().num_running or not stream.has_begun:
+                await asyncio.sleep(0.01)
+            with pytest.raises(Unread, match="20 pieces"):
+                await anext(stream)
+
+    before = llm.engine.stats().generated_tokens
+    asyncio.run(ignore())
+    assert llm.engine.stats().generated_tokens - before < 1500
