@@ -209,9 +209,13 @@ class StoreExecutor:
             assert len(row.sample.history) == len(content) or repeat, "the sampler's position would be wrong"
             self.specs[row.slot] = row.sample.seed, row.sample.sample
         assert self.specs[row.slot] == (row.sample.seed, row.sample.sample), "the slot samples for another sequence"
-        token = next_token(content, *self.specs[row.slot])
+        token = self.choose(row, content)
         self.last[row.slot] = token
         made.setdefault(row.slot, []).append(SampledToken(token))
+
+    def choose(self, row: Row, content: list[int]) -> int:
+        """Return the token behind ``content``."""
+        return next_token(content, *self.specs[row.slot])
 
 
 class World:

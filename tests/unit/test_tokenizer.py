@@ -63,7 +63,7 @@ BACKENDS = {
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int], *, skip: bool = True) -> list[str]:
-    decoder = StreamDecoder(tokenizer, skip_special_tokens=skip)
+    decoder = StreamDecoder(tokenizer, skipped=tokenizer.special_ids if skip else frozenset())
     return [*(decoder.push(token) for token in ids), decoder.flush()]
 
 

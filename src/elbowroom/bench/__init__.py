@@ -18,6 +18,7 @@ NAMES = (
     "overhead",
     "parity",
     "prefill",
+    "reasoning",
     "release",
     "relief",
     "retrieval",

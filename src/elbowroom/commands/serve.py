@@ -66,6 +66,14 @@ def serve(
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prefixes that later requests may share.")
     ] = True,
+    thinking_marks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BEGIN,END",
+            help='Between which models think, e.g. "<think>,</think>", or none; by default found in their tokenizers.',
+            show_default=False,
+        ),
+    ] = None,
     admission: Admission = "greedy",
     order: Annotated[
         str, typer.Option(metavar="POLICY", help="Who is served first: priority, fcfs, fair (by tenant), slo.")
@@ -155,6 +163,7 @@ def serve(
         "dtype": dtype,
         "max_sequences": max_sequences,
         "prefix_cache": prefix_cache,
+        "thinking_marks": thinking_marks,
         "scheduling": scheduling,
     }
     engines: dict[str, AsyncLLM] = {}

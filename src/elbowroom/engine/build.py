@@ -19,6 +19,7 @@ from elbowroom.kv.mixed import MixedStore
 from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import KVPlan
 from elbowroom.memory.arena import Arena
+from elbowroom.models.thinking import find_marks
 
 
 def build_engine(
@@ -34,6 +35,7 @@ def build_engine(
     prefix_cache: bool = True,
     scheduling: Scheduling | None = None,
     seed: int = 0,
+    thinking_marks: str | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """Load a model inside ``memory`` and start its engine.
@@ -54,6 +56,8 @@ def build_engine(
         prefix_cache: keep finished prefixes for requests that share them.
         scheduling: who may begin, who is served first, and what becomes of those that have to go.
         seed: seeds requests that bring none.
+        thinking_marks: ``BEGIN,END``, the texts between which the model thinks, or ``none``; by default they are found
+            among the tokens of its tokenizer or in its chat template.
         progress: called with bytes loaded and bytes in all.
 
     Raises:
@@ -68,6 +72,7 @@ def build_engine(
         model, memory, plans, dtype, max_sequences=max_sequences, kv_store=kv_store, progress=progress
     )
     config, tokenizer, sizes = loaded.config, loaded.tokenizer, loaded.memory
+    marks = find_marks(tokenizer, thinking_marks)
     store: Store | MixedStore = loaded.store
     if loaded.others and isinstance(loaded.store, PagedStore):
         store = MixedStore((loaded.store, *loaded.others))
@@ -93,11 +98,13 @@ def build_engine(
     tier = policies.make_tier(loaded.ledger)
     transfers = None if tier is None or isinstance(store, ContiguousStore) else Transfers(store, tier)
     decoder = loaded.decoder
-    executor = TorchExecutor(loaded.path.model(decoder), decoder.weights, store, loaded.workspace, transfers)
+    path = loaded.path.model(decoder)
+    executor = TorchExecutor(path, decoder.weights, store, loaded.workspace, transfers, marks)
     scheduler = Scheduler(
         settings, pricings, kv_bytes, policies.make_admission(), policies.make_order(), policies.make_preemption(tier)
     )
     core = _make_core(scheduler, executor, loaded.arena)
+    core.marks = marks
 
     def close() -> None:
         if tier is not None:

@@ -15,6 +15,7 @@ from elbowroom.errors import ElbowroomError, OutOfBudget
 from elbowroom.memory.arena import Arena
 from elbowroom.memory.malloc import trim_malloc
 from elbowroom.memory.reclaim import ReclaimerLadder
+from elbowroom.models.thinking import ThinkingMarks
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class EngineCore:
     """Sets the bytes that the KV store may hold."""
     max_kv_bytes: int | None = None
     """Address space of the KV store: a raised budget gives it no more than this."""
+    marks: ThinkingMarks | None = None
+    """Between which the model thinks, if it does."""
     _live: dict[int, _Live] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,7 +90,7 @@ class EngineCore:
             RequestError: it is malformed or can never fit.
         """
         self.scheduler.add(request)
-        self._live[request.id] = _Live(RequestProcessor(request, decoders), sink, request.sampling.n)
+        self._live[request.id] = _Live(RequestProcessor(request, decoders, self.marks), sink, request.sampling.n)
 
     def abort(self, request_id: int) -> None:
         """Drop a request; its memory is free after the next step."""

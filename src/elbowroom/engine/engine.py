@@ -21,6 +21,7 @@ from elbowroom.engine.plans import KVPlans, PlanText
 from elbowroom.engine.queue import Gate, view_queue
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.sizing import MemoryPlan
+from elbowroom.engine.thinking import check_thinking
 from elbowroom.engine.types import Request, SchedulerStats, SessionRef, Stem
 from elbowroom.errors import EngineClosed, Overloaded, TokenizerError
 from elbowroom.kv.base import KVReport, KVStore
@@ -29,6 +30,7 @@ from elbowroom.memory.ledger import Ledger, Usage
 from elbowroom.memory.meter import Meter
 from elbowroom.models.config import ModelConfig
 from elbowroom.models.loader import LoadReport
+from elbowroom.models.thinking import ThinkingMarks
 from elbowroom.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -99,8 +101,8 @@ class Engine:
 
         Raises:
             PlanError: ``kv`` cannot be read.
-            RequestError: malformed, under a plan that the engine does not have, too long for the context, or too large
-                for the budget.
+            RequestError: malformed, under a plan that the engine does not have, too long for the context, too large
+                for the budget, or with limits on thinking for a model without marks of it.
             Overloaded: too many requests are live.
             EngineClosed: the engine was shut down.
             TokenizerError: stop strings are given and the model has no tokenizer.
@@ -149,7 +151,10 @@ class Engine:
             tokenizer.check_ids(ids, self.parts.config.vocab_size)
         if sampling.stop and not tokenizer.available:
             raise TokenizerError("stop strings need a tokenizer, and the model has none", "use stop_token_ids")
-        decoders = [tokenizer.stream_decoder() for _ in range(sampling.n)]
+        marks = self._core.marks
+        check_thinking(sampling, marks)
+        shown = frozenset() if marks is None else marks.special_ids
+        decoders = [tokenizer.stream_decoder(shown=shown) for _ in range(sampling.n)]
         return request.id, self.call(lambda: self._add(request, decoders, sink, gate))
 
     def is_waiting(self, request_ids: Collection[int]) -> Future[bool]:
@@ -242,6 +247,11 @@ class Engine:
             self.parts.store.check_integrity()
 
         self.call(check).result()
+
+    @property
+    def thinking_marks(self) -> ThinkingMarks | None:
+        """The texts between which the model thinks, if it does."""
+        return self._core.marks
 
     @property
     def is_alive(self) -> bool:

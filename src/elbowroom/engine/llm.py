@@ -42,6 +42,7 @@ class LLM:
         prefix_cache: bool = True,
         scheduling: Scheduling | None = None,
         seed: int = 0,
+        thinking_marks: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.engine: Engine = build_engine(
@@ -56,6 +57,7 @@ class LLM:
             prefix_cache=prefix_cache,
             scheduling=scheduling,
             seed=seed,
+            thinking_marks=thinking_marks,
             progress=progress,
         )
         self.tokenizer = self.engine.parts.tokenizer

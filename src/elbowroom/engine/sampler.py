@@ -15,8 +15,10 @@ from torch import Tensor
 
 from elbowroom.engine.drawing import BROKEN, Draw, backend
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.thinking import ThinkingTracker
 from elbowroom.engine.types import SampledToken, SampleSpec
 from elbowroom.errors import ModelError
+from elbowroom.models.thinking import ThinkingMarks
 
 
 @dataclass(slots=True)
@@ -33,6 +35,8 @@ class SlotSampler:
     last_token: int = 0
     prompt: frozenset[int] = frozenset()
     output: Counter[int] = field(default_factory=Counter)
+    thinking: ThinkingTracker | None = None
+    """Set where thinking is limited."""
     draw: Draw = field(init=False)
     has_penalties: bool = field(init=False)
     changes_logits: bool = field(init=False)
@@ -44,20 +48,24 @@ class SlotSampler:
         self.changes_logits = self.has_penalties or bool(self.params.logit_bias)
 
     @classmethod
-    def start(cls, spec: SampleSpec) -> SlotSampler:
-        """Return the state for a slot whose tokens so far are ``spec.history``."""
+    def start(cls, spec: SampleSpec, marks: ThinkingMarks | None = None) -> SlotSampler:
+        """Return the state for a slot whose tokens so far are ``spec.history``; ``marks`` are those of the model."""
         assert spec.history is not None
         history = spec.history
         made = cls(spec.params, spec.seed, spec.sample, len(history), spec.num_prompt_tokens)
         if spec.params.has_penalties:
             made.prompt = frozenset(history[: spec.num_prompt_tokens])
             made.output = Counter(history[spec.num_prompt_tokens :])
+        made.thinking = ThinkingTracker.limited(marks, spec)
         return made
 
     def chosen(self, drawn: int) -> int:
-        """Return the next token: a forced one, or the one that was drawn."""
+        """Return the next token: a forced one, the end of thinking where that is due, or the one that was drawn."""
         forced, number = self.params.forced, self.position - self.num_prompt
-        return forced[number] if number < len(forced) else drawn
+        if number < len(forced):
+            return forced[number]
+        due = None if self.thinking is None else self.thinking.due()
+        return drawn if due is None else due
 
     def accept(self, token: int) -> None:
         """Take in a chosen token."""
@@ -65,6 +73,8 @@ class SlotSampler:
         self.position += 1
         if self.has_penalties:
             self.output[token] += 1
+        if self.thinking is not None:
+            self.thinking.push(token)
 
 
 def sample(logits: Tensor, slots: Sequence[SlotSampler]) -> list[SampledToken]:

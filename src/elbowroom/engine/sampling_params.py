@@ -50,6 +50,10 @@ class SamplingParams:
     forced: tuple[int, ...] = ()
     """The first new tokens, whatever their logits: to score a text, or to read it as decoding reads. They count in
     ``max_tokens``, and end what others would end."""
+    thinking_budget: int | None = None
+    """Most tokens of thinking (between the model's marks of it, over the whole answer); then its end is forced."""
+    answer_reserve: int = 0
+    """Of ``max_tokens``, those kept for the answer: thinking is ended in time."""
     logprobs: int | None = None
     """None: none. k: the log-probability of each chosen token and of the k most likely ones."""
 
@@ -77,6 +81,14 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.thinking_budget is not None:
+            _integer("thinking_budget", self.thinking_budget, 0, 2**31)
+        _integer("answer_reserve", self.answer_reserve, 0, 2**31)
+        if self.max_tokens is not None and self.answer_reserve and self.answer_reserve >= self.max_tokens:
+            raise RequestError(
+                f"answer_reserve must be below max_tokens={self.max_tokens}, not {self.answer_reserve}",
+                "lower answer_reserve or raise max_tokens",
+            )
 
     def _check_ranges(self) -> None:
         for name, low, high in (
@@ -97,6 +109,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < 1e-5
+
+    @property
+    def limits_thinking(self) -> bool:
+        """Whether thinking may have to be ended."""
+        return self.thinking_budget is not None or self.answer_reserve > 0
 
     @property
     def has_penalties(self) -> bool:

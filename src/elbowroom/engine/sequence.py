@@ -79,7 +79,13 @@ class SeqState:
         self.limit = self.num_prompt + self.max_new_tokens
         request = self.request
         self.spec = SampleSpec(
-            request.sampling, self.seed, self.sample, self.num_prompt, None, request.num_output_tokens
+            request.sampling,
+            self.seed,
+            self.sample,
+            self.num_prompt,
+            None,
+            request.num_output_tokens,
+            self.max_new_tokens,
         )
 
     @property

@@ -10,6 +10,7 @@ from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.kv.base import PromptPart
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Phase = Literal["reasoning", "answer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,8 @@ class SampleSpec:
     """Tokens before the new one (prompt and output), given when the slot is new to the executor."""
     num_output_tokens: int | None = None
     """How long the answer will be, where a trace says so."""
+    max_new_tokens: int | None = None
+    """Output tokens at which the sequence ends."""
 
 
 class Row(NamedTuple):

@@ -49,6 +49,10 @@ class ChatTemplate:
         """Whether the model has a chat template."""
         return bool(self._templates)
 
+    def mentions(self, text: str) -> bool:
+        """Return whether a template holds ``text`` as it is written."""
+        return any(text in template for template in self._templates.values())
+
     def render(
         self,
         messages: Sequence[Message],

@@ -9,6 +9,10 @@ from pathlib import Path
 from elbowroom.errors import ConfigError, ModelError
 
 BUILTIN = Path(__file__).parent / "builtin"
+THINKING = Path(__file__).parent / "builtin_thinking"
+"""A second, very small model: it adds digits and thinks before it answers, the longer the more there are."""
+SHIPPED = {"builtin": BUILTIN, "builtin-thinking": THINKING}
+"""Names of the models that come with Elbowroom; a directory of the same name comes first."""
 READ_AHEAD_BYTES = 4 * 2**30
 """Two seconds of a fast disk; the readers go on from there, and a large model is not pushed out by its own end."""
 _ADVICE_BYTES = 128 * 1024
@@ -16,8 +20,11 @@ _ADVICE_BYTES = 128 * 1024
 
 
 def model_path(model: str | None) -> Path:
-    """Return where ``model`` would be, unchecked; None is the model that comes with Elbowroom."""
-    return BUILTIN if model is None else Path(model).expanduser()
+    """Return where ``model`` would be, unchecked; None is the built-in model, and a shipped one has a name."""
+    if model is None:
+        return BUILTIN
+    directory = Path(model).expanduser()
+    return SHIPPED.get(model, directory) if not directory.is_dir() else directory
 
 
 def find_model(model: str | None) -> Path:

@@ -27,12 +27,12 @@ class StreamDecoder:
 
     Args:
         tokenizer: of the model.
-        skip_special_tokens: whether special tokens give no text.
+        skipped: tokens that give no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skipped: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._byte_fallback = '"ByteFallback"' in _decoder_state(tokenizer)
         self._window: list[int] = []
         self._num_emitted = 0

@@ -124,9 +124,16 @@ class Tokenizer:
             raise RequestError("token ids must be whole numbers from 0 to 2^32 - 1", "check the ids") from reason
         return text
 
-    def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder | None:
-        """Return a decoder of one sequence token by token, or None when the model has no tokenizer."""
-        return StreamDecoder(self, skip_special_tokens=skip_special_tokens) if self.available else None
+    def stream_decoder(
+        self, *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
+    ) -> StreamDecoder | None:
+        """Return a decoder of one sequence token by token, or None when the model has no tokenizer.
+
+        Special tokens are skipped but for those in ``shown``.
+        """
+        if not self.available:
+            return None
+        return StreamDecoder(self, skipped=self.special_ids - shown if skip_special_tokens else frozenset())
 
     def check_ids(self, ids: Sequence[int], vocab_size: int) -> None:
         """Check token ids that a user gave against the model's ``vocab_size``; needs no tokenizer.

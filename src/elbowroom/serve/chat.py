@@ -56,7 +56,7 @@ class ChatReply:
         choices = [
             ChatChoice(
                 index=choice.index,
-                message=Message(role="assistant", content=choice.text, refusal=None),
+                message=_message(choice),
                 logprobs=self._logprobs(choice.logprobs),
                 finish_reason=choice.finish_reason,
             )
@@ -70,9 +70,13 @@ class ChatReply:
 
     def chunk(self, choice: Choice, delta: OutputDelta) -> bytes | None:
         """Return the chunk for ``delta``."""
-        if not (delta.text or delta.logprobs or delta.finish_reason):
-            return None
-        piece = Message(content=delta.text) if delta.text else Message()
+        piece = Message()
+        if delta.reasoning:
+            piece.reasoning_content = delta.reasoning
+        if delta.answer:
+            piece.content = delta.answer
+        if not (piece.model_fields_set or delta.logprobs or delta.finish_reason):
+            return None  # a mark of thinking, or the beginning of one
         return self._one(choice, piece, self._logprobs(delta.logprobs), delta.finish_reason)
 
     def closing(self) -> ChatChunk:
@@ -85,6 +89,13 @@ class ChatReply:
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         return chat_logprobs(self._tokenizer, entries) if self._with_logprobs else None
+
+
+def _message(choice: Choice) -> Message:
+    made = Message(role="assistant", content=choice.answer, refusal=None)
+    if choice.reasoning:
+        made.reasoning_content = choice.reasoning
+    return made
 
 
 def chat_router(context: ServerContext) -> APIRouter:

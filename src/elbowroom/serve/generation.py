@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 from elbowroom.engine.output import OutputDelta, RequestOutput, TokenLogprob
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.thinking import check_thinking
 from elbowroom.errors import ElbowroomError
 from elbowroom.serve.callers import Caller
 from elbowroom.serve.errors import InvalidField
 from elbowroom.serve.metrics import ServerMetrics
+from elbowroom.serve.requests import RENAMED
 from elbowroom.serve.responses import Usage
 from elbowroom.serve.served import ServedModel
 
@@ -27,13 +29,28 @@ class Choice:
     num_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    reasoning_pieces: list[str] = field(default_factory=list)
+    answer_pieces: list[str] = field(default_factory=list)
+    num_reasoning_tokens: int = 0
     first_s: float = 0.0
+    visible_s: float = 0.0
+    """When the first text came that is not blank and no thinking; 0: never."""
     last_s: float = 0.0
 
     @property
     def text(self) -> str:
         """The text so far."""
         return "".join(self.pieces)
+
+    @property
+    def reasoning(self) -> str:
+        """What was thought so far."""
+        return "".join(self.reasoning_pieces)
+
+    @property
+    def answer(self) -> str:
+        """The text outside of the thinking so far."""
+        return "".join(self.answer_pieces)
 
 
 Deltas = AsyncGenerator[tuple[Choice, OutputDelta] | None]
@@ -68,6 +85,11 @@ class Generation:
         if len(prompts) * sampling.n > most:
             asked = f"{len(prompts)} prompts with {sampling.n} samples each exceed {most} in one request"
             raise InvalidField("prompt", asked, "send several requests")
+        try:
+            check_thinking(sampling, model.llm.engine.thinking_marks)
+        except ElbowroomError as reason:
+            name, _, rest = reason.message.partition(" ")
+            raise InvalidField(RENAMED.get(name, name), rest, reason.hint) from None
         try:
             model.llm.engine.parts.plans.number(kv)
         except ElbowroomError as reason:
@@ -121,14 +143,22 @@ class Generation:
     def usage(self) -> Usage:
         """Tokens so far."""
         generated = sum(choice.num_tokens for choice in self.choices)
-        return Usage.of(sum(map(len, self.prompts)), generated, sum(self._cached), self._is_relieved)
+        reasoning = None
+        if self.model.llm.engine.thinking_marks is not None:
+            reasoning = sum(choice.num_reasoning_tokens for choice in self.choices)
+        return Usage.of(sum(map(len, self.prompts)), generated, sum(self._cached), self._is_relieved, reasoning)
 
     def _take(self, prompt: int, delta: OutputDelta) -> Choice:
         choice = self.choices[prompt * self.sampling.n + delta.index]
         if delta.token_ids:
             choice.last_s = time.perf_counter()
             choice.first_s = choice.first_s or choice.last_s
+        if not choice.visible_s and delta.answer.strip():
+            choice.visible_s = time.perf_counter()
         choice.pieces.append(delta.text)
+        choice.reasoning_pieces.append(delta.reasoning)
+        choice.answer_pieces.append(delta.answer)
+        choice.num_reasoning_tokens = delta.num_reasoning_tokens
         choice.num_tokens += len(delta.token_ids)
         choice.logprobs += delta.logprobs
         choice.finish_reason = delta.finish_reason

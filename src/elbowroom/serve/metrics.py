@@ -23,7 +23,9 @@ class Timed(Protocol):
     """One generated text and when its tokens came."""
 
     num_tokens: int
+    num_reasoning_tokens: int
     first_s: float
+    visible_s: float
     last_s: float
     finish_reason: str | None
 
@@ -47,14 +49,30 @@ class ServerMetrics:
         )
         self._tenants: set[str] = set()
         self._ttft = self._histogram("time_to_first_token", "Seconds from request to first token.", _SECONDS)
+        self._ttfvt = self._histogram(
+            "time_to_first_visible_token", "Seconds from request to the first text that is no thinking.", _SECONDS
+        )
+        self._reasoning = Counter(
+            "elbowroom_reasoning_tokens",
+            "Generated tokens that were thinking.",
+            ["model"],
+            registry=self.registry,
+        )
         self._tpot = self._histogram("time_per_output_token", "Mean seconds between tokens of a text.", _TOKEN_SECONDS)
         self._e2e = self._histogram("e2e_request_latency", "Seconds from request to last token.", _SECONDS)
 
     def observe(self, model: str, started: float, texts: Sequence[Timed]) -> None:
-        """Record an ended request: its first token, the pace of each text and, if none was aborted, the last token."""
+        """Record an ended request.
+
+        That is its first token and first visible text, the pace of each text and, if none was aborted, the last token.
+        """
         begun = [text for text in texts if text.num_tokens]
         if begun:
             self._ttft.labels(model).observe(min(text.first_s for text in begun) - started)
+        visible = [text.visible_s for text in begun if text.visible_s]
+        if visible:
+            self._ttfvt.labels(model).observe(min(visible) - started)
+        self._reasoning.labels(model).inc(sum(text.num_reasoning_tokens for text in begun))
         for text in begun:
             if text.num_tokens > 1:
                 self._tpot.labels(model).observe((text.last_s - text.first_s) / (text.num_tokens - 1))

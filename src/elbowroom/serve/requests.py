@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 Prompts = list[str] | list[list[int]]
+RENAMED = {"thinking_budget": "thinking_token_budget"}
+"""Sampling parameters that have another name here: the one that clients know from vLLM."""
 
 
 class Schema(BaseModel):
@@ -50,6 +52,10 @@ class GenerationRequest(Schema):
     """Lower runs first; only where the server allows it."""
     kv: str | None = None
     """One of the KV plans that the server was started with."""
+    thinking_token_budget: int | None = None
+    """Most tokens of thinking; then its end is forced."""
+    answer_reserve: int | None = None
+    """Of the most tokens, those kept for the answer."""
 
 
 def _as_list(prompt: Any) -> Any:

@@ -43,6 +43,12 @@ class PromptTokensDetails(Schema):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Schema):
+    """What completion tokens were spent on."""
+
+    reasoning_tokens: int
+
+
 class Usage(Schema):
     """Tokens of one request."""
 
@@ -50,11 +56,20 @@ class Usage(Schema):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
+    """For models that think."""
     kv_relieved: bool | None = None
     """True if memory was so short that tokens went over to the server's relief plan (an extension)."""
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int, kv_relieved: bool = False) -> Usage:
+    def of(
+        cls,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int,
+        kv_relieved: bool = False,
+        reasoning_tokens: int | None = None,
+    ) -> Usage:
         """Return the usage with its sums."""
         usage = cls(
             prompt_tokens=prompt_tokens,
@@ -64,6 +79,8 @@ class Usage(Schema):
         )
         if kv_relieved:
             usage.kv_relieved = True
+        if reasoning_tokens is not None:
+            usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=reasoning_tokens)
         return usage
 
 
@@ -128,6 +145,8 @@ class Message(Schema):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    """What was thought before, where the model does (an extension that DeepSeek's API and others know)."""
     refusal: str | None = None
 
 

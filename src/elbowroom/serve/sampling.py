@@ -6,12 +6,12 @@ from elbowroom.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from elbowroom.errors import RequestError
 from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.serve.errors import InvalidField
-from elbowroom.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
+from elbowroom.serve.requests import RENAMED, ChatRequest, CompletionRequest, GenerationRequest
 
 _MOST_TOKENS = 2**31
 _PASSED_ON = (
     "n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed",
-    "top_k", "min_p", "repetition_penalty", "ignore_eos",
+    "top_k", "min_p", "repetition_penalty", "ignore_eos", "answer_reserve",
 )  # fmt: skip
 
 
@@ -63,6 +63,7 @@ def _sampling(
     tokenizer.check_ids([*bias, *(body.stop_token_ids or ())], vocab_size)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     given = {name: value for name in _PASSED_ON if (value := getattr(body, name)) is not None}
+    given |= {name: value for name, field in RENAMED.items() if (value := getattr(body, field)) is not None}
     try:
         return SamplingParams(
             **given,
@@ -75,6 +76,7 @@ def _sampling(
     except RequestError as reason:
         # Its messages begin with the name of the field.
         name, _, rest = reason.message.partition(" ")
+        name = RENAMED.get(name, name)
         if name in type(body).model_fields:
             raise InvalidField(name, rest, reason.hint) from None
         raise

@@ -17,6 +17,7 @@ from elbowroom.errors import IntegrityError, OutOfBudget
 from elbowroom.kernels import LayerStrips
 from elbowroom.kv.base import KVHandle, KVStep, KVStore, Want
 from elbowroom.models.base import Scratch, StepModel
+from elbowroom.models.thinking import ThinkingMarks
 from elbowroom.weights.base import StepInfo, WeightProvider
 
 _NO_STATISTICS = Want()
@@ -56,6 +57,7 @@ class TorchExecutor:
         store: its keys and values.
         scratch: where large activations live.
         transfers: who saves and loads sequences, where plans may ask for that.
+        marks: between which the model thinks, if it does.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class TorchExecutor:
         store: KVStore,
         scratch: Scratch,
         transfers: Transfers | None = None,
+        marks: ThinkingMarks | None = None,
     ) -> None:
         self._model, self._weights, self.store, self._scratch = model, weights, store, scratch
-        self._transfers = transfers
+        self._transfers, self._marks = transfers, marks
         self._torch_threads = torch.get_num_threads()
         self._handles: dict[int, KVHandle] = {} if transfers is None else transfers.handles
         self._samplers: dict[int, SlotSampler] = {}
@@ -198,7 +201,7 @@ class TorchExecutor:
         if spec is None:
             raise IntegrityError("a row without sampling has no sampler")
         if spec.history is not None:
-            self._samplers[row.slot] = SlotSampler.start(spec)
+            self._samplers[row.slot] = SlotSampler.start(spec, self._marks)
         return self._samplers[row.slot]
 
 

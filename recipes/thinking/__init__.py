@@ -1,0 +1,1 @@
+"""Recipe of the small model that thinks: tokenizer, shape, training, export."""
