@@ -26,15 +26,13 @@ def repeatable_steps(rows: Rows, state: SchedulerState) -> int:
     if most <= 1:
         return 1
     within = min([max(seq.num_blocks * STRIP_TOKENS, row.start + 1) - row.start for seq, row in rows])
-    if most <= within or _growth_bytes(rows, most) <= state.account.free_bytes:
+    free_bytes = state.account.free_bytes
+    if most <= within or _growth_bytes(rows, most) <= free_bytes:
         return most
-    while most - within > 1:  # bytes only grow with steps
-        middle = (most + within) // 2
-        if _growth_bytes(rows, middle) <= state.account.free_bytes:
-            within = middle
-        else:
-            most = middle
-    return within
+    # What surely fits will do, if it is not the most: all grow by so much at once.
+    each = max([seq.pricing.block_bytes for seq, _ in rows])
+    surely = (free_bytes // (each * len(rows)) - 1) * STRIP_TOKENS
+    return surely if within < surely < most and _growth_bytes(rows, surely) <= free_bytes else within
 
 
 def _repeats(seq: SeqState, row: Row) -> int:
@@ -43,6 +41,8 @@ def _repeats(seq: SeqState, row: Row) -> int:
     if row.kind != "decode" or row.prompt or (seq.stop_token_ids and not seq.pricing.can_share):
         return 1
     last = seq.limit - 1
+    if seq.request.num_output_tokens is not None:
+        last = min(last, seq.num_prompt + max(seq.request.num_output_tokens, 1) - 1)
     if seq.pricing.interval:
         last = min(last, seq.pricing.next_choice(seq.num_prompt, row.start) - 1)
     return last - row.start

@@ -33,7 +33,7 @@ from elbowroom.engine.preemption.base import PreemptPolicy
 from elbowroom.engine.preemption.recompute import RecomputePreemption
 from elbowroom.engine.relief import relieve
 from elbowroom.engine.rotation import give_ways
-from elbowroom.engine.sequence import SeqState
+from elbowroom.engine.sequence import SeqState, until_end
 from elbowroom.engine.state import Rows, SchedulerState
 from elbowroom.engine.stems import awaits_leader, expect, give_up_stems, keep_stem, leave, next_stop
 from elbowroom.engine.swapping import forget, put_out, settle, stow, wants_saving
@@ -447,16 +447,9 @@ class Scheduler:
             self.account.cache(seq, seq.num_prompt // STRIP_TOKENS)
 
     def _append_tokens(self, seq: SeqState, tokens: list[SampledToken]) -> None:
-        known = seq.tokens
-        for count, token in enumerate(tokens, start=1):
-            known.append(token.token_id)
-            if token.token_id in seq.stop_token_ids or len(known) >= seq.limit:
-                reason: FinishReason | None = "stop" if token.token_id in seq.stop_token_ids else "length"
-                tokens = tokens[:count]
-                break
-        else:
-            reason = None
-        state = self._state
+        known, state = seq.tokens, self._state
+        tokens, reason = until_end(seq, tokens)
+        known += [token.token_id for token in tokens]
         state.stats.generated_tokens += len(tokens)
         state.order.served(seq, 0, len(tokens))
         update = SequenceUpdate(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from elbowroom.engine.accounting import Dropped, KVPricing, num_blocks
 from elbowroom.engine.prefix import Node
-from elbowroom.engine.types import Request, SampleSpec
+from elbowroom.engine.types import FinishReason, Request, SampledToken, SampleSpec
 from elbowroom.kv.base import PromptPart
 
 
@@ -122,6 +122,19 @@ class SeqState:
             return self.spec
         self.is_new_to_executor = False
         return replace(self.spec, history=tuple(self.tokens))
+
+
+def until_end(seq: SeqState, tokens: list[SampledToken]) -> tuple[list[SampledToken], FinishReason | None]:
+    """Return those of its next tokens that ``seq`` keeps, and why it ends with the last of them, if it does."""
+    room, stops = seq.limit - len(seq.tokens), seq.stop_token_ids
+    if len(tokens) < room and stops.isdisjoint([token.token_id for token in tokens]):
+        return tokens, None
+    for count, token in enumerate(tokens, start=1):
+        if token.token_id in stops:
+            return tokens[:count], "stop"
+        if count >= room:
+            return tokens[:count], "length"
+    return tokens, None
 
 
 @dataclass(frozen=True, slots=True)
