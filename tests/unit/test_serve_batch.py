@@ -301,3 +301,15 @@ def test_lines_are_found_again_by_number(tmp_path: Path) -> None:
     assert list(lines.lines()) == [(1, b"first\n"), (3, None), (4, b"fourth")]
     assert [lines.read(number) for number in (4, 3, 1)] == [b"fourth", None, b"first\n"]
     lines.close()
+
+
+def test_a_large_plan_is_taken_from_the_kv_cache(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, capacities = write(tmp_path / "in.jsonl", GOOD), list[int]()
+    for small in (2**30, 0):
+        monkeypatch.setattr("elbowroom.serve.batch.job._SMALL_PLAN_BYTES", small)
+        report = run(source, tmp_path / "out.jsonl", model, restart=True)
+        assert report.forecast is not None
+        assert report.num_answered == 5
+        capacities.append(report.forecast.kv_bytes)
+
+    assert 0 < capacities[0] - capacities[1] < 100_000

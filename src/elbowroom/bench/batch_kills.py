@@ -15,6 +15,8 @@ from pathlib import Path
 from elbowroom.bench.batch_loads import prompts, read_answers, write_lines
 
 _MEMORY = "192MiB"
+_SPREAD = 40
+"""Answers of different lengths end one by one, not all at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +37,25 @@ def kill_again_and_again(directory: Path, vocab_size: int, num_kills: int, seed:
     """Run a batch of documents, killed ``num_kills`` times, and compare it with one that was not."""
     source, quiet, killed = (directory / name for name in ("in.jsonl", "quiet.jsonl", "killed.jsonl"))
     load = prompts("documents", vocab_size, seed, shrink)
-    write_lines(source, load)
+    write_lines(source, load, _SPREAD)
     started = time.perf_counter()
     done = subprocess.run(_command(source, quiet), check=True, capture_output=True, timeout=600)
-    whole_s = time.perf_counter() - started
-    answering_s = json.loads(done.stdout)["seconds"]
+    start_s = time.perf_counter() - started - json.loads(done.stdout)["seconds"]
+    # A kill while it answers comes behind some bytes more, so few that the last one still finds it at work.
+    most_bytes = _size(quiet) // num_kills
     rng, while_answering = random.Random(seed), 0
     for number in range(num_kills):
-        # Half of them while it starts, loads and plans; half while it answers.
-        start_s = whole_s - answering_s
-        delay = rng.uniform(0, start_s) if number % 2 else start_s + rng.uniform(0, 2 * answering_s / num_kills)
         before = _size(killed)
-        _run_and_kill(_command(source, killed), delay)
-        while_answering += _size(killed) > before
+        process = subprocess.Popen(_command(source, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if number % 2:  # while it starts, loads and plans
+            _wait(process, rng.uniform(0, start_s))
+        else:
+            enough = before + rng.randint(1, most_bytes)
+            while _size(killed) < enough and process.poll() is None:
+                _wait(process, 0.002)
+            _wait(process, rng.uniform(0, 0.02))
+        process.kill()
+        while_answering += process.wait() != 0 and _size(killed) > before
     subprocess.run(_command(source, killed), check=True, capture_output=True, timeout=600)
     expected, answers = dict(read_answers(quiet)), read_answers(killed)
     counts = Counter(name for name, _ in answers)
@@ -61,12 +69,9 @@ def _command(source: Path, target: Path) -> list[str]:
     return [sys.executable, "-m", "elbowroom.commands", "batch", str(source), str(target), *options]
 
 
-def _run_and_kill(command: list[str], delay: float) -> None:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(delay)
-    process.kill()
-    process.wait()
+        process.wait(seconds)
 
 
 def _size(path: Path) -> int:

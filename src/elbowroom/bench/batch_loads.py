@@ -52,11 +52,16 @@ def prompts(load: str, vocab_size: int, seed: int, shrink: int) -> list[Prompt]:
     return made
 
 
-def write_lines(path: Path, made: list[Prompt]) -> None:
-    """Write prompts as a batch; every answer has the same length."""
+def write_lines(path: Path, made: list[Prompt], spread: int = 1) -> None:
+    """Write prompts as a batch; answers have ``NEW_TOKENS``, or up to ``spread - 1`` more."""
     with path.open("w", encoding="utf-8") as file:
         for number, prompt in enumerate(made):
-            body = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+            body = {
+                "prompt": prompt,
+                "max_tokens": NEW_TOKENS + 7 * number % spread,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
             line = {"custom_id": f"request-{number}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
 
