@@ -65,8 +65,8 @@ void Plan::add_reader(const AttendArgs& args, int32_t sequence, int32_t row, int
         }
         add_group(head, row, num_rows);
     }
-    // An item that is full gains nothing from more rows.
-    const bool may_share = num_rows * args.group_size() < kItemVectors;
+    // An item that is full gains nothing from more rows, and those of a chunk stay as they are.
+    const bool may_share = num_rows < std::max(1, kItemVectors / args.group_size());
     readers_.push_back({sequence, row, num_rows, first, end, may_share ? std::min(open, end) : first, first});
 }
 

@@ -15,7 +15,7 @@ from elbowroom.kernels import LayerStrips
 from elbowroom.kv.base import KVStep
 
 PREFIX, MEMBERS = 320, 10
-SAMPLING = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+SAMPLING = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 
 
 def prompts() -> list[dict[str, list[int]]]:

@@ -54,9 +54,9 @@ def _adopt(engine: Engine, tokens: Sequence[int], seed: int) -> None:
     account.index.insert(None, keys, slot, account.pricings[0].block_bytes)
 
 
-def _noting(function: Callable[[int], KVHandle], into: list[KVHandle]) -> Callable[[int], KVHandle]:
-    def call(plan: int) -> KVHandle:
-        into.append(function(plan))
+def _noting(function: Callable[[int, int], KVHandle], into: list[KVHandle]) -> Callable[[int, int], KVHandle]:
+    def call(plan: int, expected_tokens: int) -> KVHandle:
+        into.append(function(plan, expected_tokens))
         return into[-1]
 
     return call

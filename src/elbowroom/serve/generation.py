@@ -137,6 +137,8 @@ class Generation:
         for sample in output.outputs:
             choice = self.choices[prompt * self.sampling.n + sample.index]
             choice.pieces, choice.num_tokens = sample.pieces, len(sample.token_ids)
+            choice.reasoning_pieces, choice.answer_pieces = sample.reasoning_pieces, sample.answer_pieces
+            choice.num_reasoning_tokens = sample.num_reasoning_tokens
             choice.logprobs, choice.finish_reason = sample.logprobs or [], sample.finish_reason
 
     @property
