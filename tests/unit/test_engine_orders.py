@@ -12,7 +12,7 @@ from elbowroom.engine.ordering import ORDERS
 from elbowroom.engine.preemption import PREEMPTIONS
 from elbowroom.engine.preemption.auto import AutoPreemption
 from elbowroom.engine.sampling_params import SamplingParams
-from elbowroom.engine.types import Request
+from elbowroom.engine.types import Request, SessionRef
 from elbowroom.errors import PlanError
 from elbowroom.memory.swap_cost import SwapCost
 
@@ -138,6 +138,40 @@ def test_swapped_tokens_are_not_computed_again() -> None:
     assert (stats.swaps_out, stats.swaps_in, stats.failed_swaps) == (2, 2, 0)
     assert prefills["swap"] == 900 + 2  # the token that was sampled last is computed behind what is read
     assert prefills["recompute"] > 900 + 2 * 300
+
+
+def test_two_requests_of_a_session_at_once_leave_nothing_behind() -> None:
+    world = World(PLAN, 40 * BLOCK, prefix_cache=False, preemption=PREEMPTIONS.get("swap")())
+    session = SessionRef(key=1)
+    world.run_all([request(number, 100, 20, session=session) for number in range(3)])
+    assert len(world.scheduler.account.parked) == 1
+    world.scheduler.account.reclaim(2**62)
+    world.step()
+    assert len(world.executor.objects) == 1
+    world.scheduler.close_session(1)
+    world.step()
+    world.check_empty()
+
+
+def test_a_turn_goes_on_from_what_was_saved() -> None:
+    """Its session's slot was needed by others meanwhile: nothing but what is new is computed."""
+    world = World(PLAN, 40 * BLOCK, prefix_cache=False, preemption=PREEMPTIONS.get("swap")())
+    session = SessionRef(key=1)
+    first = request(0, 300, 20, session=session)
+    said = [*first.prompt_token_ids, *world.run_all([first])[0, 0]]
+    world.scheduler.account.reclaim(2**62)
+    world.step()
+    assert not world.scheduler.account.parked
+    before = world.num_prefilled
+    turn = Request(
+        id=1,
+        prompt_token_ids=(*said, *range(8, 38)),
+        sampling=SamplingParams(max_tokens=5, ignore_eos=True, seed=1),
+        session=session,
+    )
+    world.run_all([turn])
+    assert world.num_prefilled - before == 30 + 1
+    assert world.scheduler.stats().swaps_in == 1
 
 
 def test_late_requests_go_behind_those_that_can_still_be_met() -> None:

@@ -187,6 +187,8 @@ class EngineCore:
         self._deliver(updates)
 
     def _count(self, num_tokens: int, is_decode: bool, seconds: float) -> None:
+        if num_tokens == 0:
+            return  # it waited for a transfer, or only changed what is stored
         self.times.num_steps += 1
         if is_decode:
             self.times.decode_s += seconds

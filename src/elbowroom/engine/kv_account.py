@@ -232,6 +232,7 @@ class KVAccount:
         """Close a parked session; it is prefilled again if it ever goes on, or read back where it is saved."""
         parked = self.parked.pop(key)
         if parked.saved is not None:
+            self.drop_stowed(key)  # two requests of a session were under way at once
             self.stowed[key] = Stowed(parked.asked_plan, parked.tokens, parked.saved)
         self.used_bytes -= self.private_bytes(parked.paid_bytes, parked.shared)
         if parked.shared is not None:
