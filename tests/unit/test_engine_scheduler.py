@@ -264,6 +264,7 @@ def test_so_it_is_in_every_order_and_when_sequences_are_saved(
     )
     world.executor.delay, world.executor.fails_every = delay or 0, fails
     Driver(world).play([each for each in actions if each[0] != "snapshot"])
+    assert world.shortfalls == 0, "the store had less than the scheduler counted on"
 
 
 @pytest.mark.parametrize("name", list(CODECS))

@@ -11,10 +11,11 @@ import numpy as np
 from elbowroom.bench.load_setup import SimulatedServer
 from elbowroom.engine.build import build_engine
 from elbowroom.engine.engine import Engine
+from elbowroom.engine.executors.measuring import MeasuringExecutor
 from elbowroom.engine.scheduling import Scheduling
 from elbowroom.workloads.arrivals import GammaArrivals
 from elbowroom.workloads.base import Workload
-from elbowroom.workloads.fit import MeasuringExecutor, fit_costs
+from elbowroom.workloads.fit import fit_costs
 from elbowroom.workloads.generate import Generator
 from elbowroom.workloads.lengths import LognormalLengths
 from elbowroom.workloads.metrics import RunRecord

@@ -5,44 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from elbowroom.engine.engine import Engine
-from elbowroom.engine.executors.base import Executor, LinearCostModel, StepShape
+from elbowroom.engine.executors.base import LinearCostModel, StepShape
+from elbowroom.engine.executors.measuring import MeasuringExecutor, non_negative
 from elbowroom.engine.sampling_params import SamplingParams
-from elbowroom.engine.types import StepPlan, StepResult
 
 _NEW_TOKENS = 6
 _BATCH = 16
 _CONTEXT_STEPS = 3
 """Full steps of the long prompt that is read."""
-
-
-@dataclass(slots=True)
-class StepRecorder:
-    """An executor that notes what the steps of another one take."""
-
-    executor: Executor
-    steps: list[tuple[StepShape, float]] = field(default_factory=list)
-    _shapes: dict[int, StepShape] = field(default_factory=dict)
-
-    def submit(self, plan: StepPlan) -> int:
-        """Start a step."""
-        ticket = self.executor.submit(plan)
-        if plan.rows:
-            self._shapes[ticket] = StepShape.of(plan)
-        return ticket
-
-    def collect(self, ticket: int) -> StepResult:
-        """Return what it made, and note its time."""
-        result = self.executor.collect(ticket)
-        shape = self._shapes.pop(ticket, None)
-        if shape is not None and result.shortfall_bytes == 0:
-            self.steps.append((shape, result.duration_s))
-        return result
 
 
 def measure_costs(engine: Engine, longest_prompt: int, seed: int = 0) -> LinearCostModel:
@@ -74,12 +48,12 @@ def measure_costs(engine: Engine, longest_prompt: int, seed: int = 0) -> LinearC
 
 
 @contextmanager
-def recorded(engine: Engine) -> Iterator[StepRecorder]:
+def recorded(engine: Engine) -> Iterator[MeasuringExecutor]:
     """Note the steps of ``engine`` during the block."""
     core = engine.parts.core
 
-    def wrap() -> StepRecorder:
-        core.executor = made = StepRecorder(core.executor)
+    def wrap() -> MeasuringExecutor:
+        core.executor = made = MeasuringExecutor(core.executor)
         return made
 
     def unwrap() -> None:
@@ -98,19 +72,5 @@ def fit(steps: Sequence[tuple[StepShape, float]]) -> LinearCostModel:
     seconds = np.asarray([max(each, 1e-7) for _, each in steps])
     rows = np.asarray(shapes, dtype=np.float64) / seconds[:, None]
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-12)
-    found = _non_negative(rows / scale, np.ones(len(steps))) / scale
+    found = non_negative(rows / scale, np.ones(len(steps))) / scale
     return LinearCostModel(*found.tolist())
-
-
-def _non_negative(matrix: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the best of all least-squares solutions over subsets of columns that has no negative entry."""
-    columns = matrix.shape[1]
-    best, least = np.zeros(columns), np.inf
-    for subset in range(1, 2**columns):
-        chosen = [column for column in range(columns) if subset >> column & 1]
-        solution = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
-        error = float(np.square(matrix[:, chosen] @ solution - target).sum())
-        if (solution >= 0).all() and error < least:
-            least, best = error, np.zeros(columns)
-            best[chosen] = solution
-    return best
