@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.engine_world import World, bound, expected_output, layer
 
 from elbowroom.engine.admission import ADMISSIONS, Outlook
-from elbowroom.engine.admission.lengths import LengthModel
+from elbowroom.engine.admission.lengths import WINDOW, Kind, LengthModel
 from elbowroom.engine.admission.peak import future_peak
 from elbowroom.engine.executors.base import LinearCostModel
 from elbowroom.engine.executors.simulated import SimExecutor
@@ -22,7 +22,7 @@ from elbowroom.errors import PlanError
 
 PLAN = bound(layer(), layer())
 BLOCK = 16384
-NOBODY = np.zeros(0, dtype=np.int64)
+KIND = Kind("", 12)
 FORESEEING = [name for name in ADMISSIONS.names() if name != "greedy"]
 
 
@@ -30,6 +30,7 @@ def outlook(num_tokens: int, num_generated: int = 0, most: int = 100, true: int 
     return Outlook(
         num_tokens=num_tokens,
         num_generated=num_generated,
+        kind=KIND,
         most_new_tokens=most,
         true_new_tokens=true,
         chunk_steps=0,
@@ -63,43 +64,66 @@ def test_bytes_stop_at_a_bound_and_leave_out_what_is_shared() -> None:
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.lists(st.integers(0, 9), max_size=6))
 def test_survival_is_that_of_kaplan_and_meier(finished: list[int], running: list[int]) -> None:
-    model = LengthModel()
+    model = LengthModel(limit=0)
     for length in finished:
-        model.add(length)
-    lengths, shares = model.survival(np.asarray(running, dtype=np.int64))
+        model.add(KIND, length)
+    lengths, shares = model.survival([KIND], [KIND] * len(running), np.asarray(running, dtype=np.int64))
     alive = 1.0
-    for length, share in zip(lengths.tolist(), shares.tolist(), strict=True):
+    for length, share in zip(lengths.tolist(), shares[0].tolist(), strict=True):
         at_risk = sum(each >= length for each in (*finished, *running))
-        alive *= 1 - finished.count(length) / at_risk
-        assert share == pytest.approx(alive)
+        if at_risk:
+            alive *= 1 - finished.count(length) / at_risk
+            assert share == pytest.approx(alive)
+
+
+def known(model: LengthModel, has: list[int], limit: int, steps: list[list[int]], running: int = 0) -> list[float]:
+    kinds, limits = [KIND] * len(has), np.full(len(has), limit)
+    shape = np.asarray(steps * len(has))
+    return model.chances(kinds, np.asarray(has), limits, running, shape)[-1].tolist()
 
 
 def test_chances_follow_what_is_known() -> None:
     model = LengthModel()
     for length in (10, 20, 30, 40):
-        model.add(length)
-    steps = np.asarray([[1, 10, 11, 31, 40, 41]])
-    limit = np.asarray([100])
-    fresh = model.chances(np.asarray([0]), limit, NOBODY, steps)
-    assert fresh.tolist() == [[1.0, 1.0, 0.75, 0.25, 0.25, 0.0]]
+        model.add(KIND, length)
+    steps = [[1, 10, 11, 31, 40, 41]]
+    assert known(model, [0], 100, steps) == pytest.approx([1.0, 1.0, 0.75, 0.25, 0.25, 0.0])
     # One with 25 tokens is one of the two longest; one with 45 is longer than all that is known: up to its limit.
-    assert model.chances(np.asarray([25]), limit, NOBODY, steps).tolist() == [[1.0, 0.5, 0.5, 0.0, 0.0, 0.0]]
-    assert model.chances(np.asarray([45]), np.asarray([55]), NOBODY, steps).tolist() == [[1.0, 1.0, 0, 0, 0, 0]]
+    assert known(model, [25], 100, steps) == pytest.approx([1.0, 0.5, 0.5, 0.0, 0.0, 0.0])
+    assert known(model, [45], 55, steps) == [1.0, 1.0, 0, 0, 0, 0]
     # Four that still run with 15 tokens say that few end early.
-    several = model.chances(np.asarray([0]), limit, np.full(4, 15), steps)
-    assert several[0, 2] == pytest.approx(7 / 8)
+    assert known(model, [15, 15, 15, 15, 0], 100, steps, running=4)[2] == pytest.approx(7 / 8)
 
 
 def test_before_anything_is_known_lengths_are_spread_over_all_magnitudes() -> None:
     model = LengthModel(prior=4.0)
     model.allow(4096)
-    steps = np.asarray([[9, 65, 513]])
-    early = model.chances(np.asarray([0]), np.asarray([4096]), NOBODY, steps)[0]
-    assert early == pytest.approx([0.75, 0.5, 0.25], abs=0.05)
+    steps = [[9, 65, 513]]
+    assert known(model, [0], 4096, steps) == pytest.approx([0.75, 0.5, 0.25], abs=0.05)
     for _ in range(400):
-        model.add(500)
-    late = model.chances(np.asarray([0]), np.asarray([4096]), NOBODY, steps)[0]
-    assert late == pytest.approx([1, 1, 0], abs=0.02)
+        model.add(KIND, 500)
+    assert known(model, [0], 4096, steps) == pytest.approx([1, 1, 0], abs=0.03)
+
+
+def test_answers_of_a_kind_are_told_apart_and_others_fill_in() -> None:
+    model, steps = LengthModel(), np.asarray([[50]] * 4)
+    short, long = Kind.of("a", 100), Kind.of("a", 3000)
+    for _ in range(200):
+        model.add(short, 10)
+        model.add(long, 90)
+    kinds = [short, long, Kind.of("a", 100_000), Kind.of("b", 100)]
+    found = model.chances(kinds, np.zeros(4, dtype=np.int64), np.full(4, 100), 0, steps)[:, 0]
+    assert found == pytest.approx([0, 1, 0.5, 0.5], abs=0.02)  # what is new is like all others
+
+
+def test_only_the_newest_answers_are_remembered() -> None:
+    model = LengthModel()
+    for number in range(WINDOW):
+        model.add(Kind.of(f"tenant {number}", 100), 10)
+    for _ in range(WINDOW):
+        model.add(KIND, 500)
+    assert known(model, [0], 4096, [[11, 489]]) == pytest.approx([1, 1])
+    assert len(model._ended) == 3  # tenants that are gone take no memory
 
 
 def test_policies_admit_what_they_foresee() -> None:
@@ -113,7 +137,7 @@ def test_policies_admit_what_they_foresee() -> None:
     for name in ("past_future", "past_future_paper"):
         assert not make[name].admits(small, running, room)  # nothing is known: as long as may be
         for _ in range(300):
-            make[name].ended(105, 400)
+            make[name].ended(KIND, 105)
         assert make[name].admits(small, running, 16 * BLOCK)
         assert not make[name].admits(outlook(640), running, 16 * BLOCK)
 

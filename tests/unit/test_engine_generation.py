@@ -12,6 +12,7 @@ from elbowroom.bench.random_model import random_calibration
 from elbowroom.bench.schedules import EXCUSED_GAP, Stepper, Subject
 from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.engine.accounting import KVPricing
+from elbowroom.engine.room import preempt
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.types import Request, SampledToken, SessionRef, StepResult
@@ -141,7 +142,7 @@ def test_a_long_generation_stays_within_a_bound_and_is_that_of_an_oracle(decoder
     while stepper.scheduler.has_work():
         stepper.step()
         if len(stepper.tokens[1, 0]) == 1000 and not stepper.scheduler.stats().preemptions:
-            stepper.scheduler._preempt(stepper.scheduler._state.running[0])
+            preempt(stepper.scheduler._state.running[0], stepper.scheduler._state)
     made = stepper.tokens[1, 0]
     bound = stepper.pricing.generation_bytes(300, 2400)
     assert len(made) == 2100
@@ -190,7 +191,7 @@ def test_preemption_chooses_the_same_again(decoder: Decoder, kv: str | KVPlan) -
             stepper.step()
             made = len(stepper.tokens.get((1, 0), ()))
             if interrupted and made == 180 and not stepper.scheduler.stats().preemptions:
-                stepper.scheduler._preempt(stepper.scheduler._state.running[0])
+                preempt(stepper.scheduler._state.running[0], stepper.scheduler._state)
         texts.append(stepper.tokens[1, 0])
         assert stepper.scheduler.stats().preemptions == interrupted
         assert not stepper.shortfalls

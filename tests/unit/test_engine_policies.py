@@ -12,6 +12,7 @@ from tests.support.tiny_model import write_tiny_model
 from elbowroom.bench.random_model import random_calibration
 from elbowroom.bench.schedules import SCHEDULES, Stepper, Subject
 from elbowroom.engine.llm import LLM
+from elbowroom.engine.room import preempt
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.errors import RequestTooLarge
 from elbowroom.kernels import backend_name
@@ -166,7 +167,7 @@ def test_preemption_changes_no_answer(decoder: Decoder, kv: str | KVPlan) -> Non
         stepper.add(1, prompt(300), 120)
         for number in range(200):
             if interrupted and number == 90:
-                stepper.scheduler._preempt(stepper.scheduler._state.running[0])
+                preempt(stepper.scheduler._state.running[0], stepper.scheduler._state)
             if stepper.scheduler.has_work():
                 stepper.step()
         texts.append(stepper.tokens[1, 0])

@@ -6,15 +6,15 @@ never asked.
 
 Admission is by bytes: a waiting request enters when its whole prompt fits beside what is running. Running sequences
 grow one block at a time; when a block does not fit, room is made in this order: cached prefixes nobody uses, parked
-sessions, then, if the engine has a relief plan, running sequences are turned into it, and at last the youngest running
-sequence goes (it is recomputed later). No sequence is preempted for a younger one, and what could not run alone is
-refused at ``add``, so there is always progress.
+sessions, then, if the engine has a relief plan, running sequences are turned into it, and at last one of the younger
+running sequences goes (it is recomputed later). No sequence is preempted for a younger one, and what could not run
+alone is refused at ``add``, so there is always progress.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elbowroom.core import STRIP_TOKENS
@@ -22,6 +22,7 @@ from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.admission.base import AdmissionPolicy
 from elbowroom.engine.admission.gate import may_begin
 from elbowroom.engine.admission.greedy import GreedyAdmission
+from elbowroom.engine.admission.lengths import Kind
 from elbowroom.engine.entry import enter
 from elbowroom.engine.horizon import repeatable_steps
 from elbowroom.engine.kv_account import KVAccount
@@ -31,12 +32,12 @@ from elbowroom.engine.ordering.base import OrderPolicy
 from elbowroom.engine.ordering.priority import PriorityOrder
 from elbowroom.engine.preemption.base import PreemptPolicy
 from elbowroom.engine.preemption.recompute import RecomputePreemption
-from elbowroom.engine.relief import relieve
+from elbowroom.engine.room import make_room, preempt
 from elbowroom.engine.rotation import give_ways
 from elbowroom.engine.sequence import SeqState, until_end
 from elbowroom.engine.state import Rows, SchedulerState
 from elbowroom.engine.stems import awaits_leader, expect, give_up_stems, keep_stem, leave, next_stop
-from elbowroom.engine.swapping import forget, put_out, settle, stow, wants_saving
+from elbowroom.engine.swapping import forget, settle, stow
 from elbowroom.engine.types import (
     FinishReason,
     KVOp,
@@ -212,7 +213,7 @@ class Scheduler:
         """
         state, account = self._state, self.account
         if account.free_bytes < 0:
-            self._make_room(lambda: 0, None)
+            make_room(lambda: 0, None, state)
         self._review(now)
         rows: Rows = []
         budget, preemptions = self.config.max_step_tokens, state.stats.preemptions
@@ -249,7 +250,7 @@ class Scheduler:
         for moved in result.moved:
             settle(moved, state)
         for seq in [seq for seq in state.running if seq.slot in result.stranded]:
-            self._preempt(seq)
+            preempt(seq, state)
         if result.shortfall_bytes > 0:
             self._retreat(rows, result.shortfall_bytes)
             rows = []
@@ -336,7 +337,7 @@ class Scheduler:
             state.waiting.sort(key=by_rank)
             state.running.sort(key=by_rank)
         for seq in give_ways(state, self.config.max_sequences, self.config.max_step_tokens, now):
-            self._preempt(seq)
+            preempt(seq, state)
 
     # Growth and preemption
 
@@ -371,48 +372,12 @@ class Scheduler:
         """Pay for computing ``seq`` up to ``stop``; it gives way, and False is returned, without room."""
         if not (prompt and seq.pricing.chooses) and stop <= seq.num_blocks * STRIP_TOKENS:
             return True
-        if not self._make_room(lambda: seq.price_at(stop, prompt) - seq.paid_bytes, seq):
+        if not make_room(lambda: seq.price_at(stop, prompt) - seq.paid_bytes, seq, self._state):
             if not self._state.leaving:  # else it waits for what comes free soon
-                self._preempt(seq)
+                preempt(seq, self._state)
             return False
         self.account.grow(seq, num_blocks(stop), seq.price_at(stop, prompt))
         return True
-
-    def _make_room(self, need: Callable[[], int], seq: SeqState | None) -> bool:
-        """Free bytes until ``need`` fits, preempting only what is younger than ``seq`` (anything when it is None).
-
-        What ``seq`` needs is less once it has gone over to the relief plan.
-        """
-        account, state = self.account, self._state
-        while account.free_bytes < need():
-            if account.evict_one():
-                continue
-            if relieve(state.running, account):
-                state.stats.reliefs += 1
-                continue
-            leaving = sum([account.private_bytes(each.paid_bytes, each.shared) for each in state.leaving])
-            if seq is not None and account.free_bytes + leaving >= need():
-                return False
-            last = next((each for each in reversed(state.running) if not each.is_loading), None)
-            if last is None or last is seq:
-                if len(state.running) <= 1 and not state.leaving and give_up_stems(account, seq):
-                    continue
-                return False
-            self._preempt(last, may_save=seq is not None)
-        return True
-
-    def _preempt(self, seq: SeqState, *, may_save: bool = True) -> None:
-        """Take a running sequence's blocks away; they are saved, or computed again later."""
-        state = self._state
-        seq.num_preemptions += 1
-        state.stats.preemptions += 1
-        state.refused = None
-        if may_save and wants_saving(seq, state):
-            put_out(seq, state)
-            return
-        self.account.give_back(seq)
-        state.running.remove(seq)
-        insert(state.waiting, seq)
 
     def _retreat(self, rows: Rows, shortfall_bytes: int) -> None:
         """The store had less than was counted on: until some sequence ends, count on so much less."""
@@ -466,7 +431,7 @@ class Scheduler:
         state, session = self._state, seq.request.session
         state.refused, self.account.lacking_bytes = None, 0
         if reason in ("stop", "length"):
-            state.admission.ended(seq.num_generated, seq.max_new_tokens)
+            state.admission.ended(Kind.of(seq.request.tenant, seq.num_prompt), seq.num_generated)
         state.order.left(seq)
         if seq in state.waiting:
             state.waiting.remove(seq)

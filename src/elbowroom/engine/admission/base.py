@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from elbowroom.engine.admission.lengths import Kind
 from elbowroom.engine.sequence import SeqState
 
 Tokens = npt.NDArray[np.int64]
@@ -25,6 +26,8 @@ class Outlook:
     num_tokens: int
     """Prompt and output until now."""
     num_generated: int
+    kind: Kind
+    """What is known of the request: answers of a kind are like one another."""
     most_new_tokens: int
     """Output tokens that it may have in all: its limit."""
     true_new_tokens: int | None
@@ -57,6 +60,7 @@ class Outlook:
         return cls(
             num_tokens=len(seq.tokens),
             num_generated=seq.num_generated,
+            kind=Kind.of(seq.request.tenant, seq.num_prompt),
             most_new_tokens=seq.max_new_tokens,
             true_new_tokens=seq.request.num_output_tokens,
             chunk_steps=-(-max(seq.num_prompt - seq.num_computed, 0) // step_tokens),
@@ -90,5 +94,5 @@ class AdmissionPolicy(Protocol):
             room_bytes: what ``running`` and ``candidate`` may hold together, prefixes of others taken off.
         """
 
-    def ended(self, num_generated: int, most_new_tokens: int) -> None:
+    def ended(self, kind: Kind, num_generated: int) -> None:
         """Note that a sequence ended by itself or at its limit."""

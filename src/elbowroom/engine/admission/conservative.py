@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from elbowroom.engine.admission.base import Outlook
+from elbowroom.engine.admission.lengths import Kind
 from elbowroom.engine.admission.peak import future_peak
 
 
@@ -26,5 +27,5 @@ class ConservativeAdmission:
         more = np.asarray([each.most_new_tokens - each.num_generated for each in outlooks], dtype=np.int64)
         return future_peak(outlooks, np.maximum(more, 0)) <= room_bytes
 
-    def ended(self, num_generated: int, most_new_tokens: int) -> None:
+    def ended(self, kind: Kind, num_generated: int) -> None:
         """Forget it."""

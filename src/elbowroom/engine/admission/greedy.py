@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from elbowroom.engine.admission.base import Outlook
+from elbowroom.engine.admission.lengths import Kind
 
 
 @dataclass(slots=True)
@@ -21,5 +22,5 @@ class GreedyAdmission:
         """Return True."""
         return True
 
-    def ended(self, num_generated: int, most_new_tokens: int) -> None:
+    def ended(self, kind: Kind, num_generated: int) -> None:
         """Forget it."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from elbowroom.engine.admission.base import Outlook
+from elbowroom.engine.admission.lengths import Kind
 from elbowroom.engine.admission.peak import future_peak
 
 
@@ -27,5 +28,5 @@ class OracleAdmission:
         more = np.asarray(whole, dtype=np.int64) - [each.num_generated for each in outlooks]
         return future_peak(outlooks, np.maximum(more, 0)) <= room_bytes
 
-    def ended(self, num_generated: int, most_new_tokens: int) -> None:
+    def ended(self, kind: Kind, num_generated: int) -> None:
         """Forget it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,7 +12,7 @@ import numpy as np
 
 from elbowroom.core import STRIP_TOKENS
 from elbowroom.engine.admission.base import Outlook, Tokens
-from elbowroom.engine.admission.lengths import LengthModel
+from elbowroom.engine.admission.lengths import Kind, LengthModel, Weights
 from elbowroom.engine.admission.peak import bytes_over
 
 _TIMES = 40
@@ -31,15 +32,16 @@ class PastFutureAdmission:
     """Past-Future (Gong et al., ASPLOS 2025, arXiv 2507.10150), with chances in place of draws.
 
     The paper draws a length for every sequence, several times, and compares the highest peak with the room. Here each
-    sequence is alive at each moment with the chance that its answer is that long, given what it has; the bytes of all
-    have a mean and a standard deviation then, and a request begins if the mean and ``caution`` deviations fit at every
-    moment. That is the same forecast without its noise, and asking again does not help a request that had bad luck.
+    sequence is alive at each moment with the chance that its answer is that long, given what it has and what is known
+    of its kind; the bytes of all have a mean and a standard deviation then, and a request begins if the mean and a
+    margin fit at every moment. That is the same forecast without its noise, and asking again does not help a request
+    that had bad luck. The margin follows from what it costs (``_margin``), where the paper keeps a fixed share free.
 
     Running answers are censored observations (``LengthModel``), and a prior stands for what is not known yet, so no
     window has to be filled with the longest answer possible, which admits nothing for long (``past_future_paper``).
     """
 
-    caution: float = 2.0
+    overflow: float = 1.5
     lengths: LengthModel = field(default_factory=lambda: LengthModel(_PRIOR))
     name: ClassVar[str] = "past_future"
     looks_ahead: ClassVar[bool] = True
@@ -54,12 +56,24 @@ class PastFutureAdmission:
         furthest = int((limits - has + chunks).max())
         times = _moments(-(-furthest // STRIP_TOKENS))
         ahead = np.maximum(times - chunks[:, None], 0)
-        alive = self.lengths.chances(has, limits, has[:-1], ahead)
+        kinds = [each.kind for each in outlooks]
+        alive = self.lengths.chances(kinds, has, limits, len(running), ahead)
         held = bytes_over(outlooks, times)
         mean = (alive * held).sum(axis=0)
         variance = (alive * (1.0 - alive) * held.astype(np.float64) ** 2).sum(axis=0)
-        return bool((mean + self.caution * np.sqrt(variance) <= room_bytes).all())
+        return bool((mean + self._margin(np.sqrt(variance), room_bytes) <= room_bytes).all())
 
-    def ended(self, num_generated: int, most_new_tokens: int) -> None:
+    def _margin(self, deviation: Weights, room_bytes: int) -> Weights:
+        """Return the bytes to keep free where what will be held is so uncertain.
+
+        A margin of ``z`` deviations costs its share of the room all the time; an overflow, which comes with the chance
+        that a normal variable is above ``z``, costs ``overflow`` rooms. The sum is least where the density at ``z`` is
+        ``deviation / (overflow room)``.
+        """
+        scale = deviation * math.sqrt(2.0 * math.pi) / (self.overflow * max(room_bytes, 1))
+        margin: Weights = deviation * np.sqrt(np.maximum(-2.0 * np.log(np.maximum(scale, 1e-300)), 0.0))
+        return margin
+
+    def ended(self, kind: Kind, num_generated: int) -> None:
         """Remember its length; one that was cut off at its limit would have gone on, and still took so much."""
-        self.lengths.add(num_generated)
+        self.lengths.add(kind, num_generated)

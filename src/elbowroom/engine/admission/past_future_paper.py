@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elbowroom.engine.admission.base import Outlook
-from elbowroom.engine.admission.lengths import Counts
+from elbowroom.engine.admission.lengths import Counts, Kind
 from elbowroom.engine.admission.peak import future_peak
 
 WINDOW = 200
@@ -50,7 +50,7 @@ class PastFuturePaperAdmission:
         more = _left(np.sort(np.asarray(self.window, dtype=np.int64)), has, limits, places) + steps
         return future_peak(outlooks, more) <= room_bytes * (1.0 - self.reserve)
 
-    def ended(self, num_generated: int, most_new_tokens: int) -> None:
+    def ended(self, kind: Kind, num_generated: int) -> None:
         """Remember its length."""
         self.window.append(num_generated)
 
