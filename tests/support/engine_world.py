@@ -280,9 +280,10 @@ class World:
         assert len(state.running) <= self.scheduler.config.max_sequences
         if state.order.name not in ("fcfs", "priority"):
             return  # ranks change
-        waiting = {seq.rank for seq in state.waiting}
-        for rank in before.keys() & waiting:
-            assert all(other.rank < rank for other in state.running), "an older sequence gave way to a younger one"
+        gave_way = [seq for seq in state.waiting if seq.rank in before]
+        for seq in gave_way:
+            assert not state.running or seq.rank > state.running[0].rank, "the oldest gave way to a younger one"
+            assert all(other.request.priority <= seq.request.priority for other in state.running), "more urgent"
 
     def _check_content(self) -> None:
         """A slot holds the tokens that its sequence or parked session says, but for changes still to be applied."""

@@ -198,3 +198,16 @@ def test_auto_saves_what_is_cheaper_to_move_than_to_compute() -> None:
 def test_unknown_names_list_those_there_are(registry: Any, kind: str) -> None:
     with pytest.raises(PlanError, match=f"unknown {kind} 'x'"):
         registry.get("x")
+
+
+def test_of_the_younger_half_the_largest_gives_way() -> None:
+    """Six sequences fill the memory: the fourth holds most of the younger three, the second most of all."""
+    sizes = [100, 300, 100, 230, 100, 100]
+    world = World(PLAN, 24 * BLOCK, prefix_cache=False)
+    for number, size in enumerate(sizes):
+        world.scheduler.add(request(number, size, 200))
+    while not world.scheduler.stats().preemptions:
+        running = [seq.request.id for seq in world.scheduler._state.running]
+        world.step()
+    assert running == list(range(6))
+    assert [seq.request.id for seq in world.scheduler._state.waiting] == [3]
