@@ -45,7 +45,12 @@ $(VENV)/.native-0: $(VENV)/.installed
 demo: install ## run the demonstration: a model inside a small budget
 	$(BIN)/elbowroom run $(DEMO_ARGS)
 
-test: check ## check the source and run all tests
+# Of the tests alone: 1 GB. Where there is no such package, its tests are skipped.
+$(VENV)/.installed-triton: $(VENV)/.installed
+	@[ "$$(uname -s)" != Linux ] || $(PIP_INSTALL) triton
+	@touch $@
+
+test: check $(VENV)/.installed-triton ## check the source and run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE)) tests/unit tests/cross $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(ALONE) tests/e2e $(PYTEST_ARGS)
 

@@ -270,7 +270,7 @@ def test_a_contradictory_step_is_refused(changes: dict[str, Tensor], message: st
 
 
 def test_an_unknown_backend_names_the_ones_there_are() -> None:
-    with pytest.raises(PlanError, match="native, reference"):
+    with pytest.raises(PlanError, match="native, reference, triton"):
         attention.BACKENDS.get("abacus")
 
 

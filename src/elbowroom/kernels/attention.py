@@ -1,7 +1,7 @@
 """Attention over strips, by the fastest backend that is there; every call is checked here, before any native code.
 
 ``ELBOWROOM_KERNELS`` names a backend; left unset, it is ``native`` when ``elbowroom._native`` was built, else
-``reference``.
+``reference``. ``triton`` reads plain strips, in the memory of a GPU or interpreted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ BACKENDS: Registry[AttentionKernels] = Registry(
     {
         "native": "elbowroom.kernels.native:KERNELS",
         "reference": "elbowroom.kernels.reference:KERNELS",
+        "triton": "elbowroom.kernels.triton_attention:KERNELS",
     },
 )
 """Name -> backend object; each is imported when first asked for."""
@@ -56,9 +57,9 @@ def append(strips: LayerStrips, k: Tensor, v: Tensor, *, backend: AttentionKerne
         ValueError: a shape, dtype or stride is wrong, or a strip lies outside its range.
     """
     check_strips(strips)
-    rows, fmt = strips.step.num_rows, strips.open_fmt
-    check_rows("k", k, (rows, fmt.num_kv_heads, fmt.head_dim))
-    check_rows("v", v, (rows, fmt.num_kv_heads, fmt.v_head_dim))
+    rows, fmt, device = strips.step.num_rows, strips.open_fmt, strips.base.device
+    check_rows("k", k, (rows, fmt.num_kv_heads, fmt.head_dim), device)
+    check_rows("v", v, (rows, fmt.num_kv_heads, fmt.v_head_dim), device)
     (backend or _backend()).append(strips, k, v)
 
 
@@ -93,15 +94,15 @@ def attend(
         ValueError: a shape, dtype or stride is wrong, or a strip lies outside its range.
     """
     check_strips(strips)
-    rows, fmt = strips.step.num_rows, strips.open_fmt
+    rows, fmt, device = strips.step.num_rows, strips.open_fmt, strips.base.device
     _check_spec(spec, fmt)
     if strips.selection is not None and spec.window is not None:
         raise ValueError(f"rows cannot select what they read of a layer with a window of {spec.window}")
-    check_rows("q", q, (rows, spec.num_q_heads, fmt.head_dim))
+    check_rows("q", q, (rows, spec.num_q_heads, fmt.head_dim), device)
     if out is None:
-        out = torch.empty(rows, spec.num_q_heads, fmt.v_head_dim, dtype=q.dtype)
+        out = torch.empty(rows, spec.num_q_heads, fmt.v_head_dim, dtype=q.dtype, device=device)
     else:
-        check_rows("out", out, (rows, spec.num_q_heads, fmt.v_head_dim))
+        check_rows("out", out, (rows, spec.num_q_heads, fmt.v_head_dim), device)
         if out.dtype != q.dtype:
             raise ValueError(f"out must have the dtype of q, {q.dtype}, got {out.dtype}")
     return out, (backend or _backend()).attend(strips, spec, q, out)

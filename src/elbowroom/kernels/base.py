@@ -367,8 +367,8 @@ def _check_table(table: StripTable, base: Tensor, fmt: PageFormat, step: StripSt
         raise ValueError(f"strips hold {STRIP_TOKENS} slots, the format says {fmt.num_slots}")
 
 
-def check_rows(name: str, x: Tensor, shape: tuple[int, int, int]) -> None:
-    """Refuse rows that are not a float CPU tensor of ``shape`` with adjacent elements in each head.
+def check_rows(name: str, x: Tensor, shape: tuple[int, int, int], device: torch.device) -> None:
+    """Refuse rows that are not a float tensor of ``shape`` on ``device`` with adjacent elements in each head.
 
     Raises:
         ValueError: names the tensor, its shape and dtype, and what was expected.
@@ -377,8 +377,8 @@ def check_rows(name: str, x: Tensor, shape: tuple[int, int, int]) -> None:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
     if x.dtype not in _FLOATS:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
-    if not x.is_cpu or (x.stride(2) != 1 and x.shape[2] > 1):
-        raise ValueError(f"{name} must lie on the CPU with a stride of 1 in its last dimension")
+    if x.device != device or (x.stride(2) != 1 and x.shape[2] > 1):
+        raise ValueError(f"{name} must lie on {device}, as the strips do, with a stride of 1 in its last dimension")
 
 
 def _check_vector(name: str, x: Tensor, dtype: torch.dtype) -> None:
