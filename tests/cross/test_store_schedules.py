@@ -69,6 +69,23 @@ def test_engine_answers_the_same_from_every_store(store: str) -> None:
     assert answers[0] == answers[1]
 
 
+def test_sequences_of_a_contiguous_store_are_saved_and_loaded(tmp_path: Path) -> None:
+    """Requests that do not fit beside each other give way to each other's turns: the answers of a roomy engine."""
+    from elbowroom import LLM, SamplingParams, Scheduling
+
+    sampling = SamplingParams(max_tokens=500, temperature=0.0, ignore_eos=True)
+    prompts = [f"def step_{number}(value):\n" * 8 for number in range(6)]
+    with LLM(memory="256MiB") as llm:
+        roomy = [output.outputs[0].token_ids for output in llm.generate(prompts, sampling)]
+    scheduling = Scheduling(preemption="swap", swap_directory=tmp_path)
+    with LLM(memory="33MiB", kv_store="contiguous", scheduling=scheduling) as llm:
+        tight = [output.outputs[0].token_ids for output in llm.generate(prompts, sampling)]
+        stats = llm.engine.stats()
+        llm.engine.check_integrity()
+    assert tight == roomy
+    assert stats.swaps_in > 0
+
+
 def test_engine_refuses_what_a_store_cannot_keep() -> None:
     """The contiguous store takes one plain plan; the error comes before the model is read."""
     from elbowroom import LLM

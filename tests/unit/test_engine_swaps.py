@@ -17,6 +17,7 @@ from elbowroom.engine.executors.local import TorchExecutor
 from elbowroom.engine.executors.transfers import Transfers
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import KVOp, Moved, Row, SampleSpec, StepPlan, StepResult
+from elbowroom.kv.contiguous import ContiguousStore
 from elbowroom.kv.mixed import MixedStore
 from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import KVPlan
@@ -27,6 +28,7 @@ from elbowroom.models.loader import load_model
 from elbowroom.models.path import ANY, ComputePath
 
 PLANS = ("plain", "plain(bf16)", "int8", "fp8", "bfp(k=8,v=4,n=16)", "kivi(k=4,v=4,g=32)", "planes(g=16)")
+CONTIGUOUS = "plain, contiguous"
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 PROMPTS = {1: 50, 2: 130, 3: 190}
 COUNT = 90
@@ -50,9 +52,14 @@ class Player:
     def __init__(self, decoder: Decoder, tier: DiskTier | None, *plans: str) -> None:
         self.ledger = Ledger(Budget({}))
         arena = Arena(HostTier(), self.ledger)
-        bound = [KVPlan.parse(plan).bind(decoder.config.layers, "float32") for plan in plans]
-        stores = [PagedStore(plan, arena, 1 << 26) for plan in bound]
-        self.store: PagedStore | MixedStore = stores[0] if len(stores) == 1 else MixedStore(stores)
+        bound = [KVPlan.parse(plan).bind(decoder.config.layers, "float32") for plan in plans if plan != CONTIGUOUS]
+        self.store: PagedStore | MixedStore | ContiguousStore
+        if plans == (CONTIGUOUS,):
+            bound = [KVPlan.parse("plain").bind(decoder.config.layers, "float32")]
+            self.store = ContiguousStore(bound[0], arena, 1 << 26, num_rows=8, row_tokens=1024)
+        else:
+            stores = [PagedStore(plan, arena, 1 << 26) for plan in bound]
+            self.store = stores[0] if len(stores) == 1 else MixedStore(stores)
         transfers = None if tier is None else Transfers(self.store, tier)
         self.block_bytes = bound[0].block_bytes
         model = ComputePath(ANY).model(decoder)
@@ -124,7 +131,7 @@ def played(decoder: Decoder, plan: str) -> dict[int, list[int]]:
     return player.tokens
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, CONTIGUOUS])
 def test_random_swaps_change_no_token(decoder: Decoder, tier: DiskTier, plan: str) -> None:
     """Sequences are saved, closed, loaded and rolled back at random, at once or meanwhile: the same greedy tokens."""
     player, rng = Player(decoder, tier, plan), random.Random(7)

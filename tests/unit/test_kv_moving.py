@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.kv_world import FULL, MIXED, WIDE, World
+from tests.support.kv_world import BOTH, FULL, MIXED, WIDE, ContiguousWorld, World
 
 from elbowroom.bench.swap_runs import rows_as_json, swap_rows
 from elbowroom.errors import IntegrityError, OutOfBudget
@@ -31,10 +31,13 @@ def moved(world: World, handle: KVHandle, num_tokens: int) -> KVHandle:
     return twin
 
 
-@pytest.mark.parametrize("plan", ["plain", "int8", "kivi(k=4,v=4,g=32)"])
-def test_what_was_lent_makes_the_same_sequence(plan: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "plan"),
+    [(World, "plain"), (World, "int8"), (World, "kivi(k=4,v=4,g=32)"), (ContiguousWorld, "plain")],
+)
+def test_what_was_lent_makes_the_same_sequence(kind: type[World], plan: str) -> None:
     """Layers with windows and without, tails and sealed strips: bit by bit, and it goes on from there."""
-    world = World(WIDE if plan != "plain" else MIXED, plan=plan)
+    world = kind(WIDE if plan != "plain" else MIXED, plan=plan)
     handle = world.open(300)
     world.append((handle, 5))
     fork = world.store.fork(handle)
@@ -58,9 +61,24 @@ def test_sequences_lie_in_few_runs_and_shared_strips_are_not_torn() -> None:
     assert count_copies(world.store.lend(handle, 640)) == 1
 
 
-def test_what_cannot_be_lent_or_admitted_changes_nothing() -> None:
+def test_rows_lie_in_one_run_a_layer_with_whole_blocks() -> None:
+    """The block that is not full is lent whole, with the page on which it ends, so that it takes other lengths."""
+    world = ContiguousWorld([FULL, FULL])
+    handle = world.open(333)
+    lent = world.store.lend(handle, 333)
+    assert count_copies(lent) == 2
+    assert len({each.num_bytes for each in lent}) == 1
+    assert len(lent) == 2 * 6
+    world.check()
+    twin = moved(world, handle, 300)
+    world.append((twin, 5))
+    world.check()
+
+
+@BOTH
+def test_what_cannot_be_lent_or_admitted_changes_nothing(kind: type[World]) -> None:
     """A sequence that is too short and a store that is too full are refused."""
-    world = World([FULL], capacity=3 * 4096)
+    world = kind([FULL], capacity=3 * 4096)
     handle = world.open(100)
     before = world.state()
     with pytest.raises(IntegrityError, match="no prefix of 101"):

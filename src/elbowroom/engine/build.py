@@ -13,8 +13,6 @@ from elbowroom.engine.resident import Progress, load_resident
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.engine.scheduling import Scheduling
 from elbowroom.engine.stores import Store, price
-from elbowroom.errors import PlanError
-from elbowroom.kv.contiguous import ContiguousStore
 from elbowroom.kv.mixed import MixedStore
 from elbowroom.kv.paged import PagedStore
 from elbowroom.kv.plan import KVPlan
@@ -93,10 +91,8 @@ def build_engine(
         price(kv_store, each.plan, config.max_positions, sizes.max_step_tokens, page_bytes, each.fingerprint)
         for each in (loaded.store, *loaded.others)
     ]
-    if policies.saves and kv_store == "contiguous":
-        raise PlanError("the contiguous KV store cannot save sequences", "use --kv-store paged, or leave out --swap")
     tier = policies.make_tier(loaded.ledger)
-    transfers = None if tier is None or isinstance(store, ContiguousStore) else Transfers(store, tier)
+    transfers = None if tier is None else Transfers(store, tier)
     decoder = loaded.decoder
     path = loaded.path.model(decoder)
     executor = TorchExecutor(path, decoder.weights, store, loaded.workspace, transfers, marks)

@@ -26,6 +26,7 @@ from elbowroom.kv.bound import BoundPlan
 from elbowroom.kv.capabilities import check_contiguous
 from elbowroom.kv.capacity import Capacity
 from elbowroom.kv.holding import Blocks, Extent, Holding, blocks_of
+from elbowroom.kv.moving import HeldBlock
 from elbowroom.kv.prepare import check_positions, check_rows
 from elbowroom.kv.row_space import Growth, RowSequence, RowSpace
 from elbowroom.kv.span import pack_span, unpack_span
@@ -328,6 +329,41 @@ class ContiguousStore:
 
     # Moving
 
+    def lend(self, handle: KVHandle, num_tokens: int) -> list[HeldBlock]:
+        """Return where the bytes of the first ``num_tokens`` lie, whole blocks: those of a layer are one run.
+
+        Raises:
+            IntegrityError: the sequence is shorter, or a sliding window has dropped what the prefix needs.
+            OutOfBudget: the page behind the last token, where its block ends, does not fit.
+        """
+        sequence = self._sequence(handle)
+        self._check_rollback(sequence, num_tokens)
+        whole = blocks_of(num_tokens) * STRIP_TOKENS
+        self._space.grow_for(f"a copy of {num_tokens} tokens", Growth(sequence, whole))
+        lent = []
+        for place, first, end in self._pieces(0, num_tokens):
+            bytes_ = memoryview(self._space.bytes_of(sequence, place, 0, whole).numpy())  # type: ignore[arg-type]
+            size, begin = len(bytes_) // blocks_of(num_tokens), self._space.row_start(sequence, place)
+            for block in range(first, end):
+                view = bytes_[block * size : (block + 1) * size]
+                lent.append(HeldBlock(place, block, (begin + block * size,), (view,)))
+        return lent
+
+    def admit(self, num_tokens: int, plan: int = 0) -> KVHandle:
+        """Return a new sequence of ``num_tokens``; its bytes are to be written where ``lend`` says.
+
+        Raises:
+            IntegrityError: ``plan`` is not 0.
+            OutOfBudget: the pages do not fit, or no row is free; nothing changes then.
+        """
+        handle = self.open(plan)
+        try:
+            self._lengthen(self._sequence(handle), num_tokens)
+        except BaseException:
+            self.close(handle)
+            raise
+        return handle
+
     def export_span(self, handle: KVHandle, start: int, stop: int) -> bytes:
         """Return tokens ``[start, stop)`` as one checksummed object, the same that the paged store makes.
 
@@ -368,13 +404,18 @@ class ContiguousStore:
         ):
             raise IntegrityError(f"the KV span has {len(payload)} bytes of strips, not those of {count} tokens")
         self._cut(sequence, start)  # pages of a step that was reserved and never run
-        kept = np.asarray([holding.expired(stop) for holding in self._holdings], dtype=np.int64)
-        first_pages = self._space.first_pages(np.where(kept * STRIP_TOKENS >= start, kept, sequence.expired_blocks))
-        self._space.grow_for(f"a span of {count} tokens", Growth(sequence, stop, first_pages))
-        sequence.num_tokens = sequence.step_start = stop
-        self._expire(sequence, kept)
+        self._lengthen(sequence, stop)
         self._read_pieces(sequence, pieces, payload, stop)
         return count
+
+    def _lengthen(self, sequence: RowSequence, stop: int) -> None:
+        """Lengthen ``sequence`` to ``stop`` tokens, with the pages that it would hold then."""
+        start = sequence.num_tokens
+        kept = np.asarray([holding.expired(stop) for holding in self._holdings], dtype=np.int64)
+        first_pages = self._space.first_pages(np.where(kept * STRIP_TOKENS >= start, kept, sequence.expired_blocks))
+        self._space.grow_for(f"a span of {stop - start} tokens", Growth(sequence, stop, first_pages))
+        sequence.num_tokens = sequence.step_start = stop
+        self._expire(sequence, kept)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Return place, first and end block of each layer's strips of a span."""

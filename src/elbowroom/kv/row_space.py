@@ -153,9 +153,12 @@ class RowSpace:
 
     def bytes_of(self, sequence: RowSequence, place: int, start: int, stop: int) -> Tensor:
         """Return tokens ``start .. stop - 1`` of a layer, uint8 ``[tokens * token bytes]``, contiguous."""
-        begin = (int(self._region[place]) + max(sequence.row, 0) * int(self._row_pages[place])) * self._page
-        width = int(self._token_bytes[place])
+        begin, width = self.row_start(sequence, place), int(self._token_bytes[place])
         return self._range.base[begin + start * width : begin + stop * width]
+
+    def row_start(self, sequence: RowSequence, place: int) -> int:
+        """Return the byte of the range where a sequence begins in a layer."""
+        return (int(self._region[place]) + max(sequence.row, 0) * int(self._row_pages[place])) * self._page
 
     def first_pages(self, blocks: Pages) -> Pages:
         """Return for each layer the page where a block begins."""
