@@ -7,8 +7,7 @@ end. It sees bytes, as each sequence's KV plan prices them, and never tokens of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,7 @@ from elbowroom.engine.sequence import SeqState
 Tokens = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
+class Outlook(NamedTuple):
     """A sequence as admission sees it: what it holds, and what it would hold later."""
 
     num_tokens: int

@@ -12,6 +12,7 @@ drawn towards the one above it as if that were a few answers more (the mean of a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ class Kind(NamedTuple):
     """Class of the prompt's size."""
 
     @classmethod
+    @functools.lru_cache(maxsize=1 << 14)
     def of(cls, tenant: str, num_prompt_tokens: int) -> Kind:
         """Return the kind of a request."""
         return cls(tenant, int(_SIZES * math.log2(max(num_prompt_tokens, 1))))

@@ -26,7 +26,8 @@ class PastFuturePaperAdmission:
     """Lengths are drawn from a window of finished answers, of which half begins as the longest answer possible.
 
     A running answer gets a length from the window that is longer than what it has, with what it has below them and its
-    limit above, interpolated at a uniform place; a candidate gets any. Beside ``past_future`` for comparison.
+    limit above, interpolated at a uniform place; a candidate gets any. Who was refused asks again after six steps, as
+    often as LightLLM, whose scheduler this is, schedules by default. Beside ``past_future`` for comparison.
     """
 
     reserve: float = 0.05
@@ -35,7 +36,7 @@ class PastFuturePaperAdmission:
     _draws: int = 0
     name: ClassVar[str] = "past_future_paper"
     looks_ahead: ClassVar[bool] = True
-    patience: ClassVar[int] = 1
+    patience: ClassVar[int] = 6
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether the highest of some drawn peaks fits."""
