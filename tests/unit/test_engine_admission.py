@@ -53,9 +53,7 @@ def test_the_peak_is_that_of_stepping(sequences: list[tuple[int, int]]) -> None:
 
 def test_bytes_stop_at_a_bound_and_leave_out_what_is_shared() -> None:
     made = outlook(64)
-    bounded = Outlook(
-        **{name: getattr(made, name) for name in made.__slots__} | {"most_bytes": 3 * BLOCK, "spared_bytes": BLOCK}
-    )
+    bounded = made._replace(most_bytes=3 * BLOCK, spared_bytes=BLOCK)
     peaks = [[future_peak([each], np.asarray([more])) for more in (0, 64, 640)] for each in (made, bounded)]
     assert peaks == [[BLOCK, 2 * BLOCK, 11 * BLOCK], [0, BLOCK, 2 * BLOCK]]
     # Two plans in one batch, and the higher of two guesses.
