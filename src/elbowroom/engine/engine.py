@@ -93,14 +93,16 @@ class Engine:
         kv: PlanText = None,
         tenant: str = "",
         priority: int = 0,
+        admission: str | None = None,
         salt: bytes = b"",
     ) -> int:
         """Queue a request and return its id once it is accepted; ``sink`` gets every delta on the engine's thread.
 
-        With ``kv`` it asks for one of the engine's KV plans, and keeps that.
+        With ``kv`` it asks for one of the engine's KV plans, and keeps that; with ``admission`` for another admission
+        policy than the engine's.
 
         Raises:
-            PlanError: ``kv`` cannot be read.
+            PlanError: ``kv`` cannot be read, or there is no such admission policy.
             RequestError: malformed, under a plan that the engine does not have, too long for the context, too large
                 for the budget, or with limits on thinking for a model without marks of it.
             Overloaded: too many requests are live.
@@ -108,7 +110,15 @@ class Engine:
             TokenizerError: stop strings are given and the model has no tokenizer.
         """
         request_id, accepted = self.enqueue(
-            prompt_token_ids, sampling, sink, session=session, kv=kv, tenant=tenant, priority=priority, salt=salt
+            prompt_token_ids,
+            sampling,
+            sink,
+            session=session,
+            kv=kv,
+            tenant=tenant,
+            priority=priority,
+            admission=admission,
+            salt=salt,
         )
         accepted.result()
         return request_id
@@ -123,6 +133,7 @@ class Engine:
         kv: PlanText = None,
         tenant: str = "",
         priority: int = 0,
+        admission: str | None = None,
         salt: bytes = b"",
         gate: Gate | None = None,
         stems: tuple[Stem, ...] | None = None,
@@ -144,6 +155,7 @@ class Engine:
             session=session,
             plan=self.parts.plans.number(kv),
             keeps_plan=kv is not None,
+            admission=admission,
             stems=stems,
         )
         tokenizer = self.parts.tokenizer
@@ -181,6 +193,7 @@ class Engine:
         sampling: SamplingParams,
         session: SessionRef | None = None,
         kv: PlanText = None,
+        admission: str | None = None,
     ) -> Future[RequestOutput]:
         """Queue a request and return a future of its whole output; errors as in ``submit``.
 
@@ -198,7 +211,7 @@ class Engine:
             elif output.finished:
                 done.set_result(output)
 
-        self.submit(prompt_token_ids, sampling, sink, session=session, kv=kv)
+        self.submit(prompt_token_ids, sampling, sink, session=session, kv=kv, admission=admission)
         return done
 
     def abort(self, request_id: int) -> None:

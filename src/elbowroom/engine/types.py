@@ -56,6 +56,8 @@ class Request:
     """How long the answer will be, where a trace says so: for simulations, which end it there, and for oracles."""
     keeps_plan: bool = False
     """Whether it must not be turned into the relief plan when memory is short."""
+    admission: str | None = None
+    """Name of the admission policy that is asked about it; None: the scheduler's own."""
     stems: tuple[Stem, ...] | None = None
     """Where it is known what requests share: such prefixes, shortest first. Nothing else of it is cached then."""
 
