@@ -46,13 +46,15 @@ class AsyncLLM:
         tenant: str = "",
         priority: int = 0,
         admission: str | None = None,
+        deadline_s: float | None = None,
         gate: Gate | None = None,
         max_unread: int | None = None,
     ) -> OutputStream:
         """Queue one request for each prompt and return the stream of their outputs, which the caller must close.
 
-        With ``kv`` they ask for one of the engine's KV plans, with ``admission`` for an admission policy. ``gate`` sees
-        the queue before the first of them enters, and the others follow it. With ``max_unread`` the stream fails when
+        With ``kv`` they ask for one of the engine's KV plans, with ``admission`` for an admission policy, and with
+        ``deadline_s`` for their first token in so many seconds (order ``slo``). ``gate`` sees the queue before the
+        first of them enters, and the others follow it. With ``max_unread`` the stream fails when
         more deltas than that wait to be read.
 
         Raises:
@@ -71,6 +73,7 @@ class AsyncLLM:
                     tenant=tenant,
                     priority=priority,
                     admission=admission,
+                    deadline_s=deadline_s,
                     gate=None if index else gate,
                 )
                 for index, ids in enumerate(prompts)
@@ -160,6 +163,7 @@ class OutputStream:
         tenant: str = "",
         priority: int = 0,
         admission: str | None = None,
+        deadline_s: float | None = None,
         gate: Gate | None = None,
     ) -> Future[None]:
         """Queue one request; errors as in ``AsyncLLM.start``, here or from the future."""
@@ -175,6 +179,7 @@ class OutputStream:
             tenant=tenant,
             priority=priority,
             admission=admission,
+            deadline_s=deadline_s,
             gate=gate,
         )
         self._open[request_id] = sampling.n

@@ -204,6 +204,11 @@ class Scheduler:
         return self._state.waiting, self._state.running
 
     @property
+    def order_name(self) -> str:
+        """Name of the order in which requests are served."""
+        return self._state.order.name
+
+    @property
     def account(self) -> KVAccount:
         """The books: bytes, cached prefixes, parked sessions."""
         return self._state.account

@@ -43,6 +43,7 @@ class Request:
     priority: int = 0
     """Lower runs first."""
     deadline_s: float | None = None
+    """When its first token is due, on the clock of ``arrival_s``; what the order ``slo`` goes by."""
     salt: bytes = b""
     """Requests share cached prefixes only with equal salts (tenant isolation)."""
     adapter: str = ""
