@@ -17,7 +17,7 @@ from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.engine.build import build_engine
 from elbowroom.serve import Server, ServerLimits
 
-BUILD = "max_sequences", "prefix_cache", "kv_choices", "kv_relief"
+BUILD = "max_sequences", "prefix_cache", "kv_choices", "kv_relief", "scheduling"
 
 
 def tiny_llm(directory: Path, memory: str = "48MiB", **settings: object) -> AsyncLLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from tests.support.engine_world import World, bound, expected_output, layer
 
 from elbowroom.engine.admission import ADMISSIONS, Outlook
 from elbowroom.engine.admission.lengths import WINDOW, Kind, LengthModel
+from elbowroom.engine.admission.past_future import PastFutureAdmission
+from elbowroom.engine.admission.past_future_paper import PastFuturePaperAdmission
 from elbowroom.engine.admission.peak import future_peak
 from elbowroom.engine.executors.base import LinearCostModel
 from elbowroom.engine.executors.simulated import SimExecutor
@@ -237,3 +240,91 @@ def _simulated(name: str, blocks: int, repeats: bool = True) -> Scheduler:
 def _request(number: int, prompt: int, length: int) -> Request:
     sampling = SamplingParams(max_tokens=400, seed=0)
     return Request(id=number, prompt_token_ids=(2,) * prompt, sampling=sampling, num_output_tokens=length)
+
+
+def _begun(scheduler: Scheduler) -> list[int]:
+    """Run one step and return which requests hold a slot."""
+    executor = SimExecutor(LinearCostModel())
+    scheduler.update(executor.collect(executor.submit(scheduler.schedule(0.0))))
+    return sorted(seq.request.id for seq in scheduler.queues[1])
+
+
+@pytest.mark.parametrize(
+    ("usual", "own", "begins"),
+    [("greedy", "conservative", False), ("conservative", "greedy", True), ("greedy", "greedy", True)],
+)
+def test_a_request_is_let_in_by_the_policy_that_it_names(usual: str, own: str, begins: bool) -> None:
+    """Both prompts fit; at their limits of 400 tokens, eight blocks each, they do not."""
+    scheduler = _simulated(usual, 12)
+    scheduler.add(_request(0, 100, 300))
+    scheduler.add(replace(_request(1, 20, 300), admission=own))
+    scheduler.add(replace(_request(2, 20, 300), admission=own))
+    assert _begun(scheduler) == ([0, 1, 2] if begins else [0])
+
+
+def test_a_request_may_not_name_a_policy_that_there_is_not() -> None:
+    scheduler = _simulated("greedy", 12)
+    with pytest.raises(PlanError, match="unknown admission policy 'soon'"):
+        scheduler.add(replace(_request(0, 100, 300), admission="soon"))
+    assert not scheduler.has_work()
+
+
+def test_every_policy_in_use_learns_from_every_answer() -> None:
+    scheduler = _simulated("past_future_paper", 40)
+    own = [None, "past_future", "greedy", "past_future_paper", "past_future"]
+    for number, name in enumerate(own):
+        scheduler.add(replace(_request(number, 20, 10 + number), admission=name))
+    executor = SimExecutor(LinearCostModel(), end_token_id=1)
+    while scheduler.has_work():
+        scheduler.update(executor.collect(executor.submit(scheduler.schedule(0.0))))
+    state = scheduler._state
+    assert isinstance(state.admission, PastFuturePaperAdmission)
+    assert sorted(state.admission.window)[:5] == [10, 11, 12, 13, 14]
+    assert sorted(state.others) == ["greedy", "past_future"], "the usual one is there once"
+    learnt = state.others["past_future"]
+    assert isinstance(learnt, PastFutureAdmission)
+    assert sorted(length for _, length in learnt.lengths.finished) == [10, 11, 12, 13, 14]
+
+
+def test_who_was_let_in_to_its_limit_goes_last() -> None:
+    """3 fits to its limit beside 0 to 2, and holds most of the younger half; 4 to 6 only fit now."""
+    scheduler = _simulated("greedy", 24)
+    for number in range(7):
+        request = replace(_request(number, 60, 250), sampling=SamplingParams(max_tokens=250, seed=0))
+        if number == 3:
+            request = replace(request, prompt_token_ids=(2,) * 200, admission="conservative")
+        scheduler.add(request)
+    executor, gone = SimExecutor(LinearCostModel(), end_token_id=1), set()
+    while scheduler.has_work():
+        scheduler.update(executor.collect(executor.submit(scheduler.schedule(0.0))))
+        gone |= {seq.request.id for seq in scheduler.queues[0] if seq.num_preemptions}
+    assert gone
+    assert 3 not in gone
+
+
+@pytest.mark.parametrize("usual", ["greedy", "past_future"])
+@pytest.mark.parametrize("seed", range(4))
+def test_skipping_to_events_changes_nothing_where_requests_name_policies(usual: str, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    names = [None, *ADMISSIONS.names()]
+    made = [
+        replace(
+            _request(number, int(generator.integers(1, 200)), int(generator.integers(1, 300))),
+            admission=names[int(generator.integers(len(names)))],
+            priority=int(generator.integers(2)),
+        )
+        for number in range(16)
+    ]
+    ends = []
+    for repeats in (False, True):
+        scheduler, executor, steps = _simulated(usual, 12, repeats), SimExecutor(LinearCostModel(), end_token_id=1), 0
+        for request in made:
+            scheduler.add(request)
+        seen = []
+        while scheduler.has_work():
+            result = executor.collect(executor.submit(scheduler.schedule(0.0)))
+            steps += result.num_steps
+            seen += [(each.request_id, steps) for each in scheduler.update(result) if each.finish_reason]
+        ends.append((sorted(seen), scheduler.stats().preemptions))
+    assert len(ends[0][0]) == len(made)
+    assert ends[0] == ends[1]

@@ -12,6 +12,7 @@ from elbowroom.engine.ordering import ORDERS
 from elbowroom.engine.preemption import PREEMPTIONS
 from elbowroom.engine.preemption.auto import AutoPreemption
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.scheduling import Scheduling
 from elbowroom.engine.types import Request, SessionRef
 from elbowroom.errors import PlanError
 from elbowroom.memory.swap_cost import SwapCost
@@ -182,6 +183,30 @@ def test_late_requests_go_behind_those_that_can_still_be_met() -> None:
     plan = world.scheduler.schedule(5.5)
     assert [seq.request.id for seq, _ in world.scheduler._state.in_flight] == [2]
     assert len(plan.rows) == 1
+
+
+def test_a_request_with_a_deadline_of_its_own_goes_before_those_due_later() -> None:
+    world = World(PLAN, 12 * BLOCK, prefix_cache=False, order=Scheduling(order="slo").make_order(), max_sequences=1)
+    for number, deadline_s in enumerate([None, 30.0, 4.0]):
+        world.scheduler.add(request(number, 100, 10, deadline_s=deadline_s))
+    world.scheduler.schedule(0.0)
+    assert [seq.request.id for seq, _ in world.scheduler._state.in_flight] == [2]
+    assert [seq.request.id for seq in world.scheduler.queues[0]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"slo_ttft_s": 2.0}, "--slo-ttft means nothing to the order priority"),
+        ({"order": "fair", "slo_tpot_s": 2.0}, "--slo-tpot means nothing to the order fair"),
+        ({"order": "slo", "slo_tpot_s": 0.0}, "--slo-tpot must be above 0"),
+        ({"order": "slo", "slo_ttft_s": float("inf")}, "--slo-ttft must be above 0"),
+    ],
+)
+def test_targets_are_for_the_order_that_has_them(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words) as refusal:
+        Scheduling(**fields)
+    assert "above" in words or "--order slo" in str(refusal.value.hint)
 
 
 def test_auto_saves_what_is_cheaper_to_move_than_to_compute() -> None:

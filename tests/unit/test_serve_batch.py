@@ -168,13 +168,14 @@ def test_an_output_of_something_else_is_refused_unless_restarted(tmp_path: Path,
         options["kv"] = "int8"
     elif change == "broken":
         target.write_text("mine\n" + target.read_text())
-    before = target.read_bytes()
+    before, beside = target.read_bytes(), sorted(tmp_path.iterdir())
     hint = "input|kv|no output of this batch|no line that this batch wrote"
     with pytest.raises((RequestError, IntegrityError), match=hint) as caught:
         run(source, target, model, **options)
 
     assert "--restart" in (caught.value.hint or "")
     assert target.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == beside, "a refused run left something behind"
     report = run(source, target, model, restart=True, **options)
     assert (report.num_before, report.num_answered) == (0, len(source.read_text().splitlines()))
 
@@ -210,6 +211,54 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
     report = run(source, target, model)
     assert report.num_before == len(kept) < 5
     assert sorted(line["custom_id"] for line in read(target)) == ["five", "four", "one", "three", "two"]
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_a_full_disk_at_the_start_is_said_in_plain_words(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Not even the description of the batch can be written."""
+    source, target = write(tmp_path / "in.jsonl", GOOD[:1]), tmp_path / "out.jsonl"
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OutputFailed, match="No space left") as caught:
+        run(source, target, model)
+    assert "free some space" in (caught.value.hint or "")
+    monkeypatch.undo()
+    assert run(source, target, model).num_answered == 1
+
+
+def test_a_directory_is_no_output(tmp_path: Path, model: str) -> None:
+    source, target = write(tmp_path / "in.jsonl", GOOD[:1]), tmp_path / "out"
+    target.mkdir()
+    with pytest.raises(RequestError, match="is a directory"):
+        run(source, target, model)
+    assert sorted(tmp_path.iterdir()) == [source, target]
+
+
+def test_fields_that_mean_nothing_in_a_batch_are_refused_and_kv_is_heeded(tmp_path: Path, model: str) -> None:
+    long = "abc " * 40
+    lines: list[object] = [
+        completion("urgent", "x", priority=-1),
+        completion("soon", "x", deadline_s=2.0),
+        chat("own", "x", admission="greedy"),
+        completion("zero", "x", priority=0, admission=None),
+        completion("usual", long, max_tokens=30),
+        completion("rounded", long, max_tokens=30, kv="bfp(n=16)"),
+    ]
+    source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    run(source, target, model, sort=True, kv_choices=("bfp(n=16)",))
+
+    got = {line["custom_id"]: line["response"] for line in read(target)}
+    assert [response["status_code"] for response in got.values()] == [400, 400, 400, 200, 200, 200]
+    errors = [got[name]["body"]["error"] for name in ("urgent", "soon", "own")]
+    assert [error["param"] for error in errors] == ["priority", "deadline_s", "admission"]
+    assert "--admission" in errors[2]["message"]
+    usual, rounded = (got[name]["body"]["choices"][0]["text"] for name in ("usual", "rounded"))
+    assert usual != rounded
 
 
 def test_sorting_keeps_every_line_and_a_broken_sort_changes_nothing(

@@ -13,11 +13,16 @@ from starlette.requests import Request
 from tests.support.http import assert_no_leak, parse_metrics, tiny_llm
 
 from elbowroom.engine.async_llm import AsyncLLM
+from elbowroom.engine.ordering.slo import SloOrder
 from elbowroom.engine.sampling_params import SamplingParams
+from elbowroom.engine.scheduling import Scheduling
+from elbowroom.engine.types import Request as EngineRequest
 from elbowroom.errors import RequestError, Unread
 from elbowroom.serve import ServerLimits, create_app
 from elbowroom.serve.callers import caller_of
+from elbowroom.serve.errors import InvalidField
 from elbowroom.serve.metrics import MOST_TENANTS, ServerMetrics
+from elbowroom.serve.requests import GenerationRequest
 from elbowroom.serve.service_rate import ENOUGH, ServiceRate
 from elbowroom.serve.tenants import Tenant, Tenants
 
@@ -45,6 +50,10 @@ def send(llm: AsyncLLM, limits: ServerLimits, *requests: dict[str, Any]) -> list
 def asking(headers: dict[str, str] | None = None, **fields: Any) -> dict[str, Any]:
     body = {"prompt": "a", "max_tokens": 30, "ignore_eos": True} | fields
     return {"json": body, "headers": headers or {}}
+
+
+def wishing(**fields: Any) -> GenerationRequest:
+    return GenerationRequest(**fields)
 
 
 def request_with(**headers: str) -> Request:
@@ -138,18 +147,67 @@ def test_labels_of_tenants_are_bounded() -> None:
 
 def test_timeouts_and_priorities_are_read_and_bounded() -> None:
     limits = ServerLimits(request_timeout_s=5.0, allow_priority=True)
-    assert caller_of(request_with(), None, limits).timeout_s == 5.0
-    assert caller_of(request_with(x_request_timeout="2.5"), -3, limits).timeout_s == 2.5
-    assert caller_of(request_with(x_request_timeout="60"), -3, limits).timeout_s == 5.0
-    assert caller_of(request_with(), -3, limits).priority == -3
+    assert caller_of(request_with(), wishing(), limits).timeout_s == 5.0
+    assert caller_of(request_with(x_request_timeout="2.5"), wishing(priority=-3), limits).timeout_s == 2.5
+    assert caller_of(request_with(x_request_timeout="60"), wishing(priority=-3), limits).timeout_s == 5.0
+    assert caller_of(request_with(), wishing(priority=-3), limits).priority == -3
     for value in ("0", "-1", "nan", "inf", "soon"):
         with pytest.raises(RequestError, match="X-Request-Timeout"):
-            caller_of(request_with(x_request_timeout=value), None, limits)
+            caller_of(request_with(x_request_timeout=value), wishing(), limits)
     with pytest.raises(RequestError, match="--allow-priority"):
-        caller_of(request_with(), 1, ServerLimits())
-    assert caller_of(request_with(), 0, ServerLimits()).priority == 0
+        caller_of(request_with(), wishing(priority=1), ServerLimits())
+    assert caller_of(request_with(), wishing(priority=0), ServerLimits()).priority == 0
     with pytest.raises(RequestError, match="priority"):
-        caller_of(request_with(), 2**40, limits)
+        caller_of(request_with(), wishing(priority=2**40), limits)
+
+
+def test_who_may_choose_an_admission_policy_and_a_deadline() -> None:
+    may = ServerLimits(allow_priority=True, allow_admission=True)
+    made = caller_of(request_with(), wishing(admission="conservative", deadline_s=2), may)
+    assert (made.admission, made.deadline_s) == ("conservative", 2.0)
+    made = caller_of(request_with(), wishing(), may)
+    assert (made.admission, made.deadline_s) == (None, None)
+    for fields, option in (({"admission": "greedy"}, "--allow-admission"), ({"deadline_s": 1.0}, "--allow-priority")):
+        with pytest.raises(InvalidField, match="lets no request choose") as refusal:
+            caller_of(request_with(), wishing(**fields), ServerLimits())
+        assert option in str(refusal.value.hint)
+        assert refusal.value.param in fields
+    with pytest.raises(InvalidField, match="no policy 'soon'") as refusal:
+        caller_of(request_with(), wishing(admission="soon"), may)
+    assert "past_future" in str(refusal.value.hint)
+
+
+def test_the_engine_hears_of_policy_priority_and_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tiny_llm(tmp_path, scheduling=Scheduling(order="slo", slo_ttft_s=3.0, slo_tpot_s=0.25))
+    seen: list[EngineRequest] = []
+    add = llm.engine.parts.core.scheduler.add
+    monkeypatch.setattr(llm.engine.parts.core.scheduler, "add", lambda request: (seen.append(request), add(request)))
+    try:
+        order = llm.engine.parts.core.scheduler._state.order
+        assert isinstance(order, SloOrder)
+        assert (order.ttft_s, order.tpot_s) == (3.0, 0.25)
+        limits = ServerLimits(allow_priority=True, allow_admission=True)
+        wishes = {"admission": "conservative", "priority": -2, "deadline_s": 1.5}
+        chosen, usual, never, chat = send(
+            llm, limits, asking(**wishes), asking(), asking(deadline_s=0), asking(admission="x")
+        )[:4]
+        assert [each.status_code for each in (chosen, usual, never, chat)] == [200, 200, 400, 400]
+        assert never.json()["error"]["param"] == "deadline_s"
+        assert chat.json()["error"]["param"] == "admission"
+        seen.sort(key=lambda each: each.id)
+        assert [(each.admission, each.priority) for each in seen] == [("conservative", -2), (None, 0)]
+        assert seen[0].deadline_s == seen[0].arrival_s + 1.5
+        assert seen[1].deadline_s is None
+    finally:
+        assert_no_leak(llm)
+        llm.engine.close()
+
+
+def test_a_deadline_is_refused_where_nobody_would_heed_it(llm: AsyncLLM) -> None:
+    refused, _ = send(llm, ServerLimits(allow_priority=True), asking(deadline_s=2))
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "deadline_s")
+    assert "--order slo" in error["message"]
 
 
 # Queue

@@ -61,7 +61,10 @@ def serve(
         typer.Option(metavar="SECONDS", min=0, help="Longest time for a request; longer gets 504.", show_default=False),
     ] = None,
     allow_priority: Annotated[
-        bool, typer.Option("--allow-priority", help='Let requests set "priority"; lower runs first.')
+        bool, typer.Option("--allow-priority", help='Let requests set "priority" (lower runs first) and "deadline_s".')
+    ] = False,
+    allow_admission: Annotated[
+        bool, typer.Option("--allow-admission", help='Let requests set "admission", the policy that lets them begin.')
     ] = False,
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep prefixes that later requests may share.")
@@ -78,6 +81,22 @@ def serve(
     order: Annotated[
         str, typer.Option(metavar="POLICY", help="Who is served first: priority, fcfs, fair (by tenant), slo.")
     ] = "priority",
+    slo_ttft: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="With --order slo: from arrival until the first token is due; 10 by default.",
+            show_default=False,
+        ),
+    ] = None,
+    slo_tpot: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="With --order slo: from one token until the next is due; 0.5 by default.",
+            show_default=False,
+        ),
+    ] = None,
     preemption: Annotated[
         str | None,
         typer.Option(
@@ -142,6 +161,7 @@ def serve(
         api_key_file=api_key_file,
         tenant_header=tenant_header,
         allow_priority=allow_priority,
+        allow_admission=allow_admission,
         debug_routes=debug_routes,
     )
     tenants = Tenants(api_key, api_key_file, tenant_header)  # keys that cannot be read are named at once
@@ -149,6 +169,8 @@ def serve(
         admission=admission,
         order=order,
         tenant_weights=tenants.weights,
+        slo_ttft_s=slo_ttft,
+        slo_tpot_s=slo_tpot,
         preemption=preemption,
         swap_directory=swap,
         swap_limit=swap_limit,

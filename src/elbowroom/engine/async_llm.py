@@ -45,13 +45,17 @@ class AsyncLLM:
         *,
         tenant: str = "",
         priority: int = 0,
+        admission: str | None = None,
+        deadline_s: float | None = None,
         gate: Gate | None = None,
         max_unread: int | None = None,
     ) -> OutputStream:
         """Queue one request for each prompt and return the stream of their outputs, which the caller must close.
 
-        With ``kv`` they ask for one of the engine's KV plans. ``gate`` sees the queue before the first of them enters,
-        and the others follow it. With ``max_unread`` the stream fails when more deltas than that wait to be read.
+        With ``kv`` they ask for one of the engine's KV plans, with ``admission`` for an admission policy, and with
+        ``deadline_s`` for their first token in so many seconds (order ``slo``). ``gate`` sees the queue before the
+        first of them enters, and the others follow it. With ``max_unread`` the stream fails when
+        more deltas than that wait to be read.
 
         Raises:
             RequestError: a prompt is malformed or can never fit; none of them runs then.
@@ -61,7 +65,17 @@ class AsyncLLM:
         stream = OutputStream(self, max_unread)
         try:
             accepted = [
-                stream.enqueue(index, ids, sampling, kv, tenant=tenant, priority=priority, gate=None if index else gate)
+                stream.enqueue(
+                    index,
+                    ids,
+                    sampling,
+                    kv,
+                    tenant=tenant,
+                    priority=priority,
+                    admission=admission,
+                    deadline_s=deadline_s,
+                    gate=None if index else gate,
+                )
                 for index, ids in enumerate(prompts)
             ]
             await asyncio.gather(*map(asyncio.wrap_future, accepted))
@@ -148,6 +162,8 @@ class OutputStream:
         *,
         tenant: str = "",
         priority: int = 0,
+        admission: str | None = None,
+        deadline_s: float | None = None,
         gate: Gate | None = None,
     ) -> Future[None]:
         """Queue one request; errors as in ``AsyncLLM.start``, here or from the future."""
@@ -156,7 +172,15 @@ class OutputStream:
             self._mail.send(self, (index, delta, output))
 
         request_id, accepted = self._engine.enqueue(
-            prompt_token_ids, sampling, sink, kv=kv, tenant=tenant, priority=priority, gate=gate
+            prompt_token_ids,
+            sampling,
+            sink,
+            kv=kv,
+            tenant=tenant,
+            priority=priority,
+            admission=admission,
+            deadline_s=deadline_s,
+            gate=gate,
         )
         self._open[request_id] = sampling.n
         return accepted

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import queue
 import threading
 import time
@@ -23,7 +24,7 @@ from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.sizing import MemoryPlan
 from elbowroom.engine.thinking import check_thinking
 from elbowroom.engine.types import Request, SchedulerStats, SessionRef, Stem
-from elbowroom.errors import EngineClosed, Overloaded, TokenizerError
+from elbowroom.errors import EngineClosed, Overloaded, RequestError, TokenizerError
 from elbowroom.kv.base import KVReport, KVStore
 from elbowroom.kv.bound import BoundPlan
 from elbowroom.memory.ledger import Ledger, Usage
@@ -93,14 +94,17 @@ class Engine:
         kv: PlanText = None,
         tenant: str = "",
         priority: int = 0,
+        admission: str | None = None,
+        deadline_s: float | None = None,
         salt: bytes = b"",
     ) -> int:
         """Queue a request and return its id once it is accepted; ``sink`` gets every delta on the engine's thread.
 
-        With ``kv`` it asks for one of the engine's KV plans, and keeps that.
+        With ``kv`` it asks for one of the engine's KV plans, and keeps that; with ``admission`` for another admission
+        policy than the engine's. ``deadline_s`` says in how many seconds its first token is due, to the order ``slo``.
 
         Raises:
-            PlanError: ``kv`` cannot be read.
+            PlanError: ``kv`` cannot be read, or there is no such admission policy.
             RequestError: malformed, under a plan that the engine does not have, too long for the context, too large
                 for the budget, or with limits on thinking for a model without marks of it.
             Overloaded: too many requests are live.
@@ -108,7 +112,16 @@ class Engine:
             TokenizerError: stop strings are given and the model has no tokenizer.
         """
         request_id, accepted = self.enqueue(
-            prompt_token_ids, sampling, sink, session=session, kv=kv, tenant=tenant, priority=priority, salt=salt
+            prompt_token_ids,
+            sampling,
+            sink,
+            session=session,
+            kv=kv,
+            tenant=tenant,
+            priority=priority,
+            admission=admission,
+            deadline_s=deadline_s,
+            salt=salt,
         )
         accepted.result()
         return request_id
@@ -123,6 +136,8 @@ class Engine:
         kv: PlanText = None,
         tenant: str = "",
         priority: int = 0,
+        admission: str | None = None,
+        deadline_s: float | None = None,
         salt: bytes = b"",
         gate: Gate | None = None,
         stems: tuple[Stem, ...] | None = None,
@@ -133,19 +148,23 @@ class Engine:
         ``gate`` sees the queue before the request enters and may raise Overloaded.
         ``stems`` are what it shares with requests to come, as in ``Request``.
         """
+        now = time.monotonic()
         request = Request(
             id=next(self._ids),
             prompt_token_ids=tuple(prompt_token_ids),
             sampling=sampling,
-            arrival_s=time.monotonic(),
+            arrival_s=now,
             tenant=tenant,
             priority=priority,
+            deadline_s=None if deadline_s is None else now + deadline_s,
             salt=salt,
             session=session,
             plan=self.parts.plans.number(kv),
             keeps_plan=kv is not None,
+            admission=admission,
             stems=stems,
         )
+        self.check_deadline(deadline_s)
         tokenizer = self.parts.tokenizer
         for ids in (request.prompt_token_ids, request.sampling.forced):
             tokenizer.check_ids(ids, self.parts.config.vocab_size)
@@ -156,6 +175,19 @@ class Engine:
         shown = frozenset() if marks is None else marks.special_ids
         decoders = [tokenizer.stream_decoder(shown=shown) for _ in range(sampling.n)]
         return request.id, self.call(lambda: self._add(request, decoders, sink, gate))
+
+    def check_deadline(self, deadline_s: float | None) -> None:
+        """Check that the engine would heed a deadline in so many seconds.
+
+        Raises:
+            RequestError: it does not serve by deadline, or that is no time from now.
+        """
+        order = self._core.scheduler.order_name
+        if deadline_s is not None and order != "slo":
+            text = f"deadline_s means nothing to the order {order!r}"
+            raise RequestError(text, 'leave it out, or start the engine with the order "slo" (--order slo)')
+        if deadline_s is not None and not 0 < deadline_s < math.inf:
+            raise RequestError(f"deadline_s must be above 0, not {deadline_s:g}", "give seconds until the first token")
 
     def is_waiting(self, request_ids: Collection[int]) -> Future[bool]:
         """Return a future that says whether some of these requests have not ended and none of them has begun."""
@@ -181,6 +213,7 @@ class Engine:
         sampling: SamplingParams,
         session: SessionRef | None = None,
         kv: PlanText = None,
+        admission: str | None = None,
     ) -> Future[RequestOutput]:
         """Queue a request and return a future of its whole output; errors as in ``submit``.
 
@@ -198,7 +231,7 @@ class Engine:
             elif output.finished:
                 done.set_result(output)
 
-        self.submit(prompt_token_ids, sampling, sink, session=session, kv=kv)
+        self.submit(prompt_token_ids, sampling, sink, session=session, kv=kv, admission=admission)
         return done
 
     def abort(self, request_id: int) -> None:

@@ -68,6 +68,7 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         kv: str | KVPlan | None = None,
+        admission: str | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or many, batched, and return one output for each, in order.
 
@@ -75,13 +76,15 @@ class LLM:
             prompts: text or ``{"prompt_token_ids": [...]}``, or a list of them.
             sampling: for all prompts, or one for each.
             kv: one of the plans that the engine was started with (``kv``, ``kv_choices``); by default the first.
+            admission: name of the admission policy that lets these begin; by default the engine's own.
 
         Raises:
+            PlanError: there is no such admission policy.
             RequestError: a prompt is malformed or can never fit, or the engine has no plan ``kv``; the others are
                 dropped then.
         """
         many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        return self._run([prompt_ids(self.tokenizer, prompt) for prompt in many], sampling, kv)
+        return self._run([prompt_ids(self.tokenizer, prompt) for prompt in many], sampling, kv, admission)
 
     def chat(
         self,
@@ -89,11 +92,12 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         kv: str | KVPlan | None = None,
+        admission: str | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many; a message is ``{"role": ..., "content": ...}``."""
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = [messages] if single else messages
-        return self._run([chat_ids(self.tokenizer, list(each)) for each in conversations], sampling, kv)  # type: ignore[arg-type]
+        return self._run([chat_ids(self.tokenizer, list(each)) for each in conversations], sampling, kv, admission)  # type: ignore[arg-type]
 
     def session(self, context: str | Sequence[int] = "", kv: str | KVPlan | None = None) -> Session:
         """Return a session that has read ``context`` (text or token ids) and can be asked, forked and rolled back.
@@ -125,11 +129,12 @@ class LLM:
         prompts: list[list[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         kv: str | KVPlan | None,
+        admission: str | None,
     ) -> list[RequestOutput]:
         futures: list[Future[RequestOutput]] = []
         try:
             for ids, params in zip(prompts, _each(sampling, len(prompts)), strict=True):
-                futures.append(self.engine.generate(ids, params, kv=kv))
+                futures.append(self.engine.generate(ids, params, kv=kv, admission=admission))
             return [future.result() for future in futures]
         finally:
             for future in futures:  # after an error or an interrupt nobody waits for the others

@@ -40,16 +40,26 @@ def _victim(seq: SeqState | None, state: SchedulerState) -> SeqState | None:
     """Return which running sequence younger than ``seq`` goes: of the younger half the one that holds most.
 
     When memory runs short the youngest alone, who holds least, seldom frees enough, and the next ones follow it.
+    One that began only because it fits to its limit goes after those that did not ask for so much.
     """
     able = [each for each in state.running if not each.is_loading]
     if not able or able[-1] is seq:
         return None
+    able = _unguarded(able, seq or able[0], state)
     last = able[-1]
     younger = [each for each in able[len(able) // 2 :] if each.request.priority == last.request.priority]
     if seq is not None:
         younger = [each for each in younger if each.rank > seq.rank]
     account = state.account
     return max(younger, key=lambda each: account.private_bytes(each.paid_bytes, each.shared), default=last)
+
+
+def _unguarded(able: list[SeqState], oldest: SeqState, state: SchedulerState) -> list[SeqState]:
+    """Return those that asked for no room to their limits, if one is younger than ``oldest`` and as urgent as any."""
+    found = [each for each in able if not state.admission_of(each).guards]
+    if found and found[-1].rank > oldest.rank and found[-1].request.priority == able[-1].request.priority:
+        return found
+    return able
 
 
 def preempt(seq: SeqState, state: SchedulerState, *, may_save: bool = True) -> None:

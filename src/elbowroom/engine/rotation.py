@@ -34,4 +34,4 @@ def give_ways(state: SchedulerState, max_sequences: int, step_tokens: int, now: 
     if not chosen or free < need + headroom:
         return []
     rest = [seq for seq in state.running if seq not in chosen]
-    return chosen if may_begin(head, rest, account, state.admission, step_tokens) else []
+    return chosen if may_begin(head, rest, account, state.admission_of(head), step_tokens) else []

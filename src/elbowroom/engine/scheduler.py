@@ -22,7 +22,6 @@ from elbowroom.engine.accounting import KVPricing, num_blocks
 from elbowroom.engine.admission.base import AdmissionPolicy
 from elbowroom.engine.admission.gate import may_begin
 from elbowroom.engine.admission.greedy import GreedyAdmission
-from elbowroom.engine.admission.lengths import Kind
 from elbowroom.engine.entry import enter
 from elbowroom.engine.horizon import repeatable_steps
 from elbowroom.engine.kv_account import KVAccount
@@ -83,7 +82,7 @@ class Scheduler:
         config: limits.
         pricings: what sequences cost under each of the plans that requests may ask for, the usual one first.
         capacity_bytes: bytes that the KV store may hold.
-        admission: who of those that fit may begin; by default all.
+        admission: who of those that fit may begin; by default all. A request may name another policy.
         order: who is served first; by default priority, then arrival.
         preemption: whether those that have to go are saved or computed again; by default computed again.
     """
@@ -105,15 +104,21 @@ class Scheduler:
             admission or GreedyAdmission(),
             order or PriorityOrder(),
             preemption or RecomputePreemption(),
-            config.return_blocks,
+            return_blocks=config.return_blocks,
         )
 
     # Requests
 
     def add(self, request: Request) -> None:
-        """Queue a request; errors as in ``most_new_tokens``."""
+        """Queue a request.
+
+        Raises:
+            PlanError: there is no admission policy of the name that it gives.
+            RequestError: as in ``most_new_tokens``.
+        """
         limit, pricing = self.most_new_tokens(request), self.account.pricings[request.plan]
         state, order = self._state, self._state.next_order
+        state.use_admission(request.admission)
         state.next_order += 1
         seed = request.sampling.seed
         keys = state.account.keys(request)
@@ -197,6 +202,11 @@ class Scheduler:
     def queues(self) -> tuple[Sequence[SeqState], Sequence[SeqState]]:
         """Sequences that wait and that run, in order of rank."""
         return self._state.waiting, self._state.running
+
+    @property
+    def order_name(self) -> str:
+        """Name of the order in which requests are served."""
+        return self._state.order.name
 
     @property
     def account(self) -> KVAccount:
@@ -318,7 +328,7 @@ class Scheduler:
 
     def _enters(self, seq: SeqState) -> bool:
         """Ask the admission policy, and enter; a policy's no stands for some steps, or until a sequence goes."""
-        state, policy = self._state, self._state.admission
+        state, policy = self._state, self._state.admission_of(seq)
         if state.refused is seq and state.num_steps < state.asks_again_at:
             return False
         state.refused = None
@@ -431,7 +441,7 @@ class Scheduler:
         state, session = self._state, seq.request.session
         state.refused, self.account.lacking_bytes = None, 0
         if reason in ("stop", "length"):
-            state.admission.ended(Kind.of(seq.request.tenant, seq.num_prompt), seq.num_generated)
+            state.ended(seq)
         state.order.left(seq)
         if seq in state.waiting:
             state.waiting.remove(seq)

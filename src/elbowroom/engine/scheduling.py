@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from elbowroom.engine.admission import ADMISSIONS, AdmissionPolicy
 from elbowroom.engine.ordering import ORDERS, OrderPolicy
 from elbowroom.engine.ordering.fair import FairOrder
+from elbowroom.engine.ordering.slo import SloOrder
 from elbowroom.engine.preemption import PREEMPTIONS, PreemptPolicy
 from elbowroom.engine.preemption.auto import AutoPreemption
 from elbowroom.engine.preemption.recompute import RecomputePreemption
@@ -18,6 +20,8 @@ from elbowroom.memory.disk import DiskTier
 from elbowroom.memory.ledger import Ledger
 from elbowroom.memory.swap_cost import measure_swap_cost
 from elbowroom.units import parse_bytes
+
+_TARGETS = {"slo_ttft_s": "--slo-ttft", "slo_tpot_s": "--slo-tpot"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,10 @@ class Scheduling:
     """Who is served first: ``priority``, ``fcfs``, ``fair``, ``slo``."""
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     """What ``fair`` gives a tenant, against 1 of those not named."""
+    slo_ttft_s: float | None = None
+    """For ``slo``: seconds from arrival until the first token is due; None: what the order has by default."""
+    slo_tpot_s: float | None = None
+    """For ``slo``: seconds from one token until the next is due."""
     preemption: str | None = None
     """What becomes of those that have to go: ``recompute``, ``swap``, ``auto``; by default ``auto`` with a swap
     directory, else ``recompute``."""
@@ -47,6 +55,14 @@ class Scheduling:
         for registry, name in ((ADMISSIONS, self.admission), (ORDERS, self.order), (PREEMPTIONS, self.preemption)):
             if name is not None:
                 registry.get(name)
+        for name, option in _TARGETS.items():
+            seconds = getattr(self, name)
+            if seconds is not None and self.order != "slo":
+                raise PlanError(
+                    f"{option} means nothing to the order {self.order}", f"add --order slo, or leave {option} out"
+                )
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise PlanError(f"{option} must be above 0, not {seconds:g}", "give seconds")
         if self.preemption in ("swap", "auto") and self.swap_directory is None:
             raise PlanError(f"preemption {self.preemption} has nowhere to save to", "name a directory: swap= (--swap)")
 
@@ -63,6 +79,9 @@ class Scheduling:
         """Return the order policy."""
         if self.order == "fair":
             return FairOrder(weights=dict(self.tenant_weights))
+        if self.order == "slo":
+            given = {name.removeprefix("slo_"): getattr(self, name) for name in _TARGETS}
+            return SloOrder(**{name: seconds for name, seconds in given.items() if seconds is not None})
         return ORDERS.get(self.order)()
 
     def make_tier(self, ledger: Ledger) -> DiskTier | None:

@@ -43,6 +43,7 @@ class Request:
     priority: int = 0
     """Lower runs first."""
     deadline_s: float | None = None
+    """When its first token is due, on the clock of ``arrival_s``; what the order ``slo`` goes by."""
     salt: bytes = b""
     """Requests share cached prefixes only with equal salts (tenant isolation)."""
     adapter: str = ""
@@ -56,6 +57,8 @@ class Request:
     """How long the answer will be, where a trace says so: for simulations, which end it there, and for oracles."""
     keeps_plan: bool = False
     """Whether it must not be turned into the relief plan when memory is short."""
+    admission: str | None = None
+    """Name of the admission policy that is asked about it; None: the scheduler's own."""
     stems: tuple[Stem, ...] | None = None
     """Where it is known what requests share: such prefixes, shortest first. Nothing else of it is cached then."""
 

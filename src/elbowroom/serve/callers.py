@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from elbowroom.engine.admission import ADMISSIONS
 from elbowroom.serve.errors import InvalidField
 from elbowroom.serve.limits import ServerLimits
+from elbowroom.serve.requests import GenerationRequest
 from elbowroom.serve.tenants import Tenant
 
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -23,6 +25,10 @@ class Caller:
     tenant: Tenant = field(default_factory=Tenant)
     priority: int = 0
     """Lower runs first."""
+    deadline_s: float | None = None
+    """Seconds from its arrival in which its first token is due; None: what the order says."""
+    admission: str | None = None
+    """Admission policy that it asks for."""
     timeout_s: float | None = None
     """How long it may take from ``arrived_s`` on; None: as long as it wants."""
     arrived_s: float = field(default_factory=time.monotonic)
@@ -33,18 +39,36 @@ class Caller:
         return None if self.timeout_s is None else max(self.arrived_s + self.timeout_s - time.monotonic(), 0.0)
 
 
-def caller_of(request: Request, priority: int | None, limits: ServerLimits) -> Caller:
-    """Return who sent ``request``, whose body asks for ``priority``.
+def caller_of(request: Request, body: GenerationRequest, limits: ServerLimits) -> Caller:
+    """Return who sent ``request``, whose body asks for a priority, a deadline or an admission policy.
 
     Raises:
-        InvalidField: the server lets nobody choose a priority, or a value is out of range.
+        InvalidField: the server lets nobody choose that, or a value is out of range.
     """
+    priority, deadline_s = body.priority, body.deadline_s
     if priority and not limits.allow_priority:
         raise InvalidField("priority", "this server lets no request choose one", "start it with --allow-priority")
     if priority is not None and not -_MOST <= priority < _MOST:
         raise InvalidField("priority", f"must be from {-_MOST} to {_MOST - 1}, not {priority}")
-    tenant = getattr(request.state, "tenant", Tenant())
-    return Caller(tenant, priority or 0, _timeout_s(request.headers.get(TIMEOUT_HEADER), limits.request_timeout_s))
+    if deadline_s is not None and not limits.allow_priority:
+        raise InvalidField("deadline_s", "this server lets no request choose one", "start it with --allow-priority")
+    return Caller(
+        tenant=getattr(request.state, "tenant", Tenant()),
+        priority=priority or 0,
+        deadline_s=deadline_s,
+        admission=_admission(body.admission, limits),
+        timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER), limits.request_timeout_s),
+    )
+
+
+def _admission(name: str | None, limits: ServerLimits) -> str | None:
+    if name is None:
+        return None
+    if not limits.allow_admission:
+        raise InvalidField("admission", "this server lets no request choose one", "start it with --allow-admission")
+    if name not in ADMISSIONS.names():
+        raise InvalidField("admission", f"there is no policy {name!r}", f"choose {', '.join(ADMISSIONS.names())}")
+    return name
 
 
 def _timeout_s(given: str | None, most: float | None) -> float | None:

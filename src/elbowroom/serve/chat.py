@@ -106,7 +106,7 @@ def chat_router(context: ServerContext) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
         body = await parse_body(request, ChatRequest, context.limits)
-        caller = caller_of(request, body.priority, context.limits)
+        caller = caller_of(request, body, context.limits)
         call = chat_call(context, body)
         prompts = await until_disconnect(request.receive, asyncio.to_thread(call.encode))
         generation = call.generation(context, prompts, caller)

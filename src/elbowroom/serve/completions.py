@@ -92,7 +92,7 @@ def completions_router(context: ServerContext) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         """Complete one prompt or several."""
         body = await parse_body(request, CompletionRequest, context.limits)
-        caller = caller_of(request, body.priority, context.limits)
+        caller = caller_of(request, body, context.limits)
         call = completion_call(context, body)
         prompts = await until_disconnect(request.receive, asyncio.to_thread(call.encode))
         generation = call.generation(context, prompts, caller)

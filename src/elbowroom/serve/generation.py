@@ -69,7 +69,7 @@ class Generation:
         caller: who asked.
 
     Raises:
-        InvalidField: prompts times ``n`` exceed the server's limit, or the engine has no such plan.
+        InvalidField: prompts times ``n`` exceed the server's limit, the engine has no such plan, or heeds no deadline.
     """
 
     def __init__(
@@ -94,6 +94,10 @@ class Generation:
             model.llm.engine.parts.plans.number(kv)
         except ElbowroomError as reason:
             raise InvalidField("kv", reason.message.removeprefix("kv "), reason.hint) from None
+        try:
+            model.llm.engine.check_deadline(None if caller is None else caller.deadline_s)
+        except ElbowroomError as reason:
+            raise InvalidField("deadline_s", reason.message.removeprefix("deadline_s "), reason.hint) from None
         self.model, self.prompts, self.sampling, self._metrics = model, prompts, sampling, metrics
         self._kv, self._is_relieved, self._caller = kv, False, caller or Caller()
         self.choices = [Choice(index, index // sampling.n) for index in range(len(prompts) * sampling.n)]

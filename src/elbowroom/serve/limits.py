@@ -51,7 +51,9 @@ class ServerLimits:
     tenant_header: str | None = None
     """Header that names the tenant; only behind a proxy that sets it."""
     allow_priority: bool = False
-    """Whether requests may set ``priority``."""
+    """Whether requests may set ``priority`` and ``deadline_s``."""
+    allow_admission: bool = False
+    """Whether requests may set ``admission``."""
     debug_routes: bool = False
     """Whether POST /debug/reset is there."""
 

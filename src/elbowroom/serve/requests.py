@@ -50,6 +50,10 @@ class GenerationRequest(Schema):
     stop_token_ids: list[int] | None = None
     priority: int | None = None
     """Lower runs first; only where the server allows it."""
+    deadline_s: float | None = None
+    """Seconds in which the first token is due; where the server allows priorities and serves by deadline."""
+    admission: str | None = None
+    """Name of the admission policy that lets it begin; only where the server allows it."""
     kv: str | None = None
     """One of the KV plans that the server was started with."""
     thinking_token_budget: int | None = None

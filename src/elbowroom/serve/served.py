@@ -70,6 +70,8 @@ class ServedModel:
                 kv,
                 tenant=caller.tenant.name,
                 priority=caller.priority,
+                admission=caller.admission,
+                deadline_s=caller.deadline_s,
                 gate=lambda view: self._check(view, caller.tenant),
                 max_unread=self.limits.max_unread,
             )

@@ -83,6 +83,10 @@ class AdmissionPolicy(Protocol):
     def patience(self) -> int:
         """Steps for which a refusal stands, unless a sequence ends or gives way before."""
 
+    @property
+    def guards(self) -> bool:
+        """Whether it lets in only who fits to its limit; such a sequence goes after all others when memory is short."""
+
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether ``candidate`` may begin now.
 

@@ -20,6 +20,7 @@ class ConservativeAdmission:
     name: ClassVar[str] = "conservative"
     looks_ahead: ClassVar[bool] = True
     patience: ClassVar[int] = 64
+    guards: ClassVar[bool] = True
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether the peak at all limits fits."""

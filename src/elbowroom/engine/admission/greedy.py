@@ -17,6 +17,7 @@ class GreedyAdmission:
     name: ClassVar[str] = "greedy"
     looks_ahead: ClassVar[bool] = False
     patience: ClassVar[int] = 1
+    guards: ClassVar[bool] = False
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return True."""

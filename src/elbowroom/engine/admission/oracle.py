@@ -20,6 +20,7 @@ class OracleAdmission:
     name: ClassVar[str] = "oracle"
     looks_ahead: ClassVar[bool] = True
     patience: ClassVar[int] = 64
+    guards: ClassVar[bool] = False
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether the peak fits."""

@@ -46,6 +46,7 @@ class PastFutureAdmission:
     name: ClassVar[str] = "past_future"
     looks_ahead: ClassVar[bool] = True
     patience: ClassVar[int] = 8
+    guards: ClassVar[bool] = False
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether all that will probably be held fits."""

@@ -37,6 +37,7 @@ class PastFuturePaperAdmission:
     name: ClassVar[str] = "past_future_paper"
     looks_ahead: ClassVar[bool] = True
     patience: ClassVar[int] = 6
+    guards: ClassVar[bool] = False
 
     def admits(self, candidate: Outlook, running: Sequence[Outlook], room_bytes: int) -> bool:
         """Return whether the highest of some drawn peaks fits."""

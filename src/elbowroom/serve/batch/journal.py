@@ -39,6 +39,7 @@ class Journal:
 
     Raises:
         RequestError: the output is of another batch, another run is writing it, or its directory cannot be used.
+        OutputFailed: the disk is full or failed; nothing that was written before is lost.
         IntegrityError: lines of the output are broken, other than its end.
     """
 
@@ -50,6 +51,7 @@ class Journal:
         """Input line -> where its answer begins in the output, and its bytes."""
         self.num_failed = 0
         """Lines of the output that are no answers."""
+        self._refuse_others(restart)
         with contextlib.ExitStack() as opened:
             self._lock = _open(self._beside)
             opened.callback(os.close, self._lock)
@@ -59,7 +61,10 @@ class Journal:
                 raise RequestError(f"another run is writing {path}", "wait for its end, or end it first") from None
             self._file = _open(path)
             opened.callback(os.close, self._file)
-            self._take_up(dict(job), restart)
+            try:
+                self._take_up(dict(job), restart)
+            except OSError as reason:
+                raise self._failed(path, reason) from reason
             self._opened = opened.pop_all()
 
     def line_id(self, number: int) -> str:
@@ -79,11 +84,7 @@ class Journal:
         except OSError as reason:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._size)
-            hint = "free some space and run the same command again: it goes on from here"
-            if reason.errno != errno.ENOSPC:
-                hint = "run the same command again: it goes on from here"
-            done = len(self.offsets)
-            raise OutputFailed(f"cannot write {self.path}: {reason.strerror}; {done} lines are safe", hint) from reason
+            raise self._failed(self.path, reason) from reason
         for number, content, failed in lines:
             self.offsets[number] = self._size, len(content)
             self._size += len(content)
@@ -129,6 +130,18 @@ class Journal:
     ) -> None:
         """Close."""
         self.close()
+
+    def _failed(self, path: Path, reason: OSError) -> OutputFailed:
+        again = "run the same command again: it goes on from here"
+        hint = f"free some space and {again}" if reason.errno == errno.ENOSPC else again
+        return OutputFailed(f"cannot write {path}: {reason.strerror}; {len(self.offsets)} lines are safe", hint)
+
+    def _refuse_others(self, restart: bool) -> None:
+        """Refuse what no batch wrote before anything is laid beside it."""
+        if self.path.is_dir():
+            raise RequestError(f"{self.path} is a directory", "name a file for the answers")
+        if not restart and not self._beside.exists() and self.path.exists() and self.path.stat().st_size:
+            raise RequestError(f"{self.path} is there already, and no output of this batch", _RESTART)
 
     def _take_up(self, job: dict[str, Any], restart: bool) -> None:
         """Compare with what is there, and read it; or begin."""

@@ -26,6 +26,17 @@ _ROUTES: dict[str, tuple[type[GenerationRequest], Callable[[ServerContext, Any],
 }
 
 
+_NOT_HERE = {
+    "priority": (
+        "lines are answered in the order that costs least",
+        "leave it out, or make urgent lines a batch of their own",
+    ),
+    "deadline_s": ("a batch has no deadlines", "leave it out"),
+    "admission": ("all lines are admitted by one policy", "leave it out, and choose the policy by --admission"),
+}
+"""Fields that servers may allow, and why no line can have them."""
+
+
 class InvalidLine(RequestError):
     """A line is no request: there is no HTTP answer that it could get."""
 
@@ -96,6 +107,9 @@ def call_of(context: ServerContext, line: BatchLine) -> Call:
     body = check_values(line.body, schema)
     if body.stream:
         raise InvalidField("stream", "answers of a batch cannot be streamed", "leave it out")
+    for field, (reason, hint) in _NOT_HERE.items():
+        if getattr(body, field):
+            raise InvalidField(field, reason, hint)
     return make(context, body)
 
 
