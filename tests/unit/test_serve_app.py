@@ -315,6 +315,7 @@ def test_an_api_key_guards_v1_only(llm: AsyncLLM) -> None:
     for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
         response = call("GET", "/v1/models", headers=given)
         assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
+        assert response.headers["www-authenticate"] == "Bearer"
     assert call("GET", "/v1/models", headers={"Authorization": "Bearer s3cret"}).status_code == 200
 
 
@@ -326,6 +327,27 @@ def test_status_routes(call: Call, llm: AsyncLLM) -> None:
     assert 0 < health["models"]["tiny"]["used_bytes"] <= 48 * 2**20
     assert call("GET", "/version").json() == {"version": __version__}
     assert call("GET", "/openapi.json").status_code == 200
+
+
+def test_the_schema_says_what_bodies_and_answers_are_and_that_a_key_is_needed(call: Call, llm: AsyncLLM) -> None:
+    open_paths = call("GET", "/openapi.json").json()["paths"]
+    guarded = caller(llm, ServerLimits(api_key="s3cret", debug_routes=True))("GET", "/openapi.json").json()
+
+    chat = open_paths["/v1/chat/completions"]["post"]
+    fields = chat["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert (fields["temperature"]["minimum"], fields["temperature"]["maximum"]) == (0.0, 100.0)
+    assert fields["max_tokens"]["minimum"] == 1
+    assert fields["thinking_token_budget"]["minimum"] == 0
+    answer = chat["responses"]["200"]["content"]
+    assert set(answer) == {"application/json", "text/event-stream"}
+    assert "choices" in answer["application/json"]["schema"]["required"]
+    assert "$ref" not in str(chat)
+    assert open_paths["/v1/models/{name}"]["get"]["parameters"][0]["schema"]["examples"] == ["tiny"]
+    assert "security" not in chat
+    for path, method in (("/v1/models", "get"), ("/v1/chat/completions", "post"), ("/debug/reset", "post")):
+        assert guarded["paths"][path][method]["security"] == [{"HTTPBearer": []}]
+        assert "4XX" in guarded["paths"][path][method]["responses"]
+    assert "security" not in guarded["paths"]["/health"]["get"]
 
 
 def test_metrics_count_tokens_bytes_and_requests(llm: AsyncLLM) -> None:

@@ -4,7 +4,8 @@ A server on the built-in model, with a short queue and three tenants, gets valid
 streams that are left early, sockets that close at random moments and malformed bodies, from more clients than it takes;
 those who get 429 come again when told. In the middle it gets SIGTERM, and another one takes its port. Claims: no 5xx
 but the 503 of the server that drains, no reset, no hang, no answer that breaks the schema, nothing cut off, both exits
-0; and at the end, caches emptied, the books agree and every owner holds what it held at the start.
+0; and at the end, caches emptied, the books agree and every owner holds what it held at the start. Then another server
+is tested by its own schema (``soak_schema``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from elbowroom.bench.base import BenchOptions, BenchResult, Claim
 from elbowroom.bench.http import leaked_strips, server
 from elbowroom.bench.http_visitor import HANG_S, KINDS, Outcome
 from elbowroom.bench.machine import machine_info
+from elbowroom.bench.soak_schema import measure_schema
 from elbowroom.bench.soak_visitor import Town
 from elbowroom.errors import ElbowroomError
 from elbowroom.models.directory import find_model
@@ -43,8 +46,24 @@ OPTIONS = (
 
 
 def run(options: BenchOptions) -> BenchResult:
-    """Send 1,000 requests (quick: 60)."""
-    return soak(num_requests=60 if options.quick else 1000, seed=options.seed)
+    """Send 1,000 requests (quick: 60), then test by the schema for 60 s (quick: 8)."""
+    visited = soak(num_requests=60 if options.quick else 1000, seed=options.seed)
+    rows, claim = by_schema(seconds=8.0 if options.quick else 60.0, seed=options.seed)
+    return replace(visited, rows=[*visited.rows, *rows], claims=[*visited.claims, claim])
+
+
+def by_schema(seconds: float, seed: int = 0, model: str | None = None) -> tuple[list[Mapping[str, object]], Claim]:
+    """Test a server of several tenants by its schema for ``seconds``; return rows and the claim ``soak.schema``."""
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = _arguments(Path(directory))
+        return measure_schema(seconds, seed, next(iter(KEYS)), arguments, lambda url: _flat(_reset(url)), model)
+
+
+def _arguments(directory: Path) -> tuple[str, ...]:
+    """Return the servers' options, with a file of keys that is written to ``directory``."""
+    keys = directory / "keys"
+    keys.write_text("".join(f"{key} {tenant}\n" for key, tenant in KEYS.items()))
+    return (*OPTIONS, "--api-key-file", str(keys))
 
 
 def soak(
@@ -63,9 +82,7 @@ def soak(
     kinds = rng.choices(list(KINDS), weights=list(KINDS.values()), k=num_requests)
     num_layers = len(read_config(find_model(model)).layers)
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(concurrency) as pool:
-        keys = Path(directory) / "keys"
-        keys.write_text("".join(f"{key} {tenant}\n" for key, tenant in KEYS.items()))
-        arguments = (*OPTIONS, "--api-key-file", str(keys))
+        arguments = _arguments(Path(directory))
         with server(model, memory, options=arguments) as (first, url):
             town = Town(url, "builtin" if model is None else "bench", list(KEYS))
             started, ended = time.perf_counter(), _Count()

@@ -11,6 +11,24 @@ from elbowroom.errors import RequestError
 MAX_SAMPLES = 128
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+RANGES: Mapping[str, tuple[float, float]] = {
+    "n": (1, MAX_SAMPLES),
+    "top_k": (-1, 2**31),
+    "max_tokens": (0, 2**31),
+    "logprobs": (0, MAX_TOP_LOGPROBS),
+    "seed": (-(2**63), 2**64 - 1),
+    "thinking_budget": (0, 2**31),
+    "answer_reserve": (0, 2**31),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+"""Lowest and highest value of each number; ``top_p`` must also be above 0."""
+_WHOLE = ("n", "top_k", "max_tokens", "logprobs", "seed", "thinking_budget", "answer_reserve")
+_OPTIONAL = ("max_tokens", "logprobs", "seed", "thinking_budget")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,17 +91,10 @@ class SamplingParams:
             raise RequestError("logit_bias values must be between -100 and 100")
 
     def _check_integers(self) -> None:
-        _integer("n", self.n, 1, MAX_SAMPLES)
-        _integer("top_k", self.top_k, -1, 2**31)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 0, 2**31)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
-        if self.seed is not None:
-            _integer("seed", self.seed, -(2**63), 2**64 - 1)
-        if self.thinking_budget is not None:
-            _integer("thinking_budget", self.thinking_budget, 0, 2**31)
-        _integer("answer_reserve", self.answer_reserve, 0, 2**31)
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                _integer(name, value)
         if self.max_tokens is not None and self.answer_reserve and self.answer_reserve >= self.max_tokens:
             raise RequestError(
                 f"answer_reserve must be below max_tokens={self.max_tokens}, not {self.answer_reserve}",
@@ -91,14 +102,9 @@ class SamplingParams:
             )
 
     def _check_ranges(self) -> None:
-        for name, low, high in (
-            ("temperature", 0.0, 100.0),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.01, 100.0),
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
-        ):
+        for name, (low, high) in RANGES.items():
+            if name in _WHOLE:
+                continue
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise RequestError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
@@ -121,6 +127,7 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
+def _integer(name: str, value: object) -> None:
+    low, high = RANGES[name]
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(f"{name} must be a whole number from {low} to {high}, not {value!r}")

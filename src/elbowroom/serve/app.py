@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from starlette.requests import Request
 
 from elbowroom import __version__
@@ -40,11 +41,13 @@ def create_app(engines: Mapping[str, AsyncLLM], limits: ServerLimits | None = No
     app = FastAPI(title="Elbowroom", version=__version__, redirect_slashes=False)
     tenants = Tenants(limits.api_key, limits.api_key_file, limits.tenant_header)
     protected = [Depends(_names_tenant(tenants))]
+    if tenants.has_keys:
+        protected.append(Depends(HTTPBearer(auto_error=False)))  # described only; the check above decides
     for router in (completions_router(context), chat_router(context), models_router(context)):
         app.include_router(router, dependencies=protected, responses=ERROR_RESPONSES)
     app.include_router(status_router(context))
     if limits.debug_routes:
-        app.include_router(debug_router(context), dependencies=protected)
+        app.include_router(debug_router(context), dependencies=protected, responses=ERROR_RESPONSES)
     install_error_handlers(app)
     app.state.requests = context.requests
     app.add_middleware(HoldRequests, requests=context.requests)

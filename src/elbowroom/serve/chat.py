@@ -18,6 +18,7 @@ from elbowroom.serve.callers import caller_of
 from elbowroom.serve.context import ServerContext
 from elbowroom.serve.errors import InvalidField
 from elbowroom.serve.generation import Choice, Generation
+from elbowroom.serve.openapi import answer_schema, body_schema
 from elbowroom.serve.reply import head, respond, wants_usage
 from elbowroom.serve.requests import ChatMessage, ChatRequest
 from elbowroom.serve.responses import (
@@ -102,7 +103,12 @@ def chat_router(context: ServerContext) -> APIRouter:
     """Return the route."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=context.body_schema(ChatRequest), tags=["generate"])
+    @router.post(
+        "/v1/chat/completions",
+        openapi_extra=body_schema(ChatRequest),
+        responses=answer_schema(ChatCompletion, is_streamed=True),
+        tags=["generate"],
+    )
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
         body = await parse_body(request, ChatRequest, context.limits)

@@ -16,6 +16,7 @@ from elbowroom.serve.call import Call
 from elbowroom.serve.callers import caller_of
 from elbowroom.serve.context import ServerContext
 from elbowroom.serve.generation import Choice, Generation
+from elbowroom.serve.openapi import answer_schema, body_schema
 from elbowroom.serve.reply import head, respond, wants_usage
 from elbowroom.serve.requests import CompletionRequest
 from elbowroom.serve.responses import ChunkHead, Completion, CompletionChoice, CompletionLogprobs
@@ -88,7 +89,12 @@ def completions_router(context: ServerContext) -> APIRouter:
     """Return the route."""
     router = APIRouter()
 
-    @router.post("/v1/completions", openapi_extra=context.body_schema(CompletionRequest), tags=["generate"])
+    @router.post(
+        "/v1/completions",
+        openapi_extra=body_schema(CompletionRequest),
+        responses=answer_schema(Completion, is_streamed=True),
+        tags=["generate"],
+    )
     async def create_completion(request: Request) -> Response:
         """Complete one prompt or several."""
         body = await parse_body(request, CompletionRequest, context.limits)

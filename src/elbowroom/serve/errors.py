@@ -66,6 +66,8 @@ def error_response(error: Exception) -> Response:
     headers = {}
     if isinstance(error, ElbowroomError) and status in (429, 503):
         headers["Retry-After"] = str(error.retry_after_s)
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if status in (408, 413):
         headers["Connection"] = "close"  # what is left of the body is not read
     return _respond(status, error_json(error), headers)

@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 
@@ -14,7 +14,8 @@ from elbowroom import __version__
 from elbowroom.engine.engine import Engine
 from elbowroom.serve.context import ServerContext
 from elbowroom.serve.engine_metrics import render, snapshot
-from elbowroom.serve.responses import ModelList, Schema
+from elbowroom.serve.openapi import answer_schema
+from elbowroom.serve.responses import ModelCard, ModelList, Schema
 from elbowroom.serve.served import ServedModel
 
 _NOT_WELL: dict[int | str, dict[str, Any]] = {503: {"description": "The same, where it is not so"}}
@@ -23,14 +24,15 @@ _NOT_WELL: dict[int | str, dict[str, Any]] = {503: {"description": "The same, wh
 def models_router(context: ServerContext) -> APIRouter:
     """Return the routes that list models."""
     router = APIRouter(tags=["models"])
+    served = Path(examples=[model.name for model in context.models])
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=answer_schema(ModelList))
     async def list_models() -> Response:
         """List the served models."""
         return _json(ModelList(object="list", data=[model.card for model in context.models]))
 
-    @router.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> Response:
+    @router.get("/v1/models/{name:path}", responses=answer_schema(ModelCard))
+    async def get_model(name: str = served) -> Response:
         """Describe one model."""
         return _json(context.models.get(name).card)
 

@@ -52,6 +52,11 @@ class Tenants:
             self._by_hash |= read_keys(key_file)
 
     @property
+    def has_keys(self) -> bool:
+        """Whether a key is needed."""
+        return bool(self._by_hash)
+
+    @property
     def weights(self) -> dict[str, float]:
         """Weights of the tenants that keys name."""
         return {tenant.name: tenant.weight for tenant in self._by_hash.values()}
