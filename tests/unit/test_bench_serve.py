@@ -39,11 +39,57 @@ def test_rows_have_their_columns_and_the_report_its_pictures(trace: Path, tmp_pa
 
 
 def test_memory_is_derived_from_the_trace(trace: Path, capsys) -> None:
-    assert invoke(["bench", "serve", "--trace", str(trace), "--simulate", "--json", "--requests", "5"]) == 0
+    """0.7 of what lives at a time, 128 KiB a token, and no less than the longest request needs at its limit."""
+    tokens = []
+    for count in (5, 40):
+        words = ["--trace", str(trace), "--simulate", "--json", "--requests", str(count)]
+        assert invoke(["bench", "serve", *words]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert {(row["num_requests"], row["num_failed"]) for row in rows} == {(count, 0)}
+        tokens.append(rows[0]["kv_bytes"] / 2**17)
+    assert tokens[0] == -(-(104 + 4096) // 64) * 64
+    assert 40 * 100 < tokens[1] / 0.7 < 40 * 540
+
+
+def test_all_combinations_of_policies_are_compared(trace: Path, tmp_path: Path, capsys) -> None:
+    """What is saved is priced, over a link or as the directory is measured; recomputing writes nothing."""
+    words = ["--policy", "greedy", "--order", "fcfs", "--order", "fair", "--preemption", "recompute"]
+    words += ["--preemption", "swap", "--memory", "1GiB", "--simulate", "--json", "--trace", str(trace)]
+    assert invoke(["bench", "serve", *words, "--swap", str(tmp_path)]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["num_requests"] for row in rows} == {5}
-    # Five requests of 100 to 504 tokens: 0.7 of what they hold together, of 128 KiB a token.
-    assert 5 * 100 < rows[0]["kv_bytes"] / 2**17 / 0.7 < 5 * 504
+    assert [(row["order"], row["preemption"]) for row in rows] == [
+        ("fcfs", "recompute"),
+        ("fcfs", "swap"),
+        ("fair", "recompute"),
+        ("fair", "swap"),
+    ]
+    for row in rows:
+        assert (row["swapped_bytes"] > 0) == (row["preemption"] == "swap")
+        assert (row["recomputed_tokens"] > 0) == (row["preemption"] == "recompute")
+        assert row["first_failure"] is None
+
+
+def test_requests_that_never_fit_are_counted_and_explained(trace: Path, capsys) -> None:
+    assert invoke(["bench", "serve", "--trace", str(trace), "--simulate", "--json", "--memory", "64MiB"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][0]
+    assert row["num_failed"] == 40
+    assert "64.0 MiB are there" in row["first_failure"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rate", "0"], "--rate must be a number above 0"),
+        (["--gap", "-1"], "--gap must be a number above 0"),
+        (["--swap", "nowhere"], "no directory"),
+        (["--order", "alphabet"], "choose one of: fair, fcfs, priority, slo"),
+        (["--preemption", "swap"], "--swap DIR"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(trace: Path, capsys, words: list[str], message: str) -> None:
+    simulate = [] if "--preemption" in words else ["--simulate"]
+    assert invoke(["bench", "serve", "--trace", str(trace), *simulate, *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_options_of_serve_are_refused_elsewhere(trace: Path, capsys) -> None:

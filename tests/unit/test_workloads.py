@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.engine_world import bound, layer
 
+from elbowroom.bench.load_real import engine
+from elbowroom.bench.load_setup import Policies
 from elbowroom.bench.shared_data import DATA
 from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.executors.base import ServingCostModel, StepShape
@@ -23,6 +26,7 @@ from elbowroom.workloads.generate import Generator
 from elbowroom.workloads.lengths import FixedLengths, HistogramLengths, LognormalLengths, ZipfLengths
 from elbowroom.workloads.metrics import RequestTimes, RunRecord, Targets
 from elbowroom.workloads.prompts import PromptMaker
+from elbowroom.workloads.replay import Replay
 from elbowroom.workloads.simulate import Simulation
 from elbowroom.workloads.traces import read_trace
 from elbowroom.workloads.traces.base import TraceOptions
@@ -221,6 +225,45 @@ def test_sessions_and_block_keys_share_what_is_stored():
     assert simulate(Workload("session", tuple(turns)), 100).cached_prompt_tokens == 129
     strangers = [TimedRequest(float(i), 260, 4) for i in range(2)]
     assert simulate(Workload("strangers", tuple(strangers)), 100).cached_prompt_tokens == 0
+
+
+def talk(busy_s: float) -> Workload:
+    """A session whose second and third turns come while the first is answered, and a stranger behind them."""
+    turns = [TimedRequest(at_s, 100 + 60 * number, 60, session="s") for number, at_s in enumerate((0.0, 0.01, 0.02))]
+    return Workload("talk", (*turns, TimedRequest(busy_s, 50, 3)))
+
+
+def check_turns(record: RunRecord) -> None:
+    first, second, third, stranger = record.requests
+    assert all(each.is_answered for each in record.requests)
+    assert second.start_s >= first.last_s > second.request.arrival_s
+    assert third.start_s >= second.last_s
+    assert stranger.start_s == stranger.request.arrival_s
+    assert stranger.last_s < third.first_s, "a turn that waits held up a stranger"
+    assert second.ttft_s == second.first_s - second.start_s
+
+
+def test_turns_wait_for_the_turn_before_and_hold_up_nobody():
+    check_turns(simulate(talk(0.05), 100))
+
+
+def test_a_turn_behind_one_that_was_refused_is_sent():
+    turns = (TimedRequest(0.0, 60, 40, session="s"), TimedRequest(0.01, 5000, 3, session="s"))
+    record = simulate(Workload("w", (*turns, TimedRequest(0.02, 120, 3, session="s"))), 10)
+    assert [each.is_answered for each in record.requests] == [True, False, True]
+
+
+def test_a_real_replay_keeps_turns_and_tenants():
+    """On the built-in model; the engine is told who asks."""
+    heard = []
+    with engine(Policies(order="fair")) as made:
+        enqueue = made.enqueue
+        made.enqueue = lambda *args, **named: (heard.append(named["tenant"]), enqueue(*args, **named))[1]
+        load = talk(0.03)
+        check_turns(
+            Replay(made).run(replace(load, requests=(*load.requests[:3], replace(load.requests[3], tenant="t"))))
+        )
+    assert sorted(heard) == ["", "", "", "t"]
 
 
 def test_requests_that_never_fit_fail_and_nothing_else():

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from elbowroom.errors import RequestError
+
 Row = Mapping[str, object]
 
 
@@ -81,6 +83,10 @@ class LoadOptions:
     """None: a small load that is made."""
     policies: tuple[str, ...] = ("greedy", "past_future")
     """Of admission."""
+    orders: tuple[str, ...] = ("priority",)
+    preemptions: tuple[str, ...] = ("recompute",)
+    swap: Path | None = None
+    """Where real runs save sequences, and whose costs simulated ones are given."""
     simulate: bool = False
     """On the simulated executor alone."""
     memory: str | None = None
@@ -92,6 +98,20 @@ class LoadOptions:
     """Requests a second, to which arrival times are scaled; None: as in the trace."""
     report: Path | None = None
     """HTML file to write."""
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before anything runs.
+
+        Raises:
+            RequestError: names the option.
+        """
+        for option, value in (("--rate", self.rate), ("--ttft", self.ttft_s), ("--gap", self.gap_s)):
+            if value is not None and not 0 < value < math.inf:
+                raise RequestError(f"{option} must be a number above 0, not {value:g}", "leave it out for the default")
+        if self.swap is not None and not self.swap.is_dir():
+            raise RequestError(f"--swap {self.swap} is no directory", "make it first")
+        if self.report is not None and not self.report.absolute().parent.is_dir():
+            raise RequestError(f"--report {self.report}: there is no folder {self.report.parent}", "make it first")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from elbowroom.bench.load_setup import SimulatedServer
+from elbowroom.bench.load_setup import Policies, SimulatedServer
 from elbowroom.engine.build import build_engine
 from elbowroom.engine.engine import Engine
 from elbowroom.engine.executors.measuring import MeasuringExecutor
@@ -27,14 +28,21 @@ MAX_SEQUENCES = 32
 
 
 @contextmanager
-def engine(policy: str, prefix_cache: bool = False, kv_bytes: int | None = None) -> Iterator[Engine]:
+def engine(
+    policies: Policies, prefix_cache: bool = False, kv_bytes: int | None = None, swap: Path | None = None
+) -> Iterator[Engine]:
     """Run the built-in model with ``kv_bytes`` of KV cache (None: more than it needs)."""
     made = build_engine(
         None,
         ENGINE_BYTES,
         max_sequences=MAX_SEQUENCES,
         prefix_cache=prefix_cache,
-        scheduling=Scheduling(admission=policy),
+        scheduling=Scheduling(
+            admission=policies.admission,
+            order=policies.order,
+            preemption=policies.preemption,
+            swap_directory=swap if policies.saves else None,
+        ),
     )
     try:
         if kv_bytes is not None:
@@ -45,9 +53,11 @@ def engine(policy: str, prefix_cache: bool = False, kv_bytes: int | None = None)
         made.close()
 
 
-def replay(workload: Workload, policy: str, kv_bytes: int | None = None, seed: int = 0) -> RunRecord:
+def replay(
+    workload: Workload, policies: Policies, kv_bytes: int | None = None, seed: int = 0, swap: Path | None = None
+) -> RunRecord:
     """Replay a workload for real."""
-    with engine(policy, workload.has_block_keys, kv_bytes) as made:
+    with engine(policies, workload.has_block_keys, kv_bytes, swap) as made:
         return Replay(made, seed).run(workload)
 
 
@@ -66,7 +76,7 @@ class Fitted:
 def fitted_server(workload: Workload | None = None, seed: int = 0) -> Fitted:
     """Replay a workload (None: a small one that is made) on the built-in model, and fit costs to its steps."""
     load = probe_load(seed) if workload is None else workload
-    with engine("greedy", load.has_block_keys) as made:
+    with engine(Policies(), load.has_block_keys) as made:
         core = made.parts.core
         measured = MeasuringExecutor(core.executor)
         core.executor = measured

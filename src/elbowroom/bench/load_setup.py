@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from elbowroom.core import LayerSpec
+from elbowroom.core import STRIP_TOKENS, LayerSpec
 from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.admission import ADMISSIONS
 from elbowroom.engine.executors.base import CostModel, ServingCostModel
-from elbowroom.engine.executors.simulated_transfers import SimTransfers
-from elbowroom.engine.ordering import OrderPolicy
-from elbowroom.engine.preemption import PreemptPolicy
+from elbowroom.engine.executors.simulated_transfers import SimTransfers, SwapShape
+from elbowroom.engine.ordering import ORDERS, OrderPolicy
+from elbowroom.engine.preemption import PREEMPTIONS, PreemptPolicy
+from elbowroom.engine.preemption.auto import AutoPreemption
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
 from elbowroom.kv.plan import KVPlan
+from elbowroom.memory.disk import DiskTier
+from elbowroom.memory.swap_cost import SwapCost, measure_swap_cost
 from elbowroom.workloads.base import Workload
 from elbowroom.workloads.metrics import RunRecord, Targets
 from elbowroom.workloads.prompts import END
@@ -26,6 +30,50 @@ UNLIMITED = 1 << 50
 PAGE_BYTES = 4096
 MAX_POSITIONS = 1 << 18
 """Longest context: above that of any published trace."""
+
+
+LINK = SwapCost(write_bytes_per_s=25e9, read_bytes_per_s=25e9, copy_s=10e-6)
+"""A second pool of memory behind PCIe 4.0 x16: what simulated servers save to, where no directory is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """By name: who begins, who is served first, and what becomes of those that have to go.
+
+    Raises:
+        PlanError: a name is unknown; lists those that are not.
+    """
+
+    admission: str = "greedy"
+    order: str = "priority"
+    preemption: str = "recompute"
+
+    def __post_init__(self) -> None:
+        """Look the names up."""
+        for registry, name in ((ADMISSIONS, self.admission), (ORDERS, self.order), (PREEMPTIONS, self.preemption)):
+            registry.get(name)
+
+    @property
+    def saves(self) -> bool:
+        """Whether those that have to go can be saved."""
+        return self.preemption != "recompute"
+
+    def __str__(self) -> str:
+        """Return the name of the admission policy, and the others where they are not the usual ones."""
+        usual = Policies()
+        others = [name for name in ("order", "preemption") if getattr(self, name) != getattr(usual, name)]
+        return ", ".join([self.admission, *(getattr(self, name) for name in others)])
+
+
+def swap_cost(directory: Path | None) -> SwapCost:
+    """Return what saving to a directory costs, measured; None: what it costs over ``LINK``."""
+    if directory is None:
+        return LINK
+    tier = DiskTier(directory, 1 << 30)
+    try:
+        return measure_swap_cost(tier)
+    finally:
+        tier.close()
 
 
 def server_layers() -> list[LayerSpec]:
@@ -85,6 +133,30 @@ class SimulatedServer:
         )
         scheduler = Scheduler(config, [self.pricing], kv_bytes, ADMISSIONS.get(policy)(), order, preemption)
         return Simulation(scheduler, self.cost, max_tokens, transfers).run(workload)
+
+    def run_under(self, policies: Policies, workload: Workload, kv_bytes: int, cost: SwapCost = LINK) -> RunRecord:
+        """Replay ``workload`` under policies by name; what is saved is priced by ``cost``."""
+        preemption: PreemptPolicy | None = None
+        if policies.preemption == "auto":
+            preemption = AutoPreemption(cost)
+        elif policies.saves:
+            preemption = PREEMPTIONS.get(policies.preemption)()
+        transfers = SimTransfers(cost, SwapShape(self.token_bytes)) if policies.saves else None
+        order = ORDERS.get(policies.order)()
+        return self.run(workload, policies.admission, kv_bytes, order=order, preemption=preemption, transfers=transfers)
+
+    def part_of_live(self, workload: Workload, share: float, max_tokens: int = MAX_TOKENS) -> int:
+        """Return ``share`` of the mean live bytes, and at least what each request needs alone at its limit."""
+        live = self.mean_live_bytes(workload, max_tokens)
+        return max(int(share * live), self.least_bytes(workload, max_tokens))
+
+    def least_bytes(self, workload: Workload, max_tokens: int = MAX_TOKENS) -> int:
+        """Return the bytes with which no request is too large; those that exceed the context are in any case."""
+        lengths = [each.num_prompt_tokens + max(max_tokens, each.num_output_tokens) for each in workload.requests]
+        longest = min(max(lengths, default=1), self.max_positions)
+        pricing = self.pricing
+        need = max(pricing.peak_bytes(longest, ()), pricing.by_blocks[-(-longest // STRIP_TOKENS)])
+        return need + pricing.transient_bytes
 
     def mean_live_bytes(self, workload: Workload, max_tokens: int = MAX_TOKENS) -> float:
         """Return the mean bytes of KV that ``workload`` holds when nothing limits it."""

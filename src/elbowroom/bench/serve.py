@@ -1,32 +1,35 @@
-"""serve: a trace against admission policies, simulated or for real.
+"""serve: a trace against policies of admission, order and preemption, simulated or for real.
 
 Without ``--trace`` a small load is made, and runs on both executors: each row of the simulation, whose costs are fitted
 to the real steps, says how far it is off (``error_...``: simulated / real - 1). Defaults: the KV cache gets 0.7 of the
 mean live KV of an unlimited run; TTFT 10 s and largest gap 1.5 s. The simulated server is an 8B model on a GPU
 (``ServingCostModel``), the real one the built-in model on this machine, whose context ends at 4,096 tokens: what is
-longer fails there, and counts as a failure.
+longer fails there, and counts as a failure. Where policies save sequences, real runs need ``--swap DIR``, and simulated
+ones take the measured cost of that directory, or else that of a second memory over PCIe.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 
 from elbowroom.bench.base import BenchOptions, BenchResult, LoadOptions, Row
 from elbowroom.bench.load_real import fitted_server, probe_load, replay
 from elbowroom.bench.load_report import Shown, html
-from elbowroom.bench.load_setup import KV_SHARE, SimulatedServer
+from elbowroom.bench.load_setup import KV_SHARE, Policies, SimulatedServer, swap_cost
 from elbowroom.bench.machine import machine_info
 from elbowroom.bench.serve_admission import summary_row
+from elbowroom.errors import RequestError
 from elbowroom.models.directory import find_model
 from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.units import parse_bytes
 from elbowroom.workloads.base import Workload
-from elbowroom.workloads.metrics import RunRecord, Targets
+from elbowroom.workloads.metrics import RunRecord, RunSummary, Targets
 from elbowroom.workloads.traces import read_trace
 from elbowroom.workloads.traces.base import TraceOptions
 
-COMPARED = "goodput", "ttft_p50_s", "ttft_p99_s", "tpot_p99_s", "peak_kv_bytes", "evictions"
+COMPARED = "goodput", "ttft_p50_s", "ttft_p99_s", "tpot_p99_s", "e2e_p50_s", "peak_kv_bytes", "evictions"
 QUICK_REQUESTS = 20
 
 
@@ -36,12 +39,8 @@ def run(options: BenchOptions) -> BenchResult:
     targets = Targets(load.ttft_s, load.gap_s)
     workload = _workload(load, options)
     runs = _simulated(workload, load) if load.simulate else _real(workload, load, options)
-    shown = [Shown(label, record, record.summary(targets)) for label, _, record, _ in runs]
-    rows: list[Row] = [
-        {"executor": label.split()[-1], "kv_bytes": kv_bytes, **summary_row(policy, each.summary), **_more(each)}
-        for each, (label, policy, _, kv_bytes) in zip(shown, runs, strict=True)
-    ]
-    rows = _with_errors(rows)
+    shown = [Shown(f"{each.policies} {each.executor}", each.record, each.record.summary(targets)) for each in runs]
+    rows = _with_errors([_row(each, made.summary) for each, made in zip(runs, shown, strict=True)])
     if load.report is not None:
         facts = {
             "workload": workload.name,
@@ -66,34 +65,52 @@ def _workload(load: LoadOptions, options: BenchOptions) -> Workload:
     return made if load.rate is None else made.at_rate(load.rate)
 
 
-Run = tuple[str, str, RunRecord, int]
-"""Label, policy, what happened, bytes of KV cache."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What happened under some policies."""
+
+    executor: str
+    """``real`` or ``simulated``."""
+    policies: Policies
+    record: RunRecord
+    kv_bytes: int
+    """Of the KV cache."""
 
 
-def _simulated(workload: Workload, load: LoadOptions, server: SimulatedServer | None = None) -> list[Run]:
-    server = server or SimulatedServer.of_8b(prefix_cache=workload.has_block_keys)
-    kv_bytes = parse_bytes(load.memory) if load.memory else int(KV_SHARE * server.mean_live_bytes(workload))
+def _choices(load: LoadOptions) -> list[Policies]:
+    """Return all combinations of what was named."""
+    made = [Policies(*names) for names in itertools.product(load.policies, load.orders, load.preemptions)]
+    if load.swap is None and not load.simulate and any(each.saves for each in made):
+        raise RequestError(
+            "preemption swap and auto save sequences, and a real run needs a place for them",
+            "name a directory: --swap DIR, or add --simulate",
+        )
+    return made
+
+
+def _simulated(workload: Workload, load: LoadOptions) -> list[Run]:
+    server, cost = SimulatedServer.of_8b(prefix_cache=workload.has_block_keys), swap_cost(load.swap)
+    kv_bytes = parse_bytes(load.memory) if load.memory else server.part_of_live(workload, KV_SHARE)
     return [
-        (f"{policy} simulated", policy, server.run(workload, policy, kv_bytes), kv_bytes) for policy in load.policies
+        Run("simulated", policies, server.run_under(policies, workload, kv_bytes, cost), kv_bytes)
+        for policies in _choices(load)
     ]
 
 
 def _real(workload: Workload, load: LoadOptions, options: BenchOptions) -> list[Run]:
     """Run for real, and simulated with costs fitted to an unlimited real run."""
-    fitted = fitted_server(workload, options.seed)
-    live = fitted.record.summary(Targets()).mean_kv_bytes
-    least = fitted.server.pricing.by_blocks[-1]
-    kv_bytes = parse_bytes(load.memory) if load.memory else max(int(KV_SHARE * live), least)
-    runs: list[Run] = []
-    for policy in load.policies:
-        runs.append((f"{policy} real", policy, replay(workload, policy, kv_bytes, options.seed), kv_bytes))
-        runs += _simulated(workload, replace(load, memory=str(kv_bytes), policies=(policy,)), fitted.server)
+    choices, runs = _choices(load), list[Run]()
+    fitted, cost = fitted_server(workload, options.seed), swap_cost(load.swap)
+    server, live = fitted.server, fitted.record.summary(Targets()).mean_kv_bytes
+    kv_bytes = parse_bytes(load.memory) if load.memory else max(int(KV_SHARE * live), server.least_bytes(workload))
+    for policies in choices:
+        runs.append(Run("real", policies, replay(workload, policies, kv_bytes, options.seed, load.swap), kv_bytes))
+        runs.append(Run("simulated", policies, server.run_under(policies, workload, kv_bytes, cost), kv_bytes))
     return runs
 
 
-def _more(shown: Shown) -> Row:
-    """Return what the report shows beside the common columns."""
-    made = shown.summary
+def _row(run: Run, made: RunSummary) -> Row:
+    """Return the row of a run: what all benchmarks of loads have, and what the report shows beside it."""
     columns: dict[str, float] = {
         "output_tokens_per_s": made.output_tokens_per_s,
         "ttfvt_p50_s": made.ttfvt.p50,
@@ -102,8 +119,17 @@ def _more(shown: Shown) -> Row:
         "std_kv_bytes": made.std_kv_bytes,
         "mean_waiting": made.mean_waiting,
         "makespan_s": made.makespan_s,
+        "swapped_bytes": made.swapped_bytes,
     }
-    return {name: None if math.isnan(value) else value for name, value in columns.items()}
+    return {
+        "executor": run.executor,
+        "order": run.policies.order,
+        "preemption": run.policies.preemption,
+        "kv_bytes": run.kv_bytes,
+        **summary_row(run.policies.admission, made),
+        **{name: None if math.isnan(value) else value for name, value in columns.items()},
+        "first_failure": next((each.error for each in run.record.requests if each.error), None),
+    }
 
 
 def _with_errors(rows: list[Row]) -> list[Row]:

@@ -10,8 +10,9 @@ Memory is 0.5, 0.7 and 0.9 of the mean live KV of an unlimited run, at 0.9 of th
 memory does not limit it. With less memory than a load keeps alive the queue of any policy grows without end at that
 rate, and every answer is late; so each cell gets 0.9 of the rate at which the oracle serves that memory when all
 requests wait at once (found by simulating that), as in Past-Future's sheet. Rows named ``literal`` keep the rate of the
-unlimited run, and those named ``small`` have memory for the live KV of a third of it: so few sequences that the luck of
-each counts. Goodput is requests with TTFT <= 10 s and largest gap <= 1.5 s over the makespan.
+unlimited run, and those named ``small`` have memory for the live KV of a third of it, but at least for one request at
+its limit: so few sequences that the luck of each counts. Goodput is requests with TTFT <= 10 s and largest gap <= 1.5 s
+over the makespan.
 
 The whole Azure trace (19,366 requests at the load of the middle cell) is simulated once for each policy for the time it
 takes, and one cell runs with costs fitted to this machine's executor. All cells together take a quarter of an hour.
@@ -123,7 +124,7 @@ def _cell(
     name = load if part == 1.0 else f"{load}, small"
     for seed in seeds:
         workload = unlimited(server, make_load(load, count, seed), part)
-        kv_bytes = int(share * server.mean_live_bytes(workload))
+        kv_bytes = server.part_of_live(workload, share)
         rate = LOAD * server.capacity(workload, kv_bytes)
         for policy in POLICIES:
             found = server.run(workload.at_rate(rate), policy, kv_bytes)
@@ -162,7 +163,7 @@ def _literal(server: SimulatedServer, count: int, seed: int) -> list[Row]:
     rows = list[Row]()
     for load in LOADS:
         workload = unlimited(server, make_load(load, count, seed))
-        kv_bytes = int(0.7 * server.mean_live_bytes(workload))
+        kv_bytes = server.part_of_live(workload, 0.7)
         for policy in ("greedy", "past_future", "oracle"):
             found = server.run(workload, policy, kv_bytes).summary(TARGETS)
             facts = {"load": f"{load}, literal", "memory_share": 0.7, "seed": seed, "rate": workload.rate}
@@ -176,7 +177,7 @@ def _fitted(count: int, seed: int) -> list[Row]:
     # The model is small: lengths stay, its context and its steps are what is measured.
     server = replace(fitted.server, pricing=SimulatedServer.of_8b().pricing, max_positions=MAX_POSITIONS)
     workload = unlimited(server, make_load("reasoning", count, seed))
-    kv_bytes = int(0.7 * server.mean_live_bytes(workload))
+    kv_bytes = server.part_of_live(workload, 0.7)
     workload = workload.at_rate(LOAD * server.capacity(workload, kv_bytes))
     facts = {"load": "reasoning, fitted costs", "memory_share": 0.7, "seed": seed, "rate": workload.rate}
     facts |= {"cost": str(server.cost), "fit_error": fitted.mean_error}
@@ -189,7 +190,7 @@ def _fitted(count: int, seed: int) -> list[Row]:
 def _whole_trace(server: SimulatedServer, policy: str, quick: bool, rows: list[Row]) -> float:
     """Return the seconds that simulating the whole trace takes."""
     window = unlimited(server, make_load("azure", 120 if quick else REQUESTS, 0))
-    kv_bytes = int(0.7 * server.mean_live_bytes(window))
+    kv_bytes = server.part_of_live(window, 0.7)
     whole = read_trace(AZURE).first(500 if quick else None)
     whole = whole.at_rate(LOAD * server.capacity(window, kv_bytes))
     found = server.run(whole, policy, kv_bytes)

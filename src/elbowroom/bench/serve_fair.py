@@ -18,20 +18,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from elbowroom.bench.base import BenchOptions, BenchResult, Claim, Row
 from elbowroom.bench.load_real import fitted_server
-from elbowroom.bench.load_setup import SimulatedServer, server_layers
+from elbowroom.bench.load_setup import LINK, SimulatedServer, server_layers, swap_cost
 from elbowroom.bench.machine import machine_info
 from elbowroom.engine.executors.simulated_transfers import SimTransfers, SwapShape
 from elbowroom.engine.ordering import ORDERS
 from elbowroom.engine.preemption import PreemptPolicy
 from elbowroom.engine.preemption.recompute import RecomputePreemption
 from elbowroom.engine.preemption.swap import SwapPreemption
-from elbowroom.memory.disk import DiskTier
-from elbowroom.memory.swap_cost import SwapCost, measure_swap_cost
+from elbowroom.memory.swap_cost import SwapCost
 from elbowroom.workloads.base import TimedRequest, Workload
 from elbowroom.workloads.metrics import Percentiles, RunRecord, Targets
 
@@ -46,7 +46,6 @@ CHUNK = 512
 OVERLOAD = 1.2
 SEEDS = 5
 GAP = 0.5
-LINK = SwapCost(write_bytes_per_s=25e9, read_bytes_per_s=25e9, copy_s=10e-6)
 BLOCK = 16
 """Tokens of a block that is moved alone."""
 
@@ -146,11 +145,7 @@ def _disk(seed: int) -> Site:
     """Return this machine with the built-in model."""
     fitted = fitted_server(seed=seed)
     with tempfile.TemporaryDirectory() as directory:
-        tier = DiskTier(directory, 1 << 30)
-        try:
-            cost = measure_swap_cost(tier)
-        finally:
-            tier.close()
+        cost = swap_cost(Path(directory))
     return Site("disk", fitted.server, cost, 2 * fitted.num_layers)
 
 

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from elbowroom.bench.base import BenchResult
 
 
+_OF_SERVE = (
+    *("--trace", "--policy", "--order", "--preemption", "--swap", "--simulate"),
+    *("--memory", "--ttft", "--gap", "--requests", "--rate", "--report"),
+)
+
+
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Benchmarks; none means all.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Print the names and stop.")] = False,
@@ -29,6 +35,16 @@ def bench(
     ] = None,
     policy: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="serve: admission policy; repeat it to compare.")
+    ] = None,
+    order: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="serve: who is served first; repeat it to compare.")
+    ] = None,
+    preemption: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="serve: recompute, swap or auto; repeat it to compare."),
+    ] = None,
+    swap: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="serve: where sequences are saved; it must exist.")
     ] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="serve: price steps instead of computing them.")] = False,
     memory: Annotated[
@@ -66,6 +82,9 @@ def bench(
     load = LoadOptions(
         trace=trace,
         policies=tuple(policy or LoadOptions().policies),
+        orders=tuple(order or LoadOptions().orders),
+        preemptions=tuple(preemption or LoadOptions().preemptions),
+        swap=swap,
         simulate=simulate,
         memory=memory,
         ttft_s=ttft,
@@ -75,12 +94,8 @@ def bench(
         report=report,
     )
     if load != LoadOptions() and chosen != ["serve"]:
-        raise RequestError(
-            "--trace, --policy, --simulate, --memory, --ttft, --gap, --requests, --rate and --report are for serve",
-            "write: elbowroom bench serve ...",
-        )
-    if report is not None and not report.absolute().parent.is_dir():
-        raise RequestError(f"--report {report}: there is no folder {report.parent}", "make it first")
+        raise RequestError(f"{', '.join(_OF_SERVE)} are for serve", "write: elbowroom bench serve ...")
+    load.check()
     try:
         runs = {name: BENCHES.get(name) for name in chosen}
     except ImportError as missing:

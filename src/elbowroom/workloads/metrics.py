@@ -30,6 +30,8 @@ class RequestTimes:
     first_visible_s: float | None = None
     largest_gap_s: float = 0.0
     has_ended: bool = False
+    sent_s: float | None = None
+    """When it was sent, where it had to wait for the turn before; None: when it arrived."""
     error: str = ""
     """Why it was refused or failed."""
 
@@ -54,15 +56,20 @@ class RequestTimes:
         return self.has_ended and not self.error and self.num_tokens > 0
 
     @property
+    def start_s(self) -> float:
+        """When it was sent."""
+        return self.request.arrival_s if self.sent_s is None else self.sent_s
+
+    @property
     def ttft_s(self) -> float:
         """Seconds to the first token."""
-        return self.first_s - self.request.arrival_s
+        return self.first_s - self.start_s
 
     @property
     def ttfvt_s(self) -> float:
         """Seconds to the first visible token; without one, to the last token."""
         shown = self.last_s if self.first_visible_s is None else self.first_visible_s
-        return shown - self.request.arrival_s
+        return shown - self.start_s
 
     @property
     def tpot_s(self) -> float | None:
@@ -72,7 +79,7 @@ class RequestTimes:
     @property
     def e2e_s(self) -> float:
         """Seconds to the last token."""
-        return self.last_s - self.request.arrival_s
+        return self.last_s - self.start_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,8 @@ class RunRecord:
 
     requests: list[RequestTimes]
     timeline: Timeline = field(default_factory=Timeline)
+    swapped_bytes: int = 0
+    """Written for sequences that had to go or whose turn had ended, and read back."""
     evictions: int = 0
     """Times that a running sequence lost its memory and had to come back."""
     recomputed_tokens: int = 0
@@ -152,6 +161,7 @@ class RunSummary:
     straggler: float
     """Longest over median E2E."""
     evictions: int
+    swapped_bytes: int
     recomputed_tokens: int
     cached_prompt_tokens: int
     peak_kv_bytes: int
@@ -187,6 +197,7 @@ class RunSummary:
             e2e=e2e,
             straggler=e2e.most / e2e.p50 if e2e.p50 else float("nan"),
             evictions=record.evictions,
+            swapped_bytes=record.swapped_bytes,
             recomputed_tokens=record.recomputed_tokens,
             cached_prompt_tokens=record.cached_prompt_tokens,
             peak_kv_bytes=int(kv.most),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from elbowroom.errors import ElbowroomError
 from elbowroom.workloads.base import TimedRequest, Workload
 from elbowroom.workloads.metrics import RequestTimes, RunRecord
 from elbowroom.workloads.prompts import END, TOKEN, PromptMaker
+from elbowroom.workloads.turns import Turns
 
 SAMPLE_S = 0.01
 """Between two looks at memory and queue."""
@@ -38,8 +40,9 @@ class Replay:
     """The limit that clients send, or what the model's context leaves; answers end where the workload says."""
     _lock: threading.Condition = field(default_factory=threading.Condition)
     _open: int = 0
-    _busy: set[str] = field(default_factory=set)
-    """Sessions whose turn has not ended."""
+    _turns: Turns = field(default_factory=Turns)
+    _ready: deque[int] = field(default_factory=deque)
+    """Turns that waited for the turn before, which has ended."""
 
     def run(self, workload: Workload) -> RunRecord:
         """Replay ``workload`` in real time and return what happened."""
@@ -48,21 +51,24 @@ class Replay:
         record.timeline.counted = (KV_OWNER,)
         before, times = self.engine.stats(), self.engine.parts.core.times
         evictions, cached, prompt_tokens = before.preemptions, before.cached_prompt_tokens, before.prompt_tokens
-        computed = times.prefill_tokens + times.decode_tokens
+        computed, swapped = times.prefill_tokens + times.decode_tokens, before.swapped_bytes
         started, ended = time.monotonic(), threading.Event()
         watcher = threading.Thread(target=self._watch, args=(record, started, ended), daemon=True)
         watcher.start()
         try:
             for number, noted in enumerate(record.requests):
-                self._send(number, noted, prompts, started)
-            with self._lock:
-                self._lock.wait_for(lambda: self._open == 0)
+                self._send_turns(record, prompts, started, noted.request.arrival_s)
+                with self._lock:
+                    may_go = self._turns.may_go(number, noted.request)
+                if may_go:
+                    self._send(number, noted, prompts, started)
+            self._send_turns(record, prompts, started, None)
         finally:
             ended.set()
             watcher.join()
         self._sample(record, started)
         stats = self.engine.stats()
-        record.evictions = stats.preemptions - evictions
+        record.evictions, record.swapped_bytes = stats.preemptions - evictions, stats.swapped_bytes - swapped
         record.cached_prompt_tokens = stats.cached_prompt_tokens - cached
         needed = stats.prompt_tokens - prompt_tokens - record.cached_prompt_tokens
         needed += sum(max(each.num_tokens - 1, 0) for each in record.requests)
@@ -70,21 +76,31 @@ class Replay:
         record.wall_s = time.monotonic() - started
         return record
 
+    def _send_turns(self, record: RunRecord, prompts: PromptMaker, started: float, until_s: float | None) -> None:
+        """Send turns whose session is free again, until a moment; None: until everything has ended."""
+        while True:
+            with self._lock:
+                left = None if until_s is None else started + until_s - time.monotonic()
+                if not self._ready:
+                    if (left is None and self._open == 0) or (left is not None and left <= 0):
+                        return
+                    self._lock.wait(left)
+                    continue
+                number = self._ready.popleft()
+            record.requests[number].sent_s = time.monotonic() - started
+            self._send(number, record.requests[number], prompts, started)
+
     def _send(self, number: int, noted: RequestTimes, prompts: PromptMaker, started: float) -> None:
-        """Send a request once its time has come."""
+        """Send a request."""
         timed = noted.request
-        time.sleep(max(started + timed.arrival_s - time.monotonic(), 0.0))
         with self._lock:
-            if timed.session is not None:
-                self._lock.wait_for(lambda: timed.session not in self._busy)
-                self._busy.add(timed.session)
             tokens = prompts.tokens(number, timed)
             self._open += 1
         sampling = self._sampling(timed)
         sink = self._sink(noted, started, lambda answer: prompts.ended(timed, tokens, answer))
         session = prompts.session(timed)
         try:
-            _, accepted = self.engine.enqueue(tokens, sampling, sink, session=session)
+            _, accepted = self.engine.enqueue(tokens, sampling, sink, session=session, tenant=timed.tenant)
             accepted.add_done_callback(lambda future: self._refused(future, noted))
         except ElbowroomError as error:
             self._end(noted, error)
@@ -119,7 +135,9 @@ class Replay:
             noted.has_ended = True
             noted.error = "" if error is None else str(error)
             self._open -= 1
-            self._busy.discard(noted.request.session or "")
+            following = self._turns.ended(noted.request)
+            if following is not None:
+                self._ready.append(following)
             self._lock.notify_all()
 
     def _watch(self, record: RunRecord, started: float, ended: threading.Event) -> None:

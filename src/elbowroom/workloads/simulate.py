@@ -19,6 +19,7 @@ from elbowroom.errors import ElbowroomError, RequestError
 from elbowroom.workloads.base import TimedRequest, Workload
 from elbowroom.workloads.metrics import RequestTimes, RunRecord
 from elbowroom.workloads.prompts import END, TOKEN, PromptMaker
+from elbowroom.workloads.turns import Turns
 
 VOCAB = 1 << 15
 _STUCK = 1000
@@ -47,6 +48,7 @@ class Simulation:
     _needed: int = 0
     _ended: int = 0
     _prompts: PromptMaker = field(default_factory=lambda: PromptMaker(VOCAB))
+    _turns: Turns = field(default_factory=Turns)
     _tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def run(self, workload: Workload) -> RunRecord:
@@ -73,7 +75,7 @@ class Simulation:
             self._take(record, plan, result, scheduler.update(result))
         self._sample(record)
         stats = scheduler.stats()
-        record.evictions = stats.preemptions
+        record.evictions, record.swapped_bytes = stats.preemptions, stats.swapped_bytes
         record.cached_prompt_tokens = stats.cached_prompt_tokens
         record.recomputed_tokens = max(
             self._computed - self._needed - stats.prompt_tokens + stats.cached_prompt_tokens, 0
@@ -85,12 +87,28 @@ class Simulation:
         """Add all requests that have come; return the number of the next."""
         requests = record.requests
         while number < len(requests) and requests[number].request.arrival_s <= self._now:
-            try:
-                self.scheduler.add(self._request(number, requests[number].request))
-            except RequestError as error:
-                requests[number].error = error.message
-                self._ended += 1
+            if self._turns.may_go(number, requests[number].request):
+                self._send(record, number)
             number += 1
+        return number
+
+    def _send(self, record: RunRecord, number: int | None) -> None:
+        """Send a request; where it is refused, the next turn of its session instead."""
+        while number is not None:
+            noted = record.requests[number]
+            try:
+                self.scheduler.add(self._request(number, noted.request))
+                return
+            except RequestError as error:
+                noted.error = error.message
+                self._ended += 1
+                number = self._next_turn(record, noted, self._now)
+
+    def _next_turn(self, record: RunRecord, ended: RequestTimes, now: float) -> int | None:
+        """Return the turn that waited for the end of another one."""
+        number = self._turns.ended(ended.request)
+        if number is not None:
+            record.requests[number].sent_s = now
         return number
 
     def _request(self, number: int, timed: TimedRequest) -> Request:
@@ -122,6 +140,7 @@ class Simulation:
             times.add(ends if len(update.tokens) == len(ends) else ends[: len(update.tokens)])
             if update.finish_reason is not None:
                 self._end(update, times)
+                self._send(record, self._next_turn(record, times, max(times.last_s, self._now)))
         self._now += result.duration_s
         self._computed += plan.num_tokens * result.num_steps
 
