@@ -211,6 +211,22 @@ def test_generate_chat_and_sessions_take_a_plan(llm: LLM) -> None:
             call(prompt, kv="fp8")
 
 
+def test_generate_and_chat_take_an_admission_policy(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, scheduler, asked = texts(5, 2), llm.engine.parts.core.scheduler, []
+    add = scheduler.add
+    monkeypatch.setattr(scheduler, "add", lambda request: (asked.append(request.admission), add(request)))
+    usual = [each.outputs[0].token_ids for each in llm.generate(prompts, GREEDY)]
+    chosen = [each.outputs[0].token_ids for each in llm.generate(prompts, GREEDY, admission="past_future")]
+    assert llm.chat([{"role": "user", "content": "Hi"}], GREEDY, admission="conservative")[0].finished
+    assert chosen == usual
+    assert asked == [None, None, "past_future", "past_future", "conservative"]
+    with pytest.raises(PlanError, match="unknown admission policy 'soon'"):
+        llm.generate(prompts, GREEDY, admission="soon")
+    with pytest.raises(RequestError, match="the order 'priority'") as caught:
+        llm.engine.submit([5], GREEDY, lambda *_: None, deadline_s=2.0)
+    assert "--order slo" in (caught.value.hint or "")
+
+
 def test_relief_is_reported(tiny: Path) -> None:
     """Under pressure some go over, all are answered whole, and outputs and counters say who did."""
     sampling = SamplingParams(max_tokens=1200, temperature=0.0, ignore_eos=True)

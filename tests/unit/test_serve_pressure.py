@@ -10,10 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from starlette.requests import Request
+from tests.support.engine_world import World, bound, layer
 from tests.support.http import assert_no_leak, parse_metrics, tiny_llm
 
+from elbowroom.engine.admission.conservative import ConservativeAdmission
 from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.engine.ordering.slo import SloOrder
+from elbowroom.engine.queue import view_queue
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.scheduling import Scheduling
 from elbowroom.engine.types import Request as EngineRequest
@@ -25,6 +28,9 @@ from elbowroom.serve.metrics import MOST_TENANTS, ServerMetrics
 from elbowroom.serve.requests import GenerationRequest
 from elbowroom.serve.service_rate import ENOUGH, ServiceRate
 from elbowroom.serve.tenants import Tenant, Tenants
+
+PLAN = bound(layer(), layer())
+BLOCK = 16384
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,11 @@ def asking(headers: dict[str, str] | None = None, **fields: Any) -> dict[str, An
 
 def wishing(**fields: Any) -> GenerationRequest:
     return GenerationRequest(**fields)
+
+
+def queued(number: int, prompt: int, tenant: str = "", max_tokens: int = 20) -> EngineRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return EngineRequest(id=number, prompt_token_ids=(number + 9,) * prompt, sampling=sampling, tenant=tenant)
 
 
 def request_with(**headers: str) -> Request:
@@ -228,6 +239,39 @@ def test_a_full_queue_is_a_429_that_says_what_is_full(llm: AsyncLLM) -> None:
     counted = parse_metrics(metrics.text)
     assert counted["elbowroom_tenant_requests_total{outcome=refused,tenant=(none)}"] == statuses.count(429)
     assert counted["elbowroom_tenant_requests_total{outcome=finished,tenant=(none)}"] == statuses.count(200)
+
+
+@pytest.mark.parametrize("admission", ["greedy", "conservative", "past_future"])
+def test_a_burst_to_an_idle_server_fills_slots_and_queue(tmp_path: Path, admission: str) -> None:
+    """Nothing has begun when the last of them comes; two can run, two may wait, and one is too many."""
+    burst = tiny_llm(tmp_path, max_sequences=2, context=2048, scheduling=Scheduling(admission=admission))
+    try:
+        *responses, _ = send(burst, ServerLimits(max_queue=2), *[asking(max_tokens=300) for _ in range(5)])
+        assert sorted(each.status_code for each in responses) == [200, 200, 200, 200, 429]
+    finally:
+        assert_no_leak(burst)
+        burst.engine.close()
+
+
+def test_who_has_no_room_waits_although_slots_are_free() -> None:
+    """Eight slots; memory for two prompts of five blocks with a block each, and nothing for a third."""
+    scheduler = World(PLAN, 14 * BLOCK, max_sequences=8, prefix_cache=False).scheduler
+    for number in range(4):
+        assert view_queue(scheduler, "oak").num_waiting == max(number - 2, 0)
+        scheduler.add(queued(number, 300, tenant="oak" if number != 2 else "elm"))
+    view = view_queue(scheduler, "oak")
+    assert (view.num_waiting, view.num_waiting_of_tenant) == (2, 1)
+    scheduler.add(queued(9, 300))
+    assert view_queue(scheduler, "elm").num_waiting == 3
+
+
+def test_who_was_refused_waits_although_it_would_fit() -> None:
+    world = World(PLAN, 14 * BLOCK, max_sequences=8, admission=ConservativeAdmission(), prefix_cache=False)
+    for number in range(3):
+        world.scheduler.add(queued(number, 30, max_tokens=500))
+    assert view_queue(world.scheduler, "").num_waiting == 0
+    world.step()
+    assert view_queue(world.scheduler, "").num_waiting == 2
 
 
 def test_one_tenant_cannot_fill_the_queue(llm: AsyncLLM) -> None:

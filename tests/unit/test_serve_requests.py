@@ -250,8 +250,21 @@ def test_unexpected_errors_do_not_show_their_message() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"max_body_bytes": 0}, {"drain_timeout_s": -1}, {"max_queue": 0}, {"queue_timeout_s": 0}]
+    ("fields", "words"),
+    [
+        ({"max_body_bytes": 0}, "^max_body_bytes must be at least 1, not 0"),
+        ({"drain_timeout_s": -1}, "^--drain-timeout .* at least 0, not -1"),
+        ({"max_queue": 0}, "^--max-queue .*max_queue.* at least 1, not 0"),
+        ({"max_queue_per_tenant": 0}, "^--max-queue-per-tenant "),
+        ({"queue_timeout_s": 0}, "^--queue-timeout .* above 0, not 0"),
+        ({"request_timeout_s": float("nan")}, "^--request-timeout .* above 0, not nan"),
+    ],
 )
-def test_limits_that_make_no_sense_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(RequestError):
+def test_limits_that_make_no_sense_are_refused_by_the_names_of_their_options(
+    fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RequestError, match=words) as refusal:
         ServerLimits(**fields)
+    assert (refusal.value.hint == "leave it out for no limit") == bool(
+        {"queue_timeout_s", "request_timeout_s"} & fields.keys()
+    )

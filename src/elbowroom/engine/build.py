@@ -59,13 +59,17 @@ def build_engine(
         progress: called with bytes loaded and bytes in all.
 
     Raises:
+        ConfigError: nothing can be saved where ``scheduling`` says.
         BudgetTooSmall: the budget cannot hold the model and one short sequence.
         ModelError: the directory cannot be used.
         PlanError: a plan is malformed, does not suit the model or the KV store, or is no relief of ``kv``.
         RequestError: another argument is malformed.
     """
     policies = scheduling or Scheduling()
+    if policies.saves and kv_store == "contiguous":
+        raise PlanError("the contiguous KV store cannot save sequences", "use --kv-store paged, or leave out --swap")
     plans = KVPlans.of(kv, kv_choices, kv_relief)
+    swap_cost = policies.measure()  # a directory that cannot be used is refused before the model is loaded
     loaded = load_resident(
         model, memory, plans, dtype, max_sequences=max_sequences, kv_store=kv_store, progress=progress
     )
@@ -97,7 +101,12 @@ def build_engine(
     path = loaded.path.model(decoder)
     executor = TorchExecutor(path, decoder.weights, store, loaded.workspace, transfers, marks)
     scheduler = Scheduler(
-        settings, pricings, kv_bytes, policies.make_admission(), policies.make_order(), policies.make_preemption(tier)
+        settings,
+        pricings,
+        kv_bytes,
+        policies.make_admission(),
+        policies.make_order(),
+        policies.make_preemption(swap_cost),
     )
     core = _make_core(scheduler, executor, loaded.arena)
     core.marks = marks

@@ -204,6 +204,12 @@ class Scheduler:
         return self._state.waiting, self._state.running
 
     @property
+    def refuses_head(self) -> bool:
+        """Whether a refusal of the first that waits stands."""
+        waiting, refused = self._state.waiting, self._state.refused
+        return refused is not None and bool(waiting) and waiting[0] is refused
+
+    @property
     def order_name(self) -> str:
         """Name of the order in which requests are served."""
         return self._state.order.name

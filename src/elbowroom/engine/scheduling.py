@@ -15,12 +15,14 @@ from elbowroom.engine.preemption import PREEMPTIONS, PreemptPolicy
 from elbowroom.engine.preemption.auto import AutoPreemption
 from elbowroom.engine.preemption.recompute import RecomputePreemption
 from elbowroom.engine.preemption.swap import SwapPreemption
-from elbowroom.errors import PlanError
+from elbowroom.errors import ConfigError, PlanError
 from elbowroom.memory.disk import DiskTier
 from elbowroom.memory.ledger import Ledger
-from elbowroom.memory.swap_cost import measure_swap_cost
+from elbowroom.memory.swap_cost import SwapCost, measure_swap_cost
 from elbowroom.units import parse_bytes
 
+_MEASURED_BYTES = 4 << 20
+_LEAST_SWAP_BYTES = 1 << 20
 _TARGETS = {"slo_ttft_s": "--slo-ttft", "slo_tpot_s": "--slo-tpot"}
 
 
@@ -51,7 +53,9 @@ class Scheduling:
     """Most bytes that are saved there."""
 
     def __post_init__(self) -> None:
-        """Check the names before any model is loaded."""
+        """Check everything before any model is loaded."""
+        if self.saves and parse_bytes(self.swap_limit) < _LEAST_SWAP_BYTES:
+            raise PlanError(f"a swap limit of {self.swap_limit} holds next to nothing", "raise it: --swap-limit 4GiB")
         for registry, name in ((ADMISSIONS, self.admission), (ORDERS, self.order), (PREEMPTIONS, self.preemption)):
             if name is not None:
                 registry.get(name)
@@ -94,8 +98,26 @@ class Scheduling:
             return None
         return DiskTier(self.swap_directory, parse_bytes(self.swap_limit), ledger)
 
-    def make_preemption(self, tier: DiskTier | None) -> PreemptPolicy:
-        """Return the preemption policy; ``auto`` measures the tier."""
-        if tier is None:
+    def measure(self) -> SwapCost | None:
+        """Write to the swap directory and read it again; return what that costs. None: nothing is saved.
+
+        Raises:
+            ConfigError: its directory cannot be written, or its disk is full.
+        """
+        if self.swap_directory is None or not self.saves:
+            return None
+        limit_bytes = parse_bytes(self.swap_limit)
+        tier = DiskTier(self.swap_directory, limit_bytes)
+        try:
+            return measure_swap_cost(tier, min(_MEASURED_BYTES, limit_bytes))
+        except OSError as reason:
+            hint = "free some space there, or name another directory (--swap)"
+            raise ConfigError(f"{self.swap_directory} cannot hold swapped KV: {reason}", hint) from None
+        finally:
+            tier.close()
+
+    def make_preemption(self, cost: SwapCost | None) -> PreemptPolicy:
+        """Return the preemption policy; ``auto`` goes by what swapping costs."""
+        if cost is None:
             return RecomputePreemption()
-        return SwapPreemption() if self.preemption == "swap" else AutoPreemption(measure_swap_cost(tier))
+        return SwapPreemption() if self.preemption == "swap" else AutoPreemption(cost)

@@ -10,6 +10,15 @@ from elbowroom.errors import RequestError
 
 _COUNTS = "max_body_bytes", "max_open_requests", "max_queue", "max_sequences_per_request", "max_unread"
 _SECONDS = "queue_timeout_s", "request_timeout_s", "body_timeout_s", "idle_timeout_s", "stall_timeout_s"
+_MAY_BE_NONE = "queue_timeout_s", "request_timeout_s"
+_OPTIONS = {
+    "max_open_requests": "--max-requests",
+    "max_queue": "--max-queue",
+    "max_queue_per_tenant": "--max-queue-per-tenant",
+    "queue_timeout_s": "--queue-timeout",
+    "request_timeout_s": "--request-timeout",
+    "drain_timeout_s": "--drain-timeout",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +70,19 @@ class ServerLimits:
         """Check every limit."""
         for name in _COUNTS:
             if getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise RequestError(f"{_shown(name)} must be at least 1, not {getattr(self, name)}")
         if self.max_queue_per_tenant is not None and self.max_queue_per_tenant < 1:
-            raise RequestError(f"max_queue_per_tenant must be at least 1, not {self.max_queue_per_tenant}")
+            raise RequestError(f"{_shown('max_queue_per_tenant')} must be at least 1, not {self.max_queue_per_tenant}")
         for name in _SECONDS:
             seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < math.inf:
-                raise RequestError(f"{name} must be above 0, not {seconds}")
+                hint = "leave it out for no limit" if name in _MAY_BE_NONE else None
+                raise RequestError(f"{_shown(name)} must be above 0, not {seconds:g}", hint)
         if not 0 <= self.drain_timeout_s < math.inf:
-            raise RequestError(f"drain_timeout_s must be at least 0, not {self.drain_timeout_s}")
+            raise RequestError(f"{_shown('drain_timeout_s')} must be at least 0, not {self.drain_timeout_s:g}")
+
+
+def _shown(name: str) -> str:
+    """Return how errors call a limit: as the command line does, where it has such an option, and as Python does."""
+    option = _OPTIONS.get(name)
+    return name if option is None else f"{option} ({name})"
