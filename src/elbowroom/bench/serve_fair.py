@@ -10,6 +10,7 @@ what was saved before kept, so that only new tokens are written.
 Two servers, both simulated by the scheduler that serves: ``emulated-device``, an 8B model that saves to a second pool
 of memory over a link of 25 GB/s at 10 us a copy (PCIe 4.0 x16); and ``disk``, the built-in model on this machine, its
 costs fitted to measured steps and measured writes and reads of a temporary directory. The claim is about the first.
+Three of the ways run for real, too, with a smaller load on the built-in model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from elbowroom.bench.base import BenchOptions, BenchResult, Claim, Row
+from elbowroom.bench.fair_load import Tenants, facts_of, jain
+from elbowroom.bench.fair_real import WAYS, real_rows
 from elbowroom.bench.load_real import fitted_server
 from elbowroom.bench.load_setup import LINK, SimulatedServer, server_layers, swap_cost
 from elbowroom.bench.machine import machine_info
@@ -32,18 +35,11 @@ from elbowroom.engine.preemption import PreemptPolicy
 from elbowroom.engine.preemption.recompute import RecomputePreemption
 from elbowroom.engine.preemption.swap import SwapPreemption
 from elbowroom.memory.swap_cost import SwapCost
-from elbowroom.workloads.base import TimedRequest, Workload
-from elbowroom.workloads.metrics import Percentiles, RunRecord, Targets
+from elbowroom.workloads.base import Workload
+from elbowroom.workloads.metrics import RunRecord, Targets
 
-HEAVY, LIGHT, TURNS = 2, 20, 6
-HEAVY_PROMPT, HEAVY_ANSWER = 1500, 400
-HELD = 16
-"""Heavy sequences that the KV cache holds."""
-LIMIT = 1000
-"""max_tokens that clients send."""
 CHUNK = 512
 """Tokens of a step: with longer chunks the gaps of all variants are those of the heavy tenants' prompts."""
-OVERLOAD = 1.2
 SEEDS = 5
 GAP = 0.5
 BLOCK = 16
@@ -89,8 +85,8 @@ class Site:
 
 
 def run(options: BenchOptions) -> BenchResult:
-    """Run all variants on both servers."""
-    seeds, turns = (1, 2) if options.quick else (SEEDS, TURNS)
+    """Run all variants on both servers, and some for real."""
+    seeds, tenants = (1, Tenants(turns=2)) if options.quick else (SEEDS, Tenants())
     sites = [
         Site(
             "emulated-device", replace(SimulatedServer.of_8b(), max_step_tokens=CHUNK), LINK, 2 * len(server_layers())
@@ -100,45 +96,16 @@ def run(options: BenchOptions) -> BenchResult:
     rows, gaps = list[Row](), dict[str, list[float]]()
     for site in sites:
         for seed in range(options.seed, options.seed + seeds):
-            load, kv_bytes = make_load(site, turns, seed)
+            load, kv_bytes = tenants.load(site.server, seed)
             for variant in VARIANTS:
-                row = _row(site, variant, load, kv_bytes, seed)
+                row = _row(site, variant, load, kv_bytes, seed, tenants.limit)
                 rows.append(row)
                 if site is sites[0]:
                     gaps.setdefault(variant.name, []).append(float(str(row["light_gap_p99_s"])))
             sys.stderr.write(f"  {site.name}, seed {seed}: {_shown(rows[-len(VARIANTS) :])}\n")
+    rows += real_rows(sites[1].server, options.seed, options.quick)
+    sys.stderr.write(f"  real: {_shown(rows[-len(WAYS) :])}\n")
     return BenchResult(name="serve-fair", machine=machine_info(probe=False), rows=rows, claims=[_claim(gaps)])
-
-
-def make_load(site: Site, turns: int, seed: int) -> tuple[Workload, int]:
-    """Return requests of both kinds of tenants, and the bytes of the KV cache."""
-    generator, server = np.random.default_rng(seed), site.server
-    kv_bytes = int(HELD * (HEAVY_PROMPT + HEAVY_ANSWER) * server.token_bytes)
-    duration_s = turns * 40.0
-    rate = OVERLOAD * server.capacity(Workload("heavy", _heavy(generator, 64, 1.0)), kv_bytes, LIMIT)
-    heavy = _heavy(generator, max(int(rate * duration_s), 1), rate)
-    light = [each for number in range(LIGHT) for each in _conversation(generator, f"light {number}", turns)]
-    return Workload("tenants", tuple(sorted((*heavy, *light), key=lambda each: each.arrival_s))), kv_bytes
-
-
-def _heavy(generator: np.random.Generator, count: int, rate: float) -> tuple[TimedRequest, ...]:
-    times = np.cumsum(generator.exponential(1.0 / rate, count))
-    prompts = np.clip(generator.lognormal(np.log(HEAVY_PROMPT) - 0.08, 0.4, count), 64, 3000).astype(int)
-    answers = np.clip(generator.lognormal(np.log(HEAVY_ANSWER) - 0.125, 0.5, count), 8, LIMIT).astype(int)
-    return tuple(
-        TimedRequest(float(times[i]), int(prompts[i]), int(answers[i]), tenant=f"heavy {i % HEAVY}")
-        for i in range(count)
-    )
-
-
-def _conversation(generator: np.random.Generator, tenant: str, turns: int) -> list[TimedRequest]:
-    """Return the turns of one conversation; each prompt holds what was said before."""
-    made, held, at_s = list[TimedRequest](), 0, float(generator.uniform(0, 40))
-    for _ in range(turns):
-        asked, answer = int(generator.integers(30, 90)), int(generator.integers(40, 120))
-        made.append(TimedRequest(at_s, held + asked, answer, tenant=tenant, session=tenant))
-        held, at_s = held + asked + answer, at_s + float(generator.uniform(30, 50))
-    return made
 
 
 def _disk(seed: int) -> Site:
@@ -149,7 +116,7 @@ def _disk(seed: int) -> Site:
     return Site("disk", fitted.server, cost, 2 * fitted.num_layers)
 
 
-def _row(site: Site, variant: Variant, load: Workload, kv_bytes: int, seed: int) -> Row:
+def _row(site: Site, variant: Variant, load: Workload, kv_bytes: int, seed: int, limit: int) -> Row:
     shape = SwapShape(site.server.token_bytes, keeps_copies=variant.keeps_copies)
     if variant.in_blocks:
         shape = replace(shape, run_tokens=BLOCK, num_parts=site.num_parts)
@@ -158,12 +125,12 @@ def _row(site: Site, variant: Variant, load: Workload, kv_bytes: int, seed: int)
         load,
         "greedy",
         kv_bytes,
-        LIMIT,
+        limit,
         order=ORDERS.get(variant.order)(),
         preemption=variant.preemption(),
         transfers=transfers,
     )
-    return _facts(found, "light") | _facts(found, "heavy") | _common(site, variant, found, seed, transfers)
+    return facts_of(found, "light") | facts_of(found, "heavy") | _common(site, variant, found, seed, transfers)
 
 
 def _common(site: Site, variant: Variant, found: RunRecord, seed: int, transfers: SimTransfers) -> dict[str, object]:
@@ -178,30 +145,8 @@ def _common(site: Site, variant: Variant, found: RunRecord, seed: int, transfers
         "recomputed_tokens": made.recomputed_tokens,
         "moved_bytes": transfers.moved_bytes,
         "bytes_per_copy": transfers.moved_bytes / transfers.num_copies if transfers.num_copies else None,
-        "jain": _jain(found),
+        "jain": jain(found),
     }
-
-
-def _facts(found: RunRecord, kind: str) -> dict[str, object]:
-    answered = [each for each in found.requests if each.is_answered and each.request.tenant.startswith(kind)]
-    ttft = Percentiles.of([each.ttft_s for each in answered])
-    gap = Percentiles.of([each.largest_gap_s for each in answered])
-    return {
-        f"{kind}_ttft_p50_s": ttft.p50,
-        f"{kind}_ttft_p99_s": ttft.p99,
-        f"{kind}_gap_p99_s": gap.p99,
-        f"{kind}_gap_max_s": gap.most,
-    }
-
-
-def _jain(found: RunRecord) -> float:
-    """Return Jain's index over tenants of how fast they were served: 1 if all requests wait alike for a token."""
-    speeds: dict[str, list[float]] = {}
-    for each in found.requests:
-        if each.is_answered:
-            speeds.setdefault(each.request.tenant, []).append(each.num_tokens / max(each.e2e_s, 1e-9))
-    means = np.asarray([np.mean(each) for each in speeds.values()])
-    return float(means.sum() ** 2 / (means.size * (means**2).sum()))
 
 
 def _shown(rows: Sequence[Row]) -> str:

@@ -66,8 +66,6 @@ def build_engine(
         RequestError: another argument is malformed.
     """
     policies = scheduling or Scheduling()
-    if policies.saves and kv_store == "contiguous":
-        raise PlanError("the contiguous KV store cannot save sequences", "use --kv-store paged, or leave out --swap")
     plans = KVPlans.of(kv, kv_choices, kv_relief)
     swap_cost = policies.measure()  # a directory that cannot be used is refused before the model is loaded
     loaded = load_resident(
