@@ -261,6 +261,17 @@ def test_bad_completions_get_the_right_error(call: Call, fields: dict[str, Any],
         assert "tiny" in error["message"]
 
 
+def test_prompt_ids_outside_the_vocabulary_are_refused_by_name(call: Call) -> None:
+    for prompt in ([VOCAB_SIZE], [[1], [-1]]):
+        assert error_of(call("POST", "/v1/completions", json={"prompt": prompt}))["param"] == "prompt"
+
+
+def test_the_hint_for_a_context_that_is_exceeded_is_one_that_can_be_followed(call: Call) -> None:
+    for length, hint in ((500, "lower max_tokens to 12"), (512, "shorten the prompt to 511"), (600, "to 511 tokens")):
+        error = error_of(call("POST", "/v1/completions", json={"prompt": [1] * length, "max_tokens": 20}))
+        assert hint in error["message"]
+
+
 def test_other_errors_keep_the_format(call: Call) -> None:
     assert error_of(call("GET", "/nowhere"))["code"] == "not_found"
     wrong = call("GET", "/v1/completions")
