@@ -348,7 +348,10 @@ def test_the_schema_says_what_bodies_and_answers_are_and_that_a_key_is_needed(ca
     fields = chat["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert (fields["temperature"]["minimum"], fields["temperature"]["maximum"]) == (0.0, 100.0)
     assert fields["max_tokens"]["minimum"] == 1
-    assert fields["thinking_token_budget"]["minimum"] == 0
+    assert (fields["top_logprobs"]["minimum"], fields["top_logprobs"]["maximum"]) == (0, 20)
+    assert (fields["model"]["enum"], fields["priority"]["enum"]) == (["tiny", None], [0, None])
+    assert fields["thinking_token_budget"]["type"] == "null"
+    assert fields["tools"]["maxItems"] == 0
     answer = chat["responses"]["200"]["content"]
     assert set(answer) == {"application/json", "text/event-stream"}
     assert "choices" in answer["application/json"]["schema"]["required"]

@@ -91,7 +91,7 @@ def completions_router(context: ServerContext) -> APIRouter:
 
     @router.post(
         "/v1/completions",
-        openapi_extra=body_schema(CompletionRequest),
+        openapi_extra=body_schema(CompletionRequest, context),
         responses=answer_schema(Completion, is_streamed=True),
         tags=["generate"],
     )
