@@ -122,12 +122,11 @@ def test_a_port_in_use_is_named_with_the_flag_that_changes_it() -> None:
 def test_while_it_drains_new_requests_get_503_and_a_second_signal_ends_it_at_once(directory: Path) -> None:
     fields = {"prompt": "a", "max_tokens": 8000, "n": 16, "ignore_eos": True}
 
-    def ask(url: str) -> None:
-        with contextlib.suppress(httpx.TransportError):
-            httpx.post(f"{url}/v1/completions", json=fields, timeout=60)
+    def ask(url: str) -> httpx.Response:
+        return httpx.post(f"{url}/v1/completions", json=fields, timeout=60)
 
     with server_process(directory, drain_timeout_s=60) as (process, url), ThreadPoolExecutor(1) as pool:
-        pool.submit(ask, url)
+        asked = pool.submit(ask, url)
         until(lambda: httpx.get(f"{url}/ready").json()["num_open"] == 1)
         process.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{url}/ready").status_code == 503)
@@ -135,8 +134,11 @@ def test_while_it_drains_new_requests_get_503_and_a_second_signal_ends_it_at_onc
         ready, health = httpx.get(f"{url}/ready"), httpx.get(f"{url}/health")
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        code, _ = ended(process)
+        code, errors = ended(process)
+        cut_off = asked.result()
 
+    assert (cut_off.status_code, cut_off.json()["error"]["code"]) == (503, "engine_closed")
+    assert "Traceback" not in errors
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
     assert refused.headers["retry-after"] == "1"
     assert (ready.status_code, ready.json()) == (503, {"status": "draining", "num_open": 1})

@@ -261,6 +261,17 @@ def test_bad_completions_get_the_right_error(call: Call, fields: dict[str, Any],
         assert "tiny" in error["message"]
 
 
+def test_prompt_ids_outside_the_vocabulary_are_refused_by_name(call: Call) -> None:
+    for prompt in ([VOCAB_SIZE], [[1], [-1]]):
+        assert error_of(call("POST", "/v1/completions", json={"prompt": prompt}))["param"] == "prompt"
+
+
+def test_the_hint_for_a_context_that_is_exceeded_is_one_that_can_be_followed(call: Call) -> None:
+    for length, hint in ((500, "lower max_tokens to 12"), (512, "shorten the prompt to 511"), (600, "to 511 tokens")):
+        error = error_of(call("POST", "/v1/completions", json={"prompt": [1] * length, "max_tokens": 20}))
+        assert hint in error["message"]
+
+
 def test_other_errors_keep_the_format(call: Call) -> None:
     assert error_of(call("GET", "/nowhere"))["code"] == "not_found"
     wrong = call("GET", "/v1/completions")
@@ -337,7 +348,10 @@ def test_the_schema_says_what_bodies_and_answers_are_and_that_a_key_is_needed(ca
     fields = chat["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert (fields["temperature"]["minimum"], fields["temperature"]["maximum"]) == (0.0, 100.0)
     assert fields["max_tokens"]["minimum"] == 1
-    assert fields["thinking_token_budget"]["minimum"] == 0
+    assert (fields["top_logprobs"]["minimum"], fields["top_logprobs"]["maximum"]) == (0, 20)
+    assert (fields["model"]["enum"], fields["priority"]["enum"]) == (["tiny", None], [0, None])
+    assert fields["thinking_token_budget"]["type"] == "null"
+    assert fields["tools"]["maxItems"] == 0
     answer = chat["responses"]["200"]["content"]
     assert set(answer) == {"application/json", "text/event-stream"}
     assert "choices" in answer["application/json"]["schema"]["required"]

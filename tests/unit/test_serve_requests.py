@@ -175,8 +175,9 @@ def test_what_is_out_of_range_or_not_built_is_refused_by_name(
 
 def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
     for fields in ({"logit_bias": {str(VOCAB_SIZE): 1}}, {"stop_token_ids": [-1]}):
-        with pytest.raises(RequestError, match="token id"):
+        with pytest.raises(InvalidField, match="token id") as caught:
             completion_sampling(parse({"prompt": "a", **fields}), tokenizer, VOCAB_SIZE)
+        assert [caught.value.param] == list(fields)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,8 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
     ],
 )
 def test_chat_refuses_what_is_not_built(tokenizer: Tokenizer, fields: dict[str, Any], param: str) -> None:

@@ -29,7 +29,9 @@ def max_new_tokens(request: Request, max_positions: int, pricing: KVPricing, cap
     if prompt + wanted > max_positions:
         raise ContextTooLong(
             f"{prompt} prompt tokens and {wanted} new ones exceed the context of {max_positions}",
-            f"shorten the prompt or lower max_tokens to {max(max_positions - prompt, 0)}",
+            f"lower max_tokens to {max_positions - prompt}, or shorten the prompt"
+            if prompt < max_positions
+            else f"shorten the prompt to {max_positions - 1} tokens or fewer",
         )
     room = pricing.largest(capacity_bytes, prompt)
     need = max(pricing.peak_bytes(prompt, ()), pricing.generation_bytes(prompt, prompt + wanted))

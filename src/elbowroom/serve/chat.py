@@ -105,7 +105,7 @@ def chat_router(context: ServerContext) -> APIRouter:
 
     @router.post(
         "/v1/chat/completions",
-        openapi_extra=body_schema(ChatRequest),
+        openapi_extra=body_schema(ChatRequest, context),
         responses=answer_schema(ChatCompletion, is_streamed=True),
         tags=["generate"],
     )

@@ -20,7 +20,7 @@ from elbowroom.serve.openapi import answer_schema, body_schema
 from elbowroom.serve.reply import head, respond, wants_usage
 from elbowroom.serve.requests import CompletionRequest
 from elbowroom.serve.responses import ChunkHead, Completion, CompletionChoice, CompletionLogprobs
-from elbowroom.serve.sampling import completion_sampling
+from elbowroom.serve.sampling import check_ids, completion_sampling
 from elbowroom.serve.token_text import completion_logprobs
 
 
@@ -91,7 +91,7 @@ def completions_router(context: ServerContext) -> APIRouter:
 
     @router.post(
         "/v1/completions",
-        openapi_extra=body_schema(CompletionRequest),
+        openapi_extra=body_schema(CompletionRequest, context),
         responses=answer_schema(Completion, is_streamed=True),
         tags=["generate"],
     )
@@ -111,16 +111,20 @@ def completion_call(context: ServerContext, body: CompletionRequest) -> Call:
     """Return what a body asks for; errors as in ``chat_call``."""
     model = context.models.get(body.model)
     tokenizer = model.llm.tokenizer
-    sampling = completion_sampling(body, tokenizer, model.llm.engine.parts.config.vocab_size)
+    vocab_size = model.llm.engine.parts.config.vocab_size
+    sampling = completion_sampling(body, tokenizer, vocab_size)
 
     def write(generation: Generation) -> CompletionReply:
         echoes = _echoes(tokenizer, body) if body.echo else []
         return CompletionReply(generation, body.logprobs is not None, echoes, wants_usage(body))
 
-    return Call(body, model, sampling, lambda: _prompt_ids(tokenizer, body), write)
+    return Call(body, model, sampling, lambda: _prompt_ids(tokenizer, body, vocab_size), write)
 
 
-def _prompt_ids(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
+def _prompt_ids(tokenizer: Tokenizer, body: CompletionRequest, vocab_size: int) -> list[list[int]]:
+    for each in body.prompts:
+        if not isinstance(each, str):
+            check_ids("prompt", each, tokenizer, vocab_size)
     return [tokenizer.encode(each) if isinstance(each, str) else each for each in body.prompts]
 
 

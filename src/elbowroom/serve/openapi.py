@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from elbowroom.engine.sampling_params import MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, RANGES
+from elbowroom.serve.context import ServerContext
 from elbowroom.serve.requests import RENAMED
 
 _BOUNDS: dict[str, dict[str, Any]] = {
@@ -23,14 +24,22 @@ _BOUNDS |= {
         "additionalProperties": {"minimum": -100, "maximum": 100},
     },
 }
+_BOUNDS |= {  # what is known but not built
+    "suffix": {"maxLength": 0},
+    "tools": {"maxItems": 0},
+    "functions": {"maxItems": 0},
+    "tool_choice": {"enum": [None, "none", "auto"]},
+    "modalities": {"maxItems": 1, "items": {"const": "text"}},
+    "response_format": {"properties": {"type": {"const": "text"}}},
+}
 """By field; in JSON Schema each of these bounds one kind of value only, so null stays allowed."""
 
 
-def body_schema(schema: type[BaseModel]) -> dict[str, Any]:
-    """Return the OpenAPI description of a body that the route parses itself."""
-    made = _described(schema, "validation")
+def body_schema(schema: type[BaseModel], context: ServerContext) -> dict[str, Any]:
+    """Return the OpenAPI description of a body that the route parses itself: what this server takes."""
+    made, bounds = _described(schema, "validation"), _BOUNDS | _bounds(context)
     for name, described in made["properties"].items():
-        described.update(_BOUNDS.get(name, {}))
+        described.update(bounds.get(name, {}))
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": made}}}}
 
 
@@ -40,6 +49,22 @@ def answer_schema(schema: type[BaseModel], is_streamed: bool = False) -> dict[in
     if is_streamed:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     return {200: {"description": "The answer", "content": content}}
+
+
+def _bounds(context: ServerContext) -> dict[str, dict[str, Any]]:
+    """Return bounds that come from the server's models and limits, by field."""
+    models = list(context.models)
+    names: list[str | None] = [model.name for model in models]
+    most_id = max((model.llm.engine.parts.config.vocab_size for model in models), default=1) - 1
+    made: dict[str, dict[str, Any]] = {
+        "model": {"enum": [*names, *([None] if len(names) == 1 else [])]},
+        "stop_token_ids": {"items": {"minimum": 0, "maximum": most_id}},
+    }
+    if not context.limits.allow_priority:
+        made["priority"] = {"enum": [0, None]}
+    if not any(model.llm.engine.thinking_marks for model in models):
+        made |= {"thinking_token_budget": {"type": "null"}, "answer_reserve": {"enum": [0, None]}}
+    return made
 
 
 def _described(schema: type[BaseModel], mode: Any) -> Any:

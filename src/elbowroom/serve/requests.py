@@ -104,10 +104,12 @@ class CompletionRequest(GenerationRequest):
 
 
 class ContentPart(Schema):
-    """One part of a message; only text can be read."""
+    """One part of a message; only text can be read, and another type has an error that names it."""
 
-    type: str
-    text: str | None = None
+    model_config = ConfigDict(json_schema_extra={"required": ["type", "text"]})
+
+    type: Annotated[str, WithJsonSchema({"const": "text"})]
+    text: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
 
 
 class ChatMessage(Schema):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from elbowroom.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from elbowroom.errors import RequestError
 from elbowroom.models.tokenizer import Tokenizer
@@ -38,8 +40,22 @@ def chat_sampling(body: ChatRequest, tokenizer: Tokenizer, vocab_size: int) -> S
         raise InvalidField("response_format", f"{body.response_format.type!r} is not supported", 'use {"type": "text"}')
     if body.modalities not in (None, [], ["text"]):
         raise InvalidField("modalities", "only text is supported", 'use ["text"]')
+    if body.max_completion_tokens is not None:
+        _check_limit("max_completion_tokens", body.max_completion_tokens)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return _sampling(body, tokenizer, vocab_size, limit, _chat_logprobs(body))
+
+
+def check_ids(param: str, ids: Collection[int], tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check the token ids in a field.
+
+    Raises:
+        InvalidField: the model has no such token.
+    """
+    try:
+        tokenizer.check_ids(list(ids), vocab_size)
+    except RequestError as reason:
+        raise InvalidField(param, reason.message, reason.hint) from None
 
 
 def _chat_logprobs(body: ChatRequest) -> int | None:
@@ -55,12 +71,13 @@ def _chat_logprobs(body: ChatRequest) -> int | None:
 def _sampling(
     body: GenerationRequest, tokenizer: Tokenizer, vocab_size: int, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
-    if max_tokens is not None and max_tokens < 1:
-        raise InvalidField("max_tokens", f"must be at least 1, not {max_tokens}")
+    if max_tokens is not None:
+        _check_limit("max_tokens", max_tokens)
     if body.stream_options is not None and not body.stream:
         raise InvalidField("stream_options", "is only allowed together with stream", "set stream to true")
     bias = _logit_bias(body.logit_bias or {})
-    tokenizer.check_ids([*bias, *(body.stop_token_ids or ())], vocab_size)
+    check_ids("logit_bias", bias, tokenizer, vocab_size)
+    check_ids("stop_token_ids", body.stop_token_ids or (), tokenizer, vocab_size)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     given = {name: value for name in _PASSED_ON if (value := getattr(body, name)) is not None}
     given |= {name: value for name, field in RENAMED.items() if (value := getattr(body, field)) is not None}
@@ -80,6 +97,11 @@ def _sampling(
         if name in type(body).model_fields:
             raise InvalidField(name, rest, reason.hint) from None
         raise
+
+
+def _check_limit(param: str, max_tokens: int) -> None:
+    if max_tokens < 1:
+        raise InvalidField(param, f"must be at least 1, not {max_tokens}")
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:

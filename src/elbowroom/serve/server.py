@@ -23,6 +23,8 @@ from elbowroom.units import format_bytes
 
 _LAST_WORDS_S = 5.0
 """After the engines were closed, how long clients may take to read that."""
+_HURRIED_WORDS_S = 1.0
+"""The same after a second signal."""
 _LOOK_S = 0.05
 
 
@@ -57,7 +59,7 @@ class Server:
         self._engines, self._limits, self._announce = dict(engines), limits or ServerLimits(), announce or _print
         app = create_app(self._engines, self._limits)
         self._requests: OpenRequests = app.state.requests
-        self._is_stopped = False
+        self._is_stopped = self._is_hurried = False
         self._socket = _listen(host, port)
         _drop_stalled(self._socket, self._limits.stall_timeout_s)
         self.host, self.port = self._socket.getsockname()[:2]
@@ -105,9 +107,10 @@ class Server:
             draining.cancel()
 
     def _on_signal(self) -> None:
-        """The first signal ends gracefully, the second at once."""
-        if self._is_stopped:
+        """The first signal ends gracefully; after the second clients are only told, and the third waits for nobody."""
+        if self._is_hurried:
             self._uvicorn.force_exit = self._uvicorn.should_exit = True
+        self._is_hurried = self._is_stopped
         self._is_stopped = True
 
     async def _drain_when_stopped(self) -> None:
@@ -116,19 +119,20 @@ class Server:
             await asyncio.sleep(_LOOK_S)
         self._requests.is_draining = True
         num_open = self._requests.num_open
-        await self._until_none_is_open(self._limits.drain_timeout_s)
+        await self._until_none_is_open(self._limits.drain_timeout_s, lambda: self._is_hurried)
         num_left = self._requests.num_open
         if num_left:
             for llm in self._engines.values():
                 await asyncio.to_thread(llm.engine.close)
-            await self._until_none_is_open(_LAST_WORDS_S)
+            await self._until_none_is_open(_HURRIED_WORDS_S if self._is_hurried else _LAST_WORDS_S)
+            self._uvicorn.force_exit |= self._is_hurried and self._requests.num_open > 0
         if num_open:
             self._announce(f"drained: {num_open - num_left} of {num_open} open requests ended, {num_left} were cut off")
         self._uvicorn.should_exit = True
 
-    async def _until_none_is_open(self, timeout_s: float) -> None:
+    async def _until_none_is_open(self, timeout_s: float, or_else: Callable[[], bool] = lambda: False) -> None:
         deadline = time.monotonic() + timeout_s
-        while self._requests.num_open and time.monotonic() < deadline:
+        while self._requests.num_open and time.monotonic() < deadline and not or_else():
             await asyncio.sleep(_LOOK_S)
 
     def _greeting(self) -> str:
