@@ -133,12 +133,12 @@ def test_freed_memory_goes_back_to_the_system(model: Path) -> None:
 
 
 def test_every_second_of_interleaved_sequences_gives_its_share_back(model: Path) -> None:
-    """Thirty-two sequences grow in turns; closing every second one frees its pages, not just its entries."""
+    """Sixteen sequences grow in turns; closing every second one frees its pages, not just its entries."""
     result = child(
         model,
         """
         llm = LLM(MODEL, memory=220 * MIB, prefix_cache=False)
-        sessions = [llm.session(ids(i, 60)) for i in range(32)]
+        sessions = [llm.session(ids(i, 60)) for i in range(16)]
         quiet = rss_bytes()
         for turn in range(5):
             for i, session in enumerate(sessions):

@@ -80,6 +80,7 @@ def test_speed_compares_plans_and_streams():
 def test_parts_of_the_matrix_measure_what_they_claim(part: Any, monkeypatch: pytest.MonkeyPatch):
     """The quick form of each, with its processes; the other parts are run by the unit tests."""
     monkeypatch.setattr(defaults, "QUICK_PLANS", ("plain", "snapkv", "snapkv | int8"))
+    monkeypatch.setattr(defaults, "QUICK", replace(defaults.QUICK, num_queries=2))
     made, claimed = part.measure(BenchOptions(quick=True)), dict(PARTS)[part.measure]
     assert [replace(claim, value=None, num_runs=0, low=None, high=None, reason="") for claim in made.claims] == [
         *claimed

@@ -34,6 +34,12 @@ def instructions(isa: str) -> Iterator[None]:
         module.set_isa(before)
 
 
+def supported_isas() -> list[str]:
+    """Return the instruction sets of native code that run here."""
+    supported = importlib.import_module("elbowroom._native").supported_isas()
+    return [isa for isa in ISAS if isa in supported]
+
+
 def build_program(main: str, sources: list[str], directory: Path, sanitize: str = "") -> Path:
     """Compile ``tests/native/MAIN.cpp`` with ``native/*.cpp``; skips where the compiler cannot do what is asked.
 

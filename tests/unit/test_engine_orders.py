@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.support.engine_world import World, bound, layer
 
+from elbowroom.engine.admission import ADMISSIONS
 from elbowroom.engine.ordering import ORDERS
 from elbowroom.engine.preemption import PREEMPTIONS
 from elbowroom.engine.preemption.auto import AutoPreemption
@@ -122,6 +123,19 @@ def test_priority_puts_out_what_is_less_urgent() -> None:
     urgent = life(10, arrivals(), order=ORDERS.get("priority")())
     assert urgent.ends[1] < queued.ends[0] < urgent.ends[0]
     assert urgent.preemptions == 1
+
+
+@pytest.mark.parametrize("admission", list(ADMISSIONS.names()))
+def test_a_refusal_ends_with_the_save_that_it_waits_for(admission: str) -> None:
+    """A request that does not fit before others are saved begins then: it is not told that it never will."""
+    policies = {"admission": ADMISSIONS.get(admission)(), "preemption": PREEMPTIONS.get("swap")()}
+    world = World(PLAN, 10 * BLOCK, prefix_cache=False, **policies)
+    world.executor.delay = 3
+    arrivals = {0: [request(0, 400, 100, priority=5)], 10: [request(1, 400, 50, priority=1)]}
+    Life(world).run(arrivals)
+    stats = world.scheduler.stats()
+    assert stats.finished == {"length": 2}
+    assert stats.swaps_out > 0
 
 
 def test_swapped_tokens_are_not_computed_again() -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from tests.support.kv_world import World, make_spec
+from tests.support.native import instructions, supported_isas
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec, PageFormat
 from elbowroom.errors import IntegrityError, PlanError
 from elbowroom.kernels import LayerStrips, StripStep, Tail, attention, reference
-from elbowroom.kernels.base import PLAIN
+from elbowroom.kernels.base import PLAIN, AttentionKernels
 from elbowroom.kv import KVPlan
 from elbowroom.kv.base import KVHandle
 
@@ -133,12 +135,26 @@ class Layer:
         return LayerStrips(step, self.table, self.base, self.fmt, self.codec, tail)
 
 
+Made = tuple[tuple[Tensor, ...], Tensor, Tensor]
+"""What attention gives, and the bytes of sealed strips and of tails behind it."""
+
+
+def steps(plan: str, spec: LayerSpec, dtype: str, backend: AttentionKernels | None) -> Iterator[Made]:
+    """Decode steps, short and long chunks of two sequences."""
+    layer = Layer(plan, spec, dtype, [331, 203])
+    for seed, counts in enumerate([[60, 130], [4, 1], [1, 60], [200, 1], [1, 11], [65, 0]]):
+        widths = (spec.num_q_heads, spec.head_dim), (2, spec.head_dim), (2, spec.v_head_dim)
+        q, k, v = (draw(seed + more, sum(counts), *width) for more, width in zip((0, 50, 90), widths, strict=True))
+        strips = layer.strips(counts)
+        attention.append(strips, k.to(getattr(torch, dtype)), v.to(getattr(torch, dtype)), backend=backend)
+        yield attention.attend(strips, spec, q, backend=backend), layer.base, layer.tail_base
+
+
 def place(order: np.ndarray, fmt: PageFormat) -> np.ndarray:
     return (order * (fmt.strip_bytes // 64)).astype(np.uint32)
 
 
 @native
-@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -150,20 +166,16 @@ def test_native_code_seals_the_same_bytes_and_attends_alike(
 ) -> None:
     """Decode steps, short and long chunks; the integer products differ from the decoded ones by rounding alone."""
     spec = make_spec(2 * group, 2, dim, v_dim, window=window, softcap=softcap)
-    lengths = [331, 203]
-    layers = [Layer(plan, spec, dtype, lengths) for _ in range(2)]
-    for seed, counts in enumerate([[60, 130], [4, 1], [1, 60], [200, 1], [1, 11], [65, 0]]):
-        rows = sum(counts)
-        q, k, v = draw(seed, rows, 2 * group, dim), draw(seed + 50, rows, 2, dim), draw(seed + 90, rows, 2, v_dim)
-        made = []
-        for layer, backend in zip(layers, (None, reference.KERNELS), strict=True):
-            strips = layer.strips(counts)
-            attention.append(strips, k.to(getattr(torch, dtype)), v.to(getattr(torch, dtype)), backend=backend)
-            made.append(attention.attend(strips, spec, q, backend=backend))
-        assert torch.equal(layers[0].base, layers[1].base)
-        assert torch.equal(layers[0].tail_base, layers[1].tail_base)
-        for ours, expected in zip(*made, strict=True):
-            assert float((ours - expected).norm()) < 0.015 * float(expected.norm())
+    readable = [
+        (outs, base.clone(), tails.clone()) for outs, base, tails in steps(plan, spec, dtype, reference.KERNELS)
+    ]
+    for isa in supported_isas():  # in one test: reading in torch is what takes time
+        with instructions(isa):
+            for (outs, *bases), (expected, *read) in zip(steps(plan, spec, dtype, None), readable, strict=True):
+                for ours, theirs in zip(bases, read, strict=True):
+                    assert torch.equal(ours, theirs), isa
+                for ours, theirs in zip(outs, expected, strict=True):
+                    assert float((ours - theirs).norm()) < 0.015 * float(theirs.norm()), isa
 
 
 @native

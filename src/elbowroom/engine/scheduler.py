@@ -335,7 +335,7 @@ class Scheduler:
     def _enters(self, seq: SeqState) -> bool:
         """Ask the admission policy, and enter; a policy's no stands for some steps, or until a sequence goes."""
         state, policy = self._state, self._state.admission_of(seq)
-        if state.refused is seq and state.num_steps < state.asks_again_at:
+        if state.refused is seq and state.running and state.num_steps < state.asks_again_at:
             return False
         state.refused = None
         if may_begin(seq, state.running, self.account, policy, self.config.max_step_tokens) and enter(seq, state):

@@ -96,7 +96,7 @@ def settle(moved: Moved, state: SchedulerState) -> None:
     if moved.error is None:
         seq.saved = Saved(moved.key, seq.plan, moved.num_tokens)
     state.leaving.remove(seq)
-    seq.is_leaving = False
+    seq.is_leaving, state.refused = False, None  # its bytes come free only now
     state.account.give_back(seq)
     insert(state.waiting, seq)
 
