@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch may do at any time
 pytest.register_assert_rewrite("tests.support")
 
 from tests.support.native import ISAS, instructions  # noqa: E402  (after the line above, for its assertions too)
