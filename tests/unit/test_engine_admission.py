@@ -328,3 +328,18 @@ def test_skipping_to_events_changes_nothing_where_requests_name_policies(usual: 
         ends.append((sorted(seen), scheduler.stats().preemptions))
     assert len(ends[0][0]) == len(made)
     assert ends[0] == ends[1]
+
+
+def test_room_is_kept_while_nobody_has_waited_long() -> None:
+    """Lengths are uncertain; whoever has just come needs more room than whoever has waited, up to a bound."""
+    policy = ADMISSIONS.get("past_future")()
+    for length in (50, 100, 200, 400, 800, 1600) * 5:
+        policy.ended(KIND, length)
+    running = [outlook(300 + 40 * number, 40 * number, most=2000) for number in range(8)]
+
+    def least_room(waited_s: float) -> int:
+        candidate = outlook(300, most=2000)._replace(waited_s=waited_s)
+        return next(blocks for blocks in range(300) if policy.admits(candidate, running, blocks * BLOCK))
+
+    needs = [least_room(waited_s) for waited_s in (0.0, 2.5, 5.0, 50.0)]
+    assert needs[0] > needs[1] > needs[2] == needs[3]

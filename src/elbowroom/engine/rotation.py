@@ -7,7 +7,7 @@ from elbowroom.engine.sequence import SeqState
 from elbowroom.engine.state import SchedulerState
 
 
-def give_ways(state: SchedulerState, max_sequences: int, step_tokens: int, now: float) -> list[SeqState]:
+def give_ways(state: SchedulerState, max_sequences: int, step_tokens: int) -> list[SeqState]:
     """Return who has to go so that the head of the queue can begin; nobody if it could not even then.
 
     The last in order go first, and no more than are needed.
@@ -16,7 +16,7 @@ def give_ways(state: SchedulerState, max_sequences: int, step_tokens: int, now: 
         return []
     head, account = state.waiting[0], state.account
     able = [seq for seq in reversed(state.running) if seq.rank > head.rank and not seq.is_loading]
-    able = [seq for seq in able if state.order.gives_way(seq, head, now)]
+    able = [seq for seq in able if state.order.gives_way(seq, head, state.now)]
     if not able:
         return []
     need = head.pricing.admission(len(head.tokens), (), 0, head.num_generated)[1]
@@ -34,4 +34,4 @@ def give_ways(state: SchedulerState, max_sequences: int, step_tokens: int, now: 
     if not chosen or free < need + headroom:
         return []
     rest = [seq for seq in state.running if seq not in chosen]
-    return chosen if may_begin(head, rest, account, state.admission_of(head), step_tokens) else []
+    return chosen if may_begin(head, rest, state, step_tokens) else []

@@ -228,9 +228,10 @@ class Scheduler:
             now: seconds on the caller's clock, that of ``Request.arrival_s``.
         """
         state, account = self._state, self.account
+        state.now = now
         if account.free_bytes < 0:
             make_room(lambda: 0, None, state)
-        self._review(now)
+        self._review()
         rows: Rows = []
         budget, preemptions = self.config.max_step_tokens, state.stats.preemptions
         for seq in decodes_first(state.running):
@@ -338,21 +339,21 @@ class Scheduler:
         if state.refused is seq and state.running and state.num_steps < state.asks_again_at:
             return False
         state.refused = None
-        if may_begin(seq, state.running, self.account, policy, self.config.max_step_tokens) and enter(seq, state):
+        if may_begin(seq, state.running, state, self.config.max_step_tokens) and enter(seq, state):
             return True
         if policy.looks_ahead:  # also where the prompt does not fit: it will not before a sequence goes
             state.refused, state.asks_again_at = seq, state.num_steps + policy.patience
         return False
 
-    def _review(self, now: float) -> None:
+    def _review(self) -> None:
         """Sort anew where ranks have changed, and put out who has to go for the head of the queue."""
         state = self._state
         if state.order.reviews(state.num_steps):
             for seq in (*state.waiting, *state.running):
-                seq.rank = state.order.rank(seq, now)
+                seq.rank = state.order.rank(seq, state.now)
             state.waiting.sort(key=by_rank)
             state.running.sort(key=by_rank)
-        for seq in give_ways(state, self.config.max_sequences, self.config.max_step_tokens, now):
+        for seq in give_ways(state, self.config.max_sequences, self.config.max_step_tokens):
             preempt(seq, state)
 
     # Growth and preemption

@@ -34,6 +34,8 @@ class SchedulerState:
     leaving: list[SeqState] = field(default_factory=list)
     """Sequences that are being saved: they hold their slots and get no rows."""
     next_order: int = 0
+    now: float = 0.0
+    """When the last step was planned, in seconds on the caller's clock."""
     num_steps: int = 0
     """Forward passes so far, repeated ones included."""
     refused: SeqState | None = None

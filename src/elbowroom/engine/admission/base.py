@@ -38,15 +38,18 @@ class Outlook(NamedTuple):
     """That it never exceeds, whatever its length: a policy drops tokens while it generates."""
     spared_bytes: int
     """Not paid by it: prefix blocks that it shares, and what was dropped of it."""
+    waited_s: float = 0.0
+    """Seconds since it came; 0 for one that runs, or ran and had to go."""
 
     @classmethod
-    def of(cls, seq: SeqState, step_tokens: int, shared_bytes: int) -> Outlook:
+    def of(cls, seq: SeqState, step_tokens: int, shared_bytes: int, waited_s: float = 0.0) -> Outlook:
         """Return the outlook of a sequence of which prefix blocks of ``shared_bytes`` are paid by others.
 
         Args:
             seq: running or waiting.
             step_tokens: most tokens of a step.
             shared_bytes: of cached prefix blocks that it shares, or would.
+            waited_s: since it came.
         """
         pricing, limit, gone = seq.pricing, seq.limit, 0
         if pricing.chooses:
@@ -65,6 +68,7 @@ class Outlook(NamedTuple):
             prices=pricing.prices,
             most_bytes=most,
             spared_bytes=shared_bytes + gone,
+            waited_s=waited_s,
         )
 
 

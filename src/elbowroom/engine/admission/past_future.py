@@ -41,7 +41,10 @@ class PastFutureAdmission:
     window has to be filled with the longest answer possible, which admits nothing for long (``past_future_paper``).
     """
 
-    overflow: float = 1.5
+    overflow: float = 1.0
+    calm: float = 5.0
+    patient_s: float = 5.0
+    """A wait for the first token that is as good as none."""
     lengths: LengthModel = field(default_factory=lambda: LengthModel(_PRIOR))
     name: ClassVar[str] = "past_future"
     looks_ahead: ClassVar[bool] = True
@@ -62,16 +65,19 @@ class PastFutureAdmission:
         held = bytes_over(outlooks, times)
         mean = (alive * held).sum(axis=0)
         variance = (alive * (1.0 - alive) * held.astype(np.float64) ** 2).sum(axis=0)
-        return bool((mean + self._margin(np.sqrt(variance), room_bytes) <= room_bytes).all())
+        return bool((mean + self._margin(np.sqrt(variance), room_bytes, candidate.waited_s) <= room_bytes).all())
 
-    def _margin(self, deviation: Weights, room_bytes: int) -> Weights:
+    def _margin(self, deviation: Weights, room_bytes: int, waited_s: float) -> Weights:
         """Return the bytes to keep free where what will be held is so uncertain.
 
         A margin of ``z`` deviations costs its share of the room all the time; an overflow, which comes with the chance
         that a normal variable is above ``z``, costs ``overflow`` rooms. The sum is least where the density at ``z`` is
-        ``deviation / (overflow room)``.
+        ``deviation / (overflow room)``. Room that is kept costs little while nobody has waited long: an overflow weighs
+        ``calm`` times as much for one that has just come, and less as it waits.
         """
-        scale = deviation * math.sqrt(2.0 * math.pi) / (self.overflow * max(room_bytes, 1))
+        ease = max(1.0 - waited_s / self.patient_s, 0.0)
+        overflow = self.overflow * (1.0 + (self.calm - 1.0) * ease)
+        scale = deviation * math.sqrt(2.0 * math.pi) / (overflow * max(room_bytes, 1))
         margin: Weights = deviation * np.sqrt(np.maximum(-2.0 * np.log(np.maximum(scale, 1e-300)), 0.0))
         return margin
 
