@@ -16,6 +16,7 @@ from elbowroom.models.tokenizer import Tokenizer
 from elbowroom.serve.body import parse_body, until_disconnect
 from elbowroom.serve.errors import BodyTooLarge, InvalidField, error_object
 from elbowroom.serve.limits import ServerLimits
+from elbowroom.serve.open_requests import HoldRequests, OpenRequests
 from elbowroom.serve.requests import ChatRequest, CompletionRequest
 from elbowroom.serve.sampling import chat_sampling, completion_sampling
 
@@ -271,3 +272,21 @@ def test_limits_that_make_no_sense_are_refused_by_the_names_of_their_options(
     assert (refusal.value.hint == "leave it out for no limit") == bool(
         {"queue_timeout_s", "request_timeout_s"} & fields.keys()
     )
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_refused_request_is_read_before_it_is_answered(endless: bool) -> None:
+    """Unread bytes would reset the connection and the answer with it; who sends without end is not heard to it."""
+    requests, heard = OpenRequests(most=1), []
+    requests.is_draining = True
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+
+    async def receive() -> dict[str, Any]:
+        heard.append("part")
+        return {"type": "http.request", "body": b"x" * 65536, "more_body": endless or heard.count("part") < 3}
+
+    async def send(message: dict[str, Any]) -> None:
+        heard.append(str(message.get("status", "body")))
+
+    asyncio.run(HoldRequests(None, requests)(scope, receive, send))  # type: ignore[arg-type]
+    assert heard == ["part"] * (17 if endless else 3) + ["503", "body"]

@@ -95,6 +95,45 @@ def test_a_bad_line_is_named(tmp_path: Path):
         read_trace(tmp_path / "none")
 
 
+AZURE_HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+MOONCAKE = '{"timestamp": 0, "input_length": 9, "output_length": 6, "hash_ids": []}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "begins with nothing"),
+        (b"\x1f\x8b\x08\x00\xff", "is no text"),
+        (AZURE_HEAD.encode(), "holds no requests"),
+        (AZURE_HEAD.encode() + b"2023-11-16 18:15:46,9,2\n\xff\xfe\n", "is no text|line 3"),
+        (AZURE_HEAD.encode() + b"2023-11-16 18:15:46,-9,2\n", "line 2: num_prompt_tokens"),
+        (AZURE_HEAD.encode() + b"2023-11-16 18:15:46," + b"9" * 140_000 + b",2\n", "line 2"),
+        (MOONCAKE.replace("9", "Infinity").encode(), "line 1"),
+        (MOONCAKE.replace("0", "NaN", 1).encode(), "line 1: arrival_s"),
+        (b'{"workload": "w"}\n', "trace w holds no requests"),
+        (b'{"conversations": []}\n{"conversations": \n', "behind conversation 1"),
+        (b'[{"conversations": []}, {', "behind conversation 0"),
+    ],
+)
+def test_a_broken_file_is_refused_with_its_place(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "trace").write_bytes(content)
+    with pytest.raises(RequestError, match=message):
+        read_trace(tmp_path / "trace", TraceOptions(count_tokens=len))
+
+
+def test_a_mark_of_its_encoding_is_no_part_of_a_name(tmp_path: Path):
+    (tmp_path / "trace").write_bytes(b"\xef\xbb\xbf" + AZURE_HEAD.encode() + b"2023-11-16 18:15:46,9,2\n")
+    assert read_trace(tmp_path / "trace").requests == (TimedRequest(0.0, 9, 2),)
+
+
+def test_requests_that_come_at_once_have_no_rate():
+    at_once = Workload("w", (TimedRequest(0.0, 9, 2),))
+    assert at_once.at_rate(3.0) == at_once
+    for rate in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(RequestError, match="requests a second"):
+            at_once.at_rate(rate)
+
+
 def test_layouts_are_recognised_by_their_columns(tmp_path: Path):
     path = tmp_path / "trace"
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.5,374,44\n2023-11-16 18:15:48,9,2\n")

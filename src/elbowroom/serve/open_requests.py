@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from types import SimpleNamespace
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -9,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from elbowroom.errors import Draining, ElbowroomError, Overloaded
 from elbowroom.serve.errors import error_response
 
+_SKIP_S, _SKIP_BYTES = 1.0, 1 << 20
 _REFUSED = SimpleNamespace(path="refused")
 """Stands for the route of requests that never reach one."""
 
@@ -55,7 +58,8 @@ class HoldRequests:
         except ElbowroomError as error:
             scope["route"] = _REFUSED
             response = error_response(error)
-            response.headers["Connection"] = "close"  # its body is not read
+            response.headers["Connection"] = "close"
+            await _skip_body(receive)
             await response(scope, receive, send)
             return
         self._requests.num_open += 1
@@ -63,3 +67,15 @@ class HoldRequests:
             await self._app(scope, receive, send)
         finally:
             self._requests.num_open -= 1
+
+
+async def _skip_body(receive: Receive) -> None:
+    """Read what the client still sends, up to a bound: bytes left unread reset the connection."""
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_SKIP_S):
+            while num_bytes <= _SKIP_BYTES:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return

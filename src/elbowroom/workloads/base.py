@@ -99,8 +99,16 @@ class Workload:
         return self if count is None else replace(self, requests=self.requests[:count])
 
     def at_rate(self, rate: float) -> Workload:
-        """Return the same requests with all arrival times scaled, so that ``rate`` come a second."""
-        scale = self.rate / rate
+        """Return the same requests with all arrival times scaled, so that ``rate`` come a second.
+
+        Those that all come at once still do.
+
+        Raises:
+            RequestError: it is no rate above 0.
+        """
+        if not 0 < rate < float("inf"):
+            raise RequestError(f"{self.name} cannot come at {rate:g} requests a second", "give a number above 0")
+        scale = self.rate / rate if self.duration_s else 1.0
         return replace(self, requests=tuple(replace(each, arrival_s=each.arrival_s * scale) for each in self.requests))
 
     def with_at_most(self, output_tokens: int) -> Workload:
@@ -132,7 +140,7 @@ class Workload:
             RequestError: it is no such file; names the line.
         """
         name, requests = path.stem, []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
             if not line.strip():
                 continue
             try:

@@ -59,13 +59,13 @@ def json_keys(head: str) -> set[str]:
 
 def csv_rows(path: Path) -> Iterator[Fields]:
     """Yield the rows of a CSV with a header line."""
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         yield from csv.DictReader(lines)
 
 
 def json_rows(path: Path) -> Iterator[Fields]:
     """Yield the objects of a file with one in each line."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for line in lines:
             if line.strip():
                 yield json.loads(line)
@@ -90,7 +90,7 @@ def read_rows(
             if len(made) == most:
                 break
             line += 1
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, csv.Error) as error:
         found = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise RequestError(f"{path}, line {line}: {found}", "repair or delete the line") from error
     except RequestError as error:
@@ -101,7 +101,7 @@ def read_rows(
 def by_arrival(name: str, requests: Sequence[TimedRequest]) -> Workload:
     """Return the requests in order, the first one at 0 seconds."""
     if not requests:
-        raise RequestError(f"{name} holds no requests", "give a trace with at least one")
+        raise RequestError(f"trace {name} holds no requests", "give one with at least a line that has an answer")
     start = min(each.arrival_s for each in requests)
     ordered = sorted(requests, key=lambda each: each.arrival_s)
     return Workload(name, tuple(replace(each, arrival_s=each.arrival_s - start) for each in ordered))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from elbowroom.workloads.base import Workload
-from elbowroom.workloads.traces.base import TraceOptions, json_keys
+from elbowroom.workloads.traces.base import TraceOptions, by_arrival, json_keys
 
 
 class OwnLayout:
@@ -20,5 +20,7 @@ class OwnLayout:
         return "workload" in keys or keys >= {"arrival_s", "num_prompt_tokens", "num_output_tokens"}
 
     def read(self, path: Path, options: TraceOptions) -> Workload:
-        """Return the workload."""
-        return Workload.load(path).first(options.num_requests)
+        """Return the workload as it was saved."""
+        made = Workload.load(path)
+        by_arrival(made.name, made.requests)  # refuses a file without any
+        return made.first(options.num_requests)

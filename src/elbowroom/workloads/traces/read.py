@@ -45,6 +45,10 @@ def read_trace(path: Path, options: TraceOptions | None = None) -> Workload:
             raise RequestError(f"{path} is no text: {error}", "unpack the trace first") from error
     for layout in LAYOUTS:
         if layout.matches(path, head):
-            return layout.read(path, options or TraceOptions())
+            try:
+                return layout.read(path, options or TraceOptions())
+            except UnicodeDecodeError as error:
+                raise RequestError(f"{path} is no text: {error}", "unpack or repair the trace first") from error
     known = "\n".join(f"  {layout.name}: {layout.description}" for layout in LAYOUTS)
-    raise RequestError(f"{path}, line 1: no known trace layout: {head.strip():.80}", f"the layouts are\n{known}")
+    found = f"line 1 is {head.strip():.80}" if head.strip() else "it begins with nothing"
+    raise RequestError(f"{path} has no known trace layout: {found}", f"the layouts are\n{known}")

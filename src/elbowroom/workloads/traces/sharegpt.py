@@ -37,7 +37,7 @@ class ShareGPTLayout:
                 f"{path} holds texts, whose tokens must be counted", "name a model whose tokenizer counts them"
             )
         generator = np.random.default_rng(options.seed)
-        conversations = list(_conversations(path))
+        conversations = _all(path)
         starts = PoissonArrivals(options.rate).times(len(conversations), generator).tolist()
         made: list[TimedRequest] = []
         for number, (fields, start) in enumerate(zip(conversations, starts, strict=True), start=1):
@@ -51,18 +51,25 @@ class ShareGPTLayout:
 
 
 def _start(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         return file.read(4096)
+
+
+def _all(path: Path) -> list[Fields]:
+    made: list[Fields] = []
+    try:
+        for fields in _conversations(path):
+            made.append(fields)  # noqa: PERF402  (how many there are says where the next one is broken)
+    except ValueError as error:
+        raise RequestError(f"{path}, behind conversation {len(made)}: {error}", "repair or delete it") from error
+    return made
 
 
 def _conversations(path: Path) -> Iterator[Fields]:
     if not _start(path).lstrip().startswith("["):
         yield from json_rows(path)
         return
-    try:
-        yield from json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{path}, line {error.lineno}: {error.msg}", "repair the file") from error
+    yield from json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def _turns(
