@@ -29,7 +29,7 @@ from elbowroom.models.path import ANY, ComputePath
 HAS_NATIVE = importlib.util.find_spec("elbowroom._native") is not None
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="elbowroom._native was not built")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-Seconds = Callable[[torch.dtype, int], float]
+Seconds = Callable[[torch.dtype, int, int], float]
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def pretend(
         backend: str = "native",
         capabilities: dict[str, bool] | None = None,
-        native: Seconds = lambda dtype, n: float(n),
-        torch_: Seconds = lambda dtype, n: float(n),
+        native: Seconds = lambda dtype, width, n: float(n),
+        torch_: Seconds = lambda dtype, width, n: float(n),
     ) -> None:
         monkeypatch.setattr(path_module, "backend_name", lambda: backend)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities or {})
@@ -52,14 +52,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     path_module._native_tokens.cache_clear()
 
 
-def refuse(dtype: torch.dtype, num_tokens: int) -> float:
+def refuse(dtype: torch.dtype, width: int, num_tokens: int) -> float:
     raise AssertionError(f"measured {dtype} with {num_tokens} tokens without need")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_without_native_kernels_all_is_torchs(machine: Callable[..., None], dtype: torch.dtype) -> None:
     machine(backend="reference", native=refuse, torch_=refuse)
-    assert ComputePath.choose(dtype) == ComputePath(0)
+    assert ComputePath.choose(dtype, 64) == ComputePath(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -69,7 +69,7 @@ def test_half_precision_without_hardware_is_native_without_measuring(
     """Torch emulates these products there; what the processor can with the other half dtype does not help."""
     other = "avx512_fp16" if dtype is torch.bfloat16 else "avx512_bf16"
     machine(capabilities={other: True, "avx512_f": True, "amx_int8": True}, native=refuse, torch_=refuse)
-    assert ComputePath.choose(dtype) == ComputePath(ANY)
+    assert ComputePath.choose(dtype, 64) == ComputePath(ANY)
 
 
 @pytest.mark.parametrize(
@@ -83,39 +83,44 @@ def test_half_precision_without_hardware_is_native_without_measuring(
     ],
 )
 @pytest.mark.parametrize(("crossover", "native_tokens"), [(1, 15), (17, 31), (64, 63), (200, 255), (257, ANY)])
-def test_the_crossover_is_the_first_measured_length_at_which_torch_wins(
+def test_the_crossover_is_the_first_measured_length_from_which_torch_wins(
     machine: Callable[..., None], dtype: torch.dtype, capability: str, crossover: int, native_tokens: int
 ) -> None:
-    def torch_seconds(kind: torch.dtype, num_tokens: int) -> float:
+    def torch_seconds(kind: torch.dtype, width: int, num_tokens: int) -> float:
         assert kind is dtype
         return 1.0 if num_tokens < crossover else 0.5
 
-    machine(capabilities={capability: True}, native=lambda kind, n: 1.0, torch_=torch_seconds)
-    assert ComputePath.choose(dtype) == ComputePath(native_tokens)
+    machine(capabilities={capability: True}, native=lambda kind, width, n: 1.0, torch_=torch_seconds)
+    assert ComputePath.choose(dtype, 64) == ComputePath(native_tokens)
 
 
 @pytest.mark.parametrize(("ratio", "native_tokens"), [(1.0, ANY), (1.14, ANY), (1.16, 15)])
 def test_torch_must_win_by_a_margin(machine: Callable[..., None], ratio: float, native_tokens: int) -> None:
-    machine(native=lambda dtype, n: ratio * n, torch_=lambda dtype, n: float(n))
-    assert ComputePath.choose(torch.float32) == ComputePath(native_tokens)
+    machine(native=lambda dtype, width, n: ratio * n, torch_=lambda dtype, width, n: float(n))
+    assert ComputePath.choose(torch.float32, 64) == ComputePath(native_tokens)
+
+
+def test_a_length_at_which_torch_wins_by_chance_does_not_count(machine: Callable[..., None]) -> None:
+    machine(native=lambda dtype, width, n: 1.0, torch_=lambda dtype, width, n: 0.5 if n in (16, 128, 256) else 1.0)
+    assert ComputePath.choose(torch.float32, 64) == ComputePath(127)
 
 
 def test_it_is_measured_once_a_process(machine: Callable[..., None]) -> None:
     calls: list[int] = []
 
-    def native(dtype: torch.dtype, num_tokens: int) -> float:
+    def native(dtype: torch.dtype, width: int, num_tokens: int) -> float:
         calls.append(num_tokens)
         return 1.0
 
-    machine(native=native, torch_=lambda dtype, n: 1.0)
-    assert ComputePath.choose(torch.float32) == ComputePath.choose(torch.float32) == ComputePath(ANY)
-    assert calls == [16, 32, 64, 128, 256]
+    machine(native=native, torch_=lambda dtype, width, n: 1.0)
+    assert ComputePath.choose(torch.float32, 64) == ComputePath.choose(torch.float32, 64) == ComputePath(ANY)
+    assert calls == [256]
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_both_sides_are_really_timed(dtype: torch.dtype) -> None:
-    for seconds in (path_module._native_seconds(dtype, 16), path_module._torch_seconds(dtype, 16)):
+    for seconds in (path_module._native_seconds(dtype, 64, 16), path_module._torch_seconds(dtype, 64, 16)):
         assert 0 < seconds < 10
 
 

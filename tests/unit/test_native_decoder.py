@@ -372,7 +372,7 @@ def test_logits_have_the_same_bits_on_any_number_of_threads() -> None:
 GENERATE = """
 from elbowroom import LLM, SamplingParams, _native
 from elbowroom.models import path
-path._native_tokens = lambda dtype: path.ANY
+path._native_tokens = lambda dtype, width: path.ANY
 prompts = ["def fib(n):", "The key is 4711. " * 20, "x"]
 with LLM(memory="512MiB") as llm:
     made = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from elbowroom.bench.load_setup import Policies
 from elbowroom.bench.shared_data import DATA
 from elbowroom.engine.accounting import KVPricing
 from elbowroom.engine.executors.base import ServingCostModel, StepShape
+from elbowroom.engine.executors.measuring import BUSY_S, MeasuringExecutor
 from elbowroom.engine.scheduler import Scheduler, SchedulerConfig
+from elbowroom.engine.types import Row, StepPlan, StepResult
 from elbowroom.errors import RequestError
 from elbowroom.workloads.arrivals import GammaArrivals, PoissonArrivals, WeibullArrivals
 from elbowroom.workloads.base import TimedRequest, Workload
@@ -336,3 +339,23 @@ def test_costs_are_found_again_from_steps():
         assert getattr(found, name) == pytest.approx(getattr(COST, name), rel=0.1)
     with pytest.raises(RequestError, match="too few"):
         fit_costs(steps[:3])
+
+
+def test_measured_steps_take_until_the_next_one_begins_unless_the_engine_rested():
+    class Instant:
+        """An executor whose steps take a millisecond, twice each."""
+
+        def submit(self, plan: StepPlan) -> int:
+            return 1
+
+        def collect(self, ticket: int) -> StepResult:
+            return StepResult({}, duration_s=0.002, num_steps=2)
+
+    measured = MeasuringExecutor(Instant())
+    plan = StepPlan((), (Row(0, "decode", 5, 1, None, None),))
+    for pause_s in (0.002, 4 * BUSY_S, 0.0):
+        measured.collect(measured.submit(plan))
+        time.sleep(pause_s)
+    seconds = [each for _, each in measured.steps]
+    assert 0.002 <= seconds[0] < 0.001 + BUSY_S / 2
+    assert seconds[1:] == [0.001, 0.001]

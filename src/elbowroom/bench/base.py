@@ -93,6 +93,8 @@ class LoadOptions:
     """Of the KV cache; None: derived from the trace."""
     ttft_s: float = 10.0
     gap_s: float = 1.5
+    max_tokens: int | None = None
+    """Limit that clients send; None: 4,096, and 400 where the load is made."""
     num_requests: int | None = None
     rate: float | None = None
     """Requests a second, to which arrival times are scaled; None: as in the trace."""

@@ -98,7 +98,7 @@ def _fitting_budget(model: str | None, minimum: int, tokens: int) -> int:
     plan, kind = KVPlan.parse(None).bind(config.layers, dtype), getattr(torch, dtype)
     budget = minimum
     while True:
-        sizes = plan_memory(config, kind, ComputePath.choose(kind), [plan], budget, 64)
+        sizes = plan_memory(config, kind, ComputePath.choose(kind, config.hidden_size), [plan], budget, 64)
         pricing = KVPricing.of(plan, config.max_positions, sizes.max_step_tokens, HostTier.page_bytes)
         if pricing.largest(sizes.kv_bytes) >= tokens:
             return budget

@@ -25,6 +25,8 @@ from elbowroom.workloads.replay import Replay
 ENGINE_BYTES = "512MiB"
 """Budget of an engine whose KV cache nothing limits, for the built-in model."""
 MAX_SEQUENCES = 32
+PROBE_LIMIT = 400
+"""max_tokens of the load that is made."""
 
 
 @contextmanager
@@ -54,11 +56,16 @@ def engine(
 
 
 def replay(
-    workload: Workload, policies: Policies, kv_bytes: int | None = None, seed: int = 0, swap: Path | None = None
+    workload: Workload,
+    policies: Policies,
+    max_tokens: int,
+    kv_bytes: int | None = None,
+    seed: int = 0,
+    swap: Path | None = None,
 ) -> RunRecord:
-    """Replay a workload for real."""
+    """Replay a workload for real; clients send ``max_tokens``."""
     with engine(policies, workload.has_block_keys, kv_bytes, swap) as made:
-        return Replay(made, seed).run(workload)
+        return Replay(made, seed, max_tokens).run(workload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +106,8 @@ def fitted_server(workload: Workload | None = None, seed: int = 0) -> Fitted:
 def probe_load(seed: int, count: int = 60) -> Workload:
     """Return a small load with prompts, answers and queues of many sizes."""
     made = Generator(
-        arrivals=GammaArrivals(6.0, 1.5),
-        prompts=LognormalLengths(200, 1.0, 1500),
-        outputs=LognormalLengths(60, 0.8, 400),
+        arrivals=GammaArrivals(30.0, 1.5),
+        prompts=LognormalLengths(200, 1.0, 800),
+        outputs=LognormalLengths(150, 0.8, PROBE_LIMIT),
     )
     return made.make(count, seed, "probe")

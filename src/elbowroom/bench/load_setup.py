@@ -134,7 +134,9 @@ class SimulatedServer:
         scheduler = Scheduler(config, [self.pricing], kv_bytes, ADMISSIONS.get(policy)(), order, preemption)
         return Simulation(scheduler, self.cost, max_tokens, transfers).run(workload)
 
-    def run_under(self, policies: Policies, workload: Workload, kv_bytes: int, cost: SwapCost = LINK) -> RunRecord:
+    def run_under(
+        self, policies: Policies, workload: Workload, kv_bytes: int, max_tokens: int = MAX_TOKENS, cost: SwapCost = LINK
+    ) -> RunRecord:
         """Replay ``workload`` under policies by name; what is saved is priced by ``cost``."""
         preemption: PreemptPolicy | None = None
         if policies.preemption == "auto":
@@ -143,7 +145,15 @@ class SimulatedServer:
             preemption = PREEMPTIONS.get(policies.preemption)()
         transfers = SimTransfers(cost, SwapShape(self.token_bytes)) if policies.saves else None
         order = ORDERS.get(policies.order)()
-        return self.run(workload, policies.admission, kv_bytes, order=order, preemption=preemption, transfers=transfers)
+        return self.run(
+            workload,
+            policies.admission,
+            kv_bytes,
+            max_tokens,
+            order=order,
+            preemption=preemption,
+            transfers=transfers,
+        )
 
     def part_of_live(self, workload: Workload, share: float, max_tokens: int = MAX_TOKENS) -> int:
         """Return ``share`` of the mean live bytes, and at least what each request needs alone at its limit."""

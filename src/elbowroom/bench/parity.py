@@ -104,7 +104,7 @@ def _schedule_rows(name: str, decoder: Decoder, found: dict[str, Difference], op
 
 def _bf16_row(name: str, exact: Decoder, rounded: Decoder, options: BenchOptions) -> Row:
     tokens = _prompt(exact.config.vocab_size, 64 if options.quick else 300, options.seed)
-    paths = PATHS["torch"], ComputePath.choose(torch.bfloat16)
+    paths = PATHS["torch"], ComputePath.choose(torch.bfloat16, exact.config.hidden_size)
     logits = [paged_logits(each, tokens, 200, path) for each, path in zip((exact, rounded), paths, strict=True)]
     choices = [each.argmax(dim=-1) for each in logits]
     return {"family": name, "bf16_agreement": float((choices[0] == choices[1]).float().mean()), "tokens": len(tokens)}

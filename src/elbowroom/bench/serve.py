@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 from elbowroom.bench.base import BenchOptions, BenchResult, LoadOptions, Row
-from elbowroom.bench.load_real import fitted_server, probe_load, replay
+from elbowroom.bench.load_real import PROBE_LIMIT, fitted_server, probe_load, replay
 from elbowroom.bench.load_report import Shown, html
-from elbowroom.bench.load_setup import KV_SHARE, Policies, SimulatedServer, swap_cost
+from elbowroom.bench.load_setup import KV_SHARE, MAX_TOKENS, Policies, SimulatedServer, swap_cost
 from elbowroom.bench.machine import machine_info
 from elbowroom.bench.serve_admission import summary_row
 from elbowroom.errors import RequestError
@@ -56,7 +56,7 @@ def run(options: BenchOptions) -> BenchResult:
 def _workload(load: LoadOptions, options: BenchOptions) -> Workload:
     count = QUICK_REQUESTS if options.quick and load.num_requests is None else load.num_requests
     if load.trace is None:
-        return probe_load(options.seed, count or 60)
+        return probe_load(options.seed, count or 200)
     tokenizer = Tokenizer.from_directory(find_model(None))
     made = read_trace(
         load.trace,
@@ -90,9 +90,10 @@ def _choices(load: LoadOptions) -> list[Policies]:
 
 def _simulated(workload: Workload, load: LoadOptions) -> list[Run]:
     server, cost = SimulatedServer.of_8b(prefix_cache=workload.has_block_keys), swap_cost(load.swap)
-    kv_bytes = parse_bytes(load.memory) if load.memory else server.part_of_live(workload, KV_SHARE)
+    limit = _limit(load)
+    kv_bytes = parse_bytes(load.memory) if load.memory else server.part_of_live(workload, KV_SHARE, limit)
     return [
-        Run("simulated", policies, server.run_under(policies, workload, kv_bytes, cost), kv_bytes)
+        Run("simulated", policies, server.run_under(policies, workload, kv_bytes, limit, cost), kv_bytes)
         for policies in _choices(load)
     ]
 
@@ -102,11 +103,19 @@ def _real(workload: Workload, load: LoadOptions, options: BenchOptions) -> list[
     choices, runs = _choices(load), list[Run]()
     fitted, cost = fitted_server(workload, options.seed), swap_cost(load.swap)
     server, live = fitted.server, fitted.record.summary(Targets()).mean_kv_bytes
-    kv_bytes = parse_bytes(load.memory) if load.memory else max(int(KV_SHARE * live), server.least_bytes(workload))
+    limit = _limit(load)
+    least = max(int(KV_SHARE * live), server.least_bytes(workload, limit))
+    kv_bytes = parse_bytes(load.memory) if load.memory else least
     for policies in choices:
-        runs.append(Run("real", policies, replay(workload, policies, kv_bytes, options.seed, load.swap), kv_bytes))
-        runs.append(Run("simulated", policies, server.run_under(policies, workload, kv_bytes, cost), kv_bytes))
+        record = replay(workload, policies, limit, kv_bytes, options.seed, load.swap)
+        runs.append(Run("real", policies, record, kv_bytes))
+        record = server.run_under(policies, workload, kv_bytes, limit, cost)
+        runs.append(Run("simulated", policies, record, kv_bytes))
     return runs
+
+
+def _limit(load: LoadOptions) -> int:
+    return load.max_tokens or (PROBE_LIMIT if load.trace is None else MAX_TOKENS)
 
 
 def _row(run: Run, made: RunSummary) -> Row:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _OF_SERVE = (
     *("--trace", "--policy", "--order", "--preemption", "--swap", "--simulate"),
-    *("--memory", "--ttft", "--gap", "--requests", "--rate", "--report"),
+    *("--memory", "--ttft", "--gap", "--max-tokens", "--requests", "--rate", "--report"),
 )
 
 
@@ -53,6 +53,10 @@ def bench(
     ] = None,
     ttft: Annotated[float, typer.Option(metavar="S", help="serve: target of the first token, in seconds.")] = 10.0,
     gap: Annotated[float, typer.Option(metavar="S", help="serve: target of the largest gap, in seconds.")] = 1.5,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="serve: limit that clients send; 4,096, or 400 without a trace."),
+    ] = None,
     requests: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="serve: the first N requests of the trace.")
     ] = None,
@@ -89,6 +93,7 @@ def bench(
         memory=memory,
         ttft_s=ttft,
         gap_s=gap,
+        max_tokens=max_tokens,
         num_requests=requests,
         rate=rate,
         report=report,

@@ -103,7 +103,7 @@ def load_resident(
     plans = kv if isinstance(kv, KVPlans) else KVPlans.of(kv)
     bound = plans.bind(config.layers, dtype, read_calibration(directory) if plans.needs_calibration else None)
     check_store(kv_store, bound)
-    path = path or ComputePath.choose(kind)
+    path = path or ComputePath.choose(kind, config.hidden_size)
     sizes = plan_memory(config, kind, path, bound, budget_bytes, max_sequences, plans.relief)
     tokenizer = Tokenizer.from_directory(directory)
 

@@ -2,7 +2,8 @@
 
 A pass of few tokens is bound by the bytes of the weights, and native code reads them once. A pass of many tokens is
 bound by arithmetic; there torch may win where the processor has matrix units that our kernels do not use, so the
-crossover is measured once a process.
+crossover is measured once a process, for models of one width. What is timed are the products of a layer and, on torch,
+the small operations between them, which native code has in one piece: for narrow models they decide.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from elbowroom.models.decoder import Decoder
 ANY = 2**62
 """More tokens than a pass can have."""
 _CANDIDATES = (16, 32, 64, 128, 256)
-_WIDTH = 768
-_REPEATS = 3
+_MOST_WIDTH = 768
+_PRODUCTS = 7
+"""Of a layer: queries, keys, values, what attention gives, and three of the feed-forward network."""
+_REPEATS = 5
 _MARGIN = 1.15
 """Torch must be so much faster: two pools of threads and a second set of buffers cost something too."""
 
@@ -36,9 +39,9 @@ class ComputePath:
     native_tokens: int
 
     @classmethod
-    def choose(cls, dtype: torch.dtype) -> ComputePath:
-        """Return the path for weights of ``dtype`` on this machine."""
-        return cls(_native_tokens(dtype) if backend_name() == "native" else 0)
+    def choose(cls, dtype: torch.dtype, hidden_size: int) -> ComputePath:
+        """Return the path for weights of ``dtype`` and a model of this width, on this machine."""
+        return cls(_native_tokens(dtype, min(hidden_size, _MOST_WIDTH)) if backend_name() == "native" else 0)
 
     def model(self, decoder: Decoder) -> StepModel:
         """Return what runs the passes of ``decoder``."""
@@ -73,13 +76,16 @@ class _Both:
 
 
 @functools.cache
-def _native_tokens(dtype: torch.dtype) -> int:
+def _native_tokens(dtype: torch.dtype, width: int) -> int:
+    """Return the most tokens of a native pass: torch wins at the next longer one that is timed, and at all longer."""
     if dtype is not torch.float32 and not _has_fast_half(dtype):
         return ANY  # torch emulates the products of this dtype here
-    for num_tokens in _CANDIDATES:
-        if _native_seconds(dtype, num_tokens) > _MARGIN * _torch_seconds(dtype, num_tokens):
-            return num_tokens - 1
-    return ANY
+    most = ANY
+    for num_tokens in reversed(_CANDIDATES):
+        if _native_seconds(dtype, width, num_tokens) <= _MARGIN * _torch_seconds(dtype, width, num_tokens):
+            break
+        most = num_tokens - 1
+    return most
 
 
 def _has_fast_half(dtype: torch.dtype) -> bool:
@@ -89,17 +95,27 @@ def _has_fast_half(dtype: torch.dtype) -> bool:
     return any(capabilities.get(name, False) for name in names)
 
 
-def _native_seconds(dtype: torch.dtype, num_tokens: int) -> float:
+def _native_seconds(dtype: torch.dtype, width: int, num_tokens: int) -> float:
     from elbowroom.kernels.native import multiply
 
-    weight = torch.ones(_WIDTH, _WIDTH, dtype=dtype)
-    x = torch.ones(num_tokens, _WIDTH, dtype=torch.float32)
-    return _best(lambda: multiply(x, weight))
+    weight, x = torch.ones(width, width, dtype=dtype), torch.ones(num_tokens, width, dtype=torch.float32)
+    return _best(lambda: [multiply(x, weight) for _ in range(_PRODUCTS)])
 
 
-def _torch_seconds(dtype: torch.dtype, num_tokens: int) -> float:
-    weight, x = torch.ones(_WIDTH, _WIDTH, dtype=dtype), torch.ones(num_tokens, _WIDTH, dtype=dtype)
-    return _best(lambda: torch.nn.functional.linear(x, weight))
+def _torch_seconds(dtype: torch.dtype, width: int, num_tokens: int) -> float:
+    linear, norm = torch.nn.functional.linear, torch.nn.functional.rms_norm
+    weight, x = torch.ones(width, width, dtype=dtype), torch.ones(num_tokens, width, dtype=dtype)
+    scale = torch.ones(width, dtype=dtype)
+
+    def layer() -> object:
+        normed = norm(x, (width,), scale)
+        q, k, v = (linear(normed, weight) for _ in range(3))
+        rotated = [torch.cat((-half, half), dim=1) for half in (q[:, : width // 2], k[:, : width // 2])]
+        normed = norm(x + linear(v, weight), (width,), scale)
+        gated = torch.nn.functional.silu(linear(normed, weight)).mul_(linear(normed, weight))
+        return rotated, x + linear(gated, weight)
+
+    return _best(layer)
 
 
 def _best(work: Callable[[], object]) -> float:
