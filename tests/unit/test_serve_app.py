@@ -16,10 +16,9 @@ from tests.support.http import assert_no_leak, parse_metrics, tiny_llm, wait_idl
 from tests.support.tiny_model import VOCAB_SIZE
 
 from elbowroom import __version__
-from elbowroom.engine.async_llm import AsyncLLM, OutputStream
-from elbowroom.engine.output import OutputDelta, RequestOutput
+from elbowroom.engine.async_llm import AsyncLLM
 from elbowroom.engine.sampling_params import SamplingParams
-from elbowroom.errors import ContextTooLong, ElbowroomError, EngineClosed, RequestError
+from elbowroom.errors import ElbowroomError, EngineClosed
 from elbowroom.serve import ServerLimits, create_app
 from elbowroom.serve.sse import EventStream
 
@@ -442,50 +441,6 @@ def test_an_error_in_mid_stream_is_the_last_event() -> None:
         assert "secret" not in text
 
 
-def test_the_stream_of_an_async_llm_aborts_when_it_is_left(llm: AsyncLLM) -> None:
-    async def leave_early() -> OutputDelta:
-        stream = llm.stream([1, 2, 3], SamplingParams(ignore_eos=True))
-        async for delta, _ in stream:
-            await stream.aclose()  # type: ignore[attr-defined]
-            return delta
-        raise AssertionError
-
-    assert len(asyncio.run(leave_early()).token_ids) == 1
-    wait_idle(llm)
-
-
-def test_no_request_of_a_batch_runs_when_one_is_refused(llm: AsyncLLM) -> None:
-    async def start() -> None:
-        await llm.start([[1]] * 5 + [[1] * 600], SamplingParams(ignore_eos=True))
-
-    with pytest.raises(ContextTooLong):
-        asyncio.run(start())
-    wait_idle(llm)
-
-
-def test_errors_of_a_closed_engine_reach_the_waiting_reader(tmp_path_factory: pytest.TempPathFactory) -> None:
-    llm = tiny_llm(tmp_path_factory.mktemp("closing"), context=8192)
-
-    async def read() -> None:
-        count = 0
-        async for _ in llm.stream([1], SamplingParams(ignore_eos=True)):
-            count += 1
-            if count == 3:
-                await asyncio.to_thread(llm.engine.close)
-
-    with pytest.raises(EngineClosed):
-        asyncio.run(read())
-
-
-def test_generate_returns_the_whole_output_or_raises(llm: AsyncLLM) -> None:
-    output = asyncio.run(llm.generate([1, 2], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)))
-
-    assert output.finished
-    assert len(output.outputs[0].token_ids) == 3
-    with pytest.raises(RequestError):
-        asyncio.run(llm.generate([], SamplingParams()))
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_engine_thread_ends_its_readers_and_shows_in_health(tmp_path_factory: pytest.TempPathFactory) -> None:
     llm = tiny_llm(tmp_path_factory.mktemp("dying"), context=8192)
@@ -504,28 +459,3 @@ def test_a_dead_engine_thread_ends_its_readers_and_shows_in_health(tmp_path_fact
     assert call("GET", "/health").json()["models"]["tiny"]["status"] == "dead"
     response = call("POST", "/v1/completions", json={"prompt": "a"})
     assert (response.status_code, error_of(response)["code"]) == (503, "engine_closed")
-
-
-def test_the_loop_is_woken_once_for_the_deltas_of_many_streams(llm: AsyncLLM) -> None:
-    """However much arrives before the loop looks, it comes in order, to its own stream, with one call."""
-
-    async def play() -> tuple[list[int], list[int], int]:
-        loop, calls = asyncio.get_running_loop(), 0
-        real = loop.call_soon_threadsafe
-
-        def counted(*args: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return real(*args, **options)
-
-        streams = [OutputStream(llm), OutputStream(llm)]
-        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
-        for number in range(10):
-            stream = streams[number % 2]
-            llm.mail().send(stream, (number, OutputDelta(0, "", [], [], None), RequestOutput(7, (), [])))
-        for stream in streams:
-            stream._open[7] = 1
-        seen = [[(await anext(stream))[0] for _ in range(5)] for stream in streams]
-        return seen[0], seen[1], calls
-
-    assert asyncio.run(play()) == ([0, 2, 4, 6, 8], [1, 3, 5, 7, 9], 1)
