@@ -17,6 +17,7 @@ from elbowroom.core import STRIP_TOKENS
 from elbowroom.kernels import LayerStrips, StripStep, append, attention
 from elbowroom.kernels.base import AttentionKernels
 from elbowroom.kernels.shared_reads import PIECE, ReadPlan, plan_reads
+from elbowroom.kernels.token_major import BY_TOKEN
 
 REFERENCE = attention.BACKENDS.get("reference")
 
@@ -106,6 +107,10 @@ def test_what_it_cannot_read_is_refused(triton: AttentionKernels) -> None:
 
     with pytest.raises(ValueError, match="reads plain strips"):
         cache.attend(triton, StripStep.of_runs([(9, 1)]), torch.zeros(1, 4, 16))
+    cache.fmt = dataclasses.replace(cache.fmt, codec="plain")
+    by_token = LayerStrips(StripStep.of_runs([(9, 1)]), cache.table, cache.base, cache.fmt, BY_TOKEN)
+    with pytest.raises(ValueError, match="contiguous store"):
+        attention.attend(by_token, cache.spec, torch.zeros(1, 4, 16), backend=triton)
 
 
 def test_a_step_without_rows_does_nothing(triton: AttentionKernels) -> None:
@@ -183,6 +188,6 @@ def test_every_row_reads_each_of_its_blocks_once(data: st.DataObject) -> None:
         needed = range(int(low[row]) // STRIP_TOKENS, int(high[row]) // STRIP_TOKENS + 1)
         assert len(taken) == len(set(taken))
         assert set(needed) <= set(taken)
-        parts = made.parts[made.part_starts[row] : made.part_starts[row + 1]]
-        assert (made.rows.ravel()[parts] == row).all()
-    assert made.parts.size == (made.rows >= 0).sum()
+        parts = sorted(made.numbers[made.rows == row].tolist())
+        assert parts == list(range(made.part_starts[row], made.part_starts[row + 1]))
+    assert made.num_parts == (made.rows >= 0).sum() == (made.numbers >= 0).sum()

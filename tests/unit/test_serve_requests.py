@@ -289,4 +289,8 @@ def test_a_refused_request_is_read_before_it_is_answered(endless: bool) -> None:
         heard.append(str(message.get("status", "body")))
 
     asyncio.run(HoldRequests(None, requests)(scope, receive, send))  # type: ignore[arg-type]
-    assert heard == ["part"] * (17 if endless else 3) + ["503", "body"]
+    assert heard == ["part"] * (129 if endless else 3) + ["503", "body"]
+    heard.clear()
+    scope["headers"] = [(b"expect", b"100-continue")]
+    asyncio.run(HoldRequests(None, requests)(scope, receive, send))  # type: ignore[arg-type]
+    assert heard == ["503", "body"]

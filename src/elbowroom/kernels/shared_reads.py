@@ -32,14 +32,19 @@ class ReadPlan:
     rows: Ints
     """int32 ``[I, tile]``: the rows of the step that read them; -1 where there are fewer."""
     part_starts: Ints
-    """int32 ``[N + 1]``: the parts of row n are ``parts[part_starts[n]:part_starts[n + 1]]``."""
-    parts: Ints
-    """int32: places in the flattened ``rows``."""
+    """int32 ``[N + 1]``: the parts of row n are numbered from ``part_starts[n]`` to below ``part_starts[n + 1]``."""
+    numbers: Ints
+    """int32 ``[I, tile]``: the numbers of the parts of ``rows``; -1 where there is no row."""
 
     @property
     def num_items(self) -> int:
         """Items I."""
         return int(self.sequences.size)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of all rows."""
+        return int(self.part_starts[-1])
 
 
 def plan_reads(step: StripStep, table: StripTable, low: Ints, high: Ints, tile: int, *, shares: bool) -> ReadPlan:
@@ -125,10 +130,12 @@ def _plan(made: list[tuple[int, int, int, npt.NDArray[np.int64]]], num_rows: int
         rows[item, : len(members)] = members
     flat = rows.ravel()
     counts = np.bincount(flat[flat >= 0], minlength=num_rows)
+    numbers = np.full(flat.size, -1, dtype=np.int32)
+    numbers[np.argsort(flat, kind="stable")[flat.size - counts.sum() :]] = np.arange(counts.sum(), dtype=np.int32)
     return ReadPlan(
         sequences=np.asarray([each[0] for each in made], dtype=np.int32),
         blocks=np.asarray([each[1:3] for each in made], dtype=np.int32).reshape(-1, 2),
         rows=rows,
         part_starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        parts=np.argsort(flat, kind="stable")[flat.size - counts.sum() :].astype(np.int32),
+        numbers=numbers.reshape(rows.shape),
     )

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from elbowroom.core import STRIP_TOKENS, LayerSpec
-from elbowroom.kernels.base import UNIT_BYTES, LayerStrips, dtype_of
+from elbowroom.kernels.base import PLAIN, UNIT_BYTES, LayerStrips, dtype_of
 from elbowroom.kernels.shared_reads import Ints, plan_reads
 from elbowroom.kernels.triton_programs import merge_parts, read_items, write_rows
 
@@ -66,11 +66,12 @@ class TritonKernels:
             strips, np.repeat(plan.sequences, 2), np.stack([plan.blocks[:, 0], plan.blocks[:, 1] - 1], 1).ravel()
         )
         table, elements = _on(strips, strips.table.astype(np.int64)), _elements(strips)
-        part_out = torch.empty(plan.rows.size, heads, spec.v_head_dim, dtype=torch.float32, device=device)
-        part_top, part_sum = (torch.empty(plan.rows.size, heads, device=device) for _ in range(2))
+        part_out = torch.empty(plan.num_parts, heads, spec.v_head_dim, dtype=torch.float32, device=device)
+        part_top, part_sum = (torch.empty(plan.num_parts, heads, device=device) for _ in range(2))
         values = {"VALUES": spec.v_head_dim, "VALUES_2": _padded(spec.v_head_dim)}
         read_items[plan.num_items, spec.num_kv_heads](
-            q, elements, table, *(_on(strips, each) for each in (plan.sequences, plan.blocks, plan.rows, low, high)),
+            q, elements, table, *(_on(strips, each) for each in (plan.sequences, plan.blocks, plan.rows, plan.numbers)),
+            _on(strips, low), _on(strips, high),
             part_out, part_top, part_sum, table.shape[1], q.stride(0), q.stride(1), heads, spec.scale,
             spec.softcap or 0.0, GROUP=spec.group_size, GROUP_2=max(group, _LEAST // tile), TILE=tile,
             KEYS=spec.head_dim, KEYS_2=_padded(spec.head_dim), **values, KV_HEADS=spec.num_kv_heads,
@@ -78,7 +79,7 @@ class TritonKernels:
             EXACT=_is_exact(q.dtype, elements.dtype),
         )  # fmt: skip
         merge_parts[rows, heads](
-            part_out, part_top, part_sum, _on(strips, plan.part_starts), _on(strips, plan.parts), out, lse, heads,
+            part_out, part_top, part_sum, _on(strips, plan.part_starts), out, lse, heads,
             out.stride(0), out.stride(1), **values,
         )  # fmt: skip
         return lse
@@ -86,8 +87,12 @@ class TritonKernels:
 
 def _check(strips: LayerStrips) -> None:
     fmt = strips.fmt
-    if fmt.codec != "plain" or fmt.digest_bytes or strips.tail is not None or strips.selection is not None:
-        raise ValueError(f"the backend triton reads plain strips whole, not those of {fmt.codec} with a choice")
+    is_plain = fmt.codec == "plain" and strips.layout is PLAIN and not fmt.digest_bytes
+    if not is_plain or strips.tail is not None or strips.selection is not None:
+        raise ValueError(
+            f"the backend triton reads plain strips of the paged store whole, not codec {fmt.codec}, a choice, or rows "
+            "of the contiguous store: leave ELBOWROOM_KERNELS unset"
+        )
 
 
 def _check_range(strips: LayerStrips, sequences: Any, blocks: Any) -> None:

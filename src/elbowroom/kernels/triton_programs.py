@@ -15,7 +15,7 @@ def write_rows(
     WIDTH: tl.constexpr, WIDTH_2: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Copy one head of one row to its slot."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + row)
     unit = tl.load(table + tl.load(owners + row) * num_blocks + position // SLOTS)
     channels = tl.arange(0, WIDTH_2)
@@ -26,7 +26,7 @@ def write_rows(
 
 @triton.jit
 def read_items(
-    q, strips, table, sequences, blocks, rows, low, high, part_out, part_top, part_sum,
+    q, strips, table, sequences, blocks, rows, numbers, low, high, part_out, part_top, part_sum,
     num_blocks, row_stride, head_stride, num_heads, scale, softcap,
     GROUP: tl.constexpr, GROUP_2: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, KEYS_2: tl.constexpr,
     VALUES: tl.constexpr, VALUES_2: tl.constexpr, KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
@@ -36,7 +36,7 @@ def read_items(
     item, kv_head = tl.program_id(0), tl.program_id(1)
     vector = tl.arange(0, TILE * GROUP_2)
     place, member = item * TILE + vector // GROUP_2, vector % GROUP_2
-    row = tl.load(rows + place)
+    row = tl.load(rows + place).to(tl.int64)
     is_there = (row >= 0) & (member < GROUP)
     head = kv_head * GROUP + member
     keys, values, slot = tl.arange(0, KEYS_2), tl.arange(0, VALUES_2), tl.arange(0, SLOTS)
@@ -77,7 +77,7 @@ def read_items(
         total = total * rescale + tl.sum(weights, 1)
         made = made * rescale[:, None] + weighted
         top = new_top
-    part = place * num_heads + head
+    part = tl.load(numbers + place).to(tl.int64) * num_heads + head
     tl.store(part_top + part, top, mask=is_there)
     tl.store(part_sum + part, total, mask=is_there)
     out_at = part_out + part[:, None] * VALUES + values[None, :]
@@ -86,16 +86,16 @@ def read_items(
 
 @triton.jit
 def merge_parts(
-    part_out, part_top, part_sum, part_starts, parts, out, lse, num_heads, row_stride, head_stride,
+    part_out, part_top, part_sum, part_starts, out, lse, num_heads, row_stride, head_stride,
     VALUES: tl.constexpr, VALUES_2: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one row and query head."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     values = tl.arange(0, VALUES_2)
     top, total = float("-inf"), 0.0
     made = tl.zeros([VALUES_2], tl.float32)
     for number in range(tl.load(part_starts + row), tl.load(part_starts + row + 1)):
-        part = tl.load(parts + number) * num_heads + head
+        part = number * num_heads + head
         part_at = tl.load(part_top + part)
         new_top = tl.maximum(top, part_at)
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)

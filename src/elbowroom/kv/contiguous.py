@@ -330,20 +330,17 @@ class ContiguousStore:
     # Moving
 
     def lend(self, handle: KVHandle, num_tokens: int) -> list[HeldBlock]:
-        """Return where the bytes of the first ``num_tokens`` lie, whole blocks: those of a layer are one run.
+        """Return where the bytes of the first ``num_tokens`` lie, one run a layer: the last block ends with its tokens.
 
         Raises:
             IntegrityError: the sequence is shorter, or a sliding window has dropped what the prefix needs.
-            OutOfBudget: the page behind the last token, where its block ends, does not fit.
         """
         sequence = self._sequence(handle)
         self._check_rollback(sequence, num_tokens)
-        whole = blocks_of(num_tokens) * STRIP_TOKENS
-        self._space.grow_for(f"a copy of {num_tokens} tokens", Growth(sequence, whole))
         lent = []
         for place, first, end in self._pieces(0, num_tokens):
-            bytes_ = memoryview(self._space.bytes_of(sequence, place, 0, whole).numpy())  # type: ignore[arg-type]
-            size, begin = len(bytes_) // blocks_of(num_tokens), self._space.row_start(sequence, place)
+            bytes_ = memoryview(self._space.bytes_of(sequence, place, 0, num_tokens).numpy())  # type: ignore[arg-type]
+            size, begin = int(self._space.strip_bytes[place]), self._space.row_start(sequence, place)
             for block in range(first, end):
                 view = bytes_[block * size : (block + 1) * size]
                 lent.append(HeldBlock(place, block, (begin + block * size,), (view,)))

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from elbowroom.errors import Draining, ElbowroomError, Overloaded
 from elbowroom.serve.errors import error_response
 
-_SKIP_S, _SKIP_BYTES = 1.0, 1 << 20
+_SKIP_S, _SKIP_BYTES = 1.0, 8 << 20
 _REFUSED = SimpleNamespace(path="refused")
 """Stands for the route of requests that never reach one."""
 
@@ -59,7 +59,8 @@ class HoldRequests:
             scope["route"] = _REFUSED
             response = error_response(error)
             response.headers["Connection"] = "close"
-            await _skip_body(receive)
+            if not any(name == b"expect" for name, _ in scope["headers"]):  # else it would be asked to send its body
+                await _skip_body(receive)
             await response(scope, receive, send)
             return
         self._requests.num_open += 1

@@ -161,17 +161,12 @@ class Transfers:
         if stored is None or stored.plan != op.plan or stored.num_tokens < op.num_tokens:
             raise IntegrityError(f"no object {op.key!r} holds {op.num_tokens} tokens under plan {op.plan}")
         handle = self._store.admit(op.num_tokens, op.plan)
-        held = self._store.lend(handle, op.num_tokens)
-        missing = [each for each in held if (each.lane, each.block) not in stored.blocks]
-        if missing:
+        try:
+            held = self._store.lend(handle, op.num_tokens)
+            ticket = self._tier.submit_get(op.key, _parts(op, stored, held))
+        except BaseException:
             self._store.close(handle)
-            raise IntegrityError(
-                f"object {op.key!r} holds {stored.num_tokens} tokens, and no longer block {missing[0].block} as it "
-                f"was at {op.num_tokens}"
-            )
-        places = [stored.blocks[each.lane, each.block] for each in held]
-        parts = [Part(at.offset, each.views, at.checksum) for each, at in zip(held, places, strict=True)]
-        ticket = self._tier.submit_get(op.key, parts)
+            raise
         self.handles[op.slot] = handle
         self._under_way[ticket] = _Transfer("load", op.slot, op.key, op.num_tokens, count_copies(held), stored)
         return ticket
@@ -199,6 +194,24 @@ class Transfers:
         self._objects.pop(key, None)
         for marks in self._same.values():
             marks.pop(key, None)
+
+
+def _parts(op: KVOp, stored: _Object, held: Iterable[HeldBlock]) -> list[Part]:
+    """Return where an object holds the blocks of a sequence that is to be loaded.
+
+    Raises:
+        IntegrityError: it holds one as it was later, or not at all.
+    """
+    made = []
+    for each in held:
+        at = stored.blocks.get((each.lane, each.block))
+        if at is None or at.num_bytes != each.num_bytes:
+            raise IntegrityError(
+                f"object {op.key!r} holds {stored.num_tokens} tokens, and no longer block {each.block} as it was at "
+                f"{op.num_tokens}"
+            )
+        made.append(Part(at.offset, each.views, at.checksum))
+    return made
 
 
 def _unchanged(old: _Object, held: Iterable[HeldBlock], same_tokens: int) -> dict[tuple[int, int], _Stored]:
