@@ -17,6 +17,7 @@ from elbowroom.engine.executors.local import TorchExecutor
 from elbowroom.engine.executors.transfers import Transfers
 from elbowroom.engine.sampling_params import SamplingParams
 from elbowroom.engine.types import KVOp, Moved, Row, SampleSpec, StepPlan, StepResult
+from elbowroom.errors import OutOfBudget
 from elbowroom.kv.contiguous import ContiguousStore
 from elbowroom.kv.mixed import MixedStore
 from elbowroom.kv.paged import PagedStore
@@ -316,3 +317,22 @@ def test_plans_that_choose_tokens_are_refused(decoder: Decoder, tier: DiskTier) 
     player.submit(KVOp("open", player.slot(1)))
     player.submit(KVOp("save", player.slots[1], num_tokens=0, key="s1"))
     assert "cannot be swapped" in (player.wait(1).error or "")
+
+
+@pytest.mark.parametrize("plan", ["plain", CONTIGUOUS])
+def test_a_load_that_cannot_begin_leaves_no_sequence(
+    decoder: Decoder, tier: DiskTier, monkeypatch: pytest.MonkeyPatch, plan: str
+) -> None:
+    player = Player(decoder, tier, plan)
+    player.start(2, 130)
+    player.submit(player.save(2), player.close(2))
+    player.wait(2)
+
+    def refuse(*_: object) -> int:
+        raise OutOfBudget("no", "yes")
+
+    monkeypatch.setattr(player.store, "lend", refuse)
+    player.submit(player.load(2))
+    assert player.wait(2).error == "no"
+    assert player.store.report().num_sequences == 0
+    assert player.ledger.held("kv", "host") == 0

@@ -349,7 +349,12 @@ def test_the_schema_says_what_bodies_and_answers_are_and_that_a_key_is_needed(ca
     assert fields["max_tokens"]["minimum"] == 1
     assert (fields["top_logprobs"]["minimum"], fields["top_logprobs"]["maximum"]) == (0, 20)
     assert (fields["model"]["enum"], fields["priority"]["enum"]) == (["tiny", None], [0, None])
-    assert fields["thinking_token_budget"]["type"] == "null"
+    assert all(fields[name]["type"] == "null" for name in ("thinking_token_budget", "admission", "deadline_s"))
+    allowing = caller(llm, ServerLimits(allow_priority=True, allow_admission=True))("GET", "/openapi.json").json()
+    taken = allowing["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"conservative", "past_future", None} <= set(taken["properties"]["admission"]["enum"])
+    assert taken["properties"]["priority"]["maximum"] == 2**31 - 1
+    assert taken["properties"]["deadline_s"]["type"] == "null", "the order of this engine heeds none"
     assert fields["tools"]["maxItems"] == 0
     answer = chat["responses"]["200"]["content"]
     assert set(answer) == {"application/json", "text/event-stream"}

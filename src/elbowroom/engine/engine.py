@@ -176,6 +176,11 @@ class Engine:
         decoders = [tokenizer.stream_decoder(shown=shown) for _ in range(sampling.n)]
         return request.id, self.call(lambda: self._add(request, decoders, sink, gate))
 
+    @property
+    def heeds_deadlines(self) -> bool:
+        """Whether requests are served by their deadlines."""
+        return self._core.scheduler.order_name == "slo"
+
     def check_deadline(self, deadline_s: float | None) -> None:
         """Check that the engine would heed a deadline in so many seconds.
 
@@ -183,7 +188,7 @@ class Engine:
             RequestError: it does not serve by deadline, or that is no time from now.
         """
         order = self._core.scheduler.order_name
-        if deadline_s is not None and order != "slo":
+        if deadline_s is not None and not self.heeds_deadlines:
             text = f"deadline_s means nothing to the order {order!r}"
             raise RequestError(text, 'leave it out, or start the engine with the order "slo" (--order slo)')
         if deadline_s is not None and not 0 < deadline_s < math.inf:

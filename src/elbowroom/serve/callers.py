@@ -15,7 +15,7 @@ from elbowroom.serve.requests import GenerationRequest
 from elbowroom.serve.tenants import Tenant
 
 TIMEOUT_HEADER = "X-Request-Timeout"
-_MOST = 2**31
+MOST_PRIORITY = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ def caller_of(request: Request, body: GenerationRequest, limits: ServerLimits) -
     priority, deadline_s = body.priority, body.deadline_s
     if priority and not limits.allow_priority:
         raise InvalidField("priority", "this server lets no request choose one", "start it with --allow-priority")
-    if priority is not None and not -_MOST <= priority < _MOST:
-        raise InvalidField("priority", f"must be from {-_MOST} to {_MOST - 1}, not {priority}")
+    if priority is not None and not -MOST_PRIORITY <= priority < MOST_PRIORITY:
+        raise InvalidField("priority", f"must be from {-MOST_PRIORITY} to {MOST_PRIORITY - 1}, not {priority}")
     if deadline_s is not None and not limits.allow_priority:
         raise InvalidField("deadline_s", "this server lets no request choose one", "start it with --allow-priority")
     return Caller(

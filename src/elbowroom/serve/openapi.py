@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from elbowroom.engine.admission import ADMISSIONS
 from elbowroom.engine.sampling_params import MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, RANGES
+from elbowroom.serve.callers import MOST_PRIORITY
 from elbowroom.serve.context import ServerContext
 from elbowroom.serve.requests import RENAMED
 
@@ -60,8 +62,12 @@ def _bounds(context: ServerContext) -> dict[str, dict[str, Any]]:
         "model": {"enum": [*names, *([None] if len(names) == 1 else [])]},
         "stop_token_ids": {"items": {"minimum": 0, "maximum": most_id}},
     }
-    if not context.limits.allow_priority:
-        made["priority"] = {"enum": [0, None]}
+    allows, heeds = context.limits, any(model.llm.engine.heeds_deadlines for model in models)
+    made["priority"] = (
+        {"minimum": -MOST_PRIORITY, "maximum": MOST_PRIORITY - 1} if allows.allow_priority else {"enum": [0, None]}
+    )
+    made["deadline_s"] = {"exclusiveMinimum": 0} if allows.allow_priority and heeds else {"type": "null"}
+    made["admission"] = {"enum": [*ADMISSIONS.names(), None]} if allows.allow_admission else {"type": "null"}
     if not any(model.llm.engine.thinking_marks for model in models):
         made |= {"thinking_token_budget": {"type": "null"}, "answer_reserve": {"enum": [0, None]}}
     return made
